@@ -1,0 +1,224 @@
+// SIMD vectors of WKV_SIMD_BYTES bytes on the vector extensions of GCC and Clang, with the functions that wkv_math.h
+// asks of a Real, and loads and stores that convert from and to the element types.
+//
+// Everything is inlined and lives in namespace wkv::WKV_ISA: one binary holds this file once per instruction set, and
+// nothing compiled for a larger one may be linked into a smaller one.
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define WKV_INLINE inline __attribute__((always_inline))
+#define WKV_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace wkv {
+namespace WKV_ISA {
+
+struct Half {
+  uint16_t bits;
+};
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+template <class T, int lanes>
+struct NativeOf {
+  typedef T type __attribute__((vector_size(lanes * sizeof(T))));
+};
+
+template <class Real>
+struct IntegerOf;
+template <>
+struct IntegerOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IntegerOf<double> {
+  using type = int64_t;
+};
+
+template <class Real>
+struct Vec {
+  static constexpr int lanes = WKV_SIMD_BYTES / sizeof(Real);
+  using Native = typename NativeOf<Real, lanes>::type;
+  using NativeInteger = typename NativeOf<typename IntegerOf<Real>::type, lanes>::type;
+  struct Mask {
+    NativeInteger native;
+  };
+
+  Native native;
+
+  Vec() = default;
+  WKV_INLINE Vec(Native value) : native(value) {}
+  WKV_INLINE explicit Vec(Real value) : native(Native{} + value) {}
+
+  friend WKV_INLINE Vec operator+(Vec a, Vec b) { return a.native + b.native; }
+  friend WKV_INLINE Vec operator-(Vec a, Vec b) { return a.native - b.native; }
+  friend WKV_INLINE Vec operator*(Vec a, Vec b) { return a.native * b.native; }
+  friend WKV_INLINE Vec operator/(Vec a, Vec b) { return a.native / b.native; }
+  friend WKV_INLINE Vec operator-(Vec a) { return -a.native; }
+  friend WKV_INLINE Mask operator>=(Vec a, Vec b) { return {a.native >= b.native}; }
+  friend WKV_INLINE Mask operator<=(Vec a, Vec b) { return {a.native <= b.native}; }
+  friend WKV_INLINE Mask operator==(Vec a, Vec b) { return {a.native == b.native}; }
+  friend WKV_INLINE Vec select(Mask mask, Vec a, Vec b) { return mask.native ? a.native : b.native; }
+  friend WKV_INLINE Vec abs(Vec a) { return select(a >= Vec(Real(0)), a, -a); }
+};
+
+WKV_INLINE bool all(Vec<float>::Mask mask) {
+#if WKV_SIMD_BYTES == 64
+  return _mm512_movepi32_mask((__m512i)mask.native) == 0xffff;
+#elif WKV_SIMD_BYTES == 32
+  return _mm256_movemask_ps((__m256)mask.native) == 0xff;
+#else
+  const auto& lanes = mask.native;
+  return lanes[0] && lanes[1] && lanes[2] && lanes[3];
+#endif
+}
+
+WKV_INLINE bool all(Vec<double>::Mask mask) {
+  bool result = true;
+  for (int lane = 0; lane < Vec<double>::lanes; ++lane) result = result && mask.native[lane];
+  return result;
+}
+
+// 2^x for x <= 0, held at 2^-126. The polynomial is the minimax fit of degree 6 to 2^f on [-1/2, 1/2], 2e-9 relative.
+WKV_INLINE Vec<float> exp2_clamped(Vec<float> x) {
+  using Native = Vec<float>::Native;
+  const Native clamped = x.native < -126.0f ? Native{} - 126.0f : x.native;
+  // Adding 1.5 · 2^23 rounds to an integer and leaves it in the low bits.
+  const Native shifted = clamped + 12582912.0f;
+  const Native whole = shifted - 12582912.0f;
+  const Native f = clamped - whole;
+  Native p = 1.5353362e-4f * f + 1.3398875e-3f;
+  p = p * f + 9.6184369e-3f;
+  p = p * f + 5.5503324e-2f;
+  p = p * f + 0.24022648f;
+  p = p * f + 0.69314718f;
+  p = p * f + 1.0f;
+#if WKV_SIMD_BYTES == 64
+  return (Native)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
+  // A product rather than a sum of exponents, so that NaN stays NaN.
+  return p * (Native)(((Vec<float>::NativeInteger)shifted + 127) << 23);
+#endif
+}
+
+// e^x for x <= 0; 0 where float32 would be subnormal, so that -inf gives a weight of exactly 0.
+WKV_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
+  const Vec<float> x_log2 = x * Vec<float>(1.44269504f);
+  return select(x_log2 <= Vec<float>(-126.0f), Vec<float>(0.0f), exp2_clamped(x_log2));
+}
+
+WKV_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
+  Vec<double> result;
+  for (int lane = 0; lane < Vec<double>::lanes; ++lane) result.native[lane] = std::exp(x.native[lane]);
+  return result;
+}
+
+WKV_INLINE Vec<double> exp2_clamped(Vec<double> x) {
+  Vec<double> result;
+  for (int lane = 0; lane < Vec<double>::lanes; ++lane) result.native[lane] = std::exp2(x.native[lane]);
+  return result;
+}
+
+template <class T, int lanes>
+WKV_INLINE typename NativeOf<T, lanes>::type load_bits(const void* source) {
+  typename NativeOf<T, lanes>::type value;
+  std::memcpy(&value, source, sizeof value);
+  return value;
+}
+
+WKV_INLINE Vec<float> load(const float* source) {
+  return load_bits<float, Vec<float>::lanes>(source);
+}
+WKV_INLINE Vec<double> load(const double* source) {
+  return load_bits<double, Vec<double>::lanes>(source);
+}
+
+using Words = NativeOf<uint32_t, Vec<float>::lanes>::type;
+using HalfWords = NativeOf<uint16_t, Vec<float>::lanes>::type;
+
+WKV_INLINE Vec<float> load(const Bfloat16* source) {
+  const Words words = __builtin_convertvector((load_bits<uint16_t, Vec<float>::lanes>(source)), Words);
+  return (Vec<float>::Native)(words << 16);
+}
+
+WKV_INLINE Vec<float> load(const Half* source) {
+  const HalfWords halves = load_bits<uint16_t, Vec<float>::lanes>(source);
+#if WKV_SIMD_BYTES == 64
+  return (Vec<float>::Native)_mm512_cvtph_ps((__m256i)halves);
+#elif WKV_SIMD_BYTES == 32
+  return (Vec<float>::Native)_mm256_cvtph_ps((__m128i)halves);
+#else
+  // Exponent and mantissa moved to float32's place and rescaled by 2^112; inf and NaN get float32's exponent.
+  using Native = Vec<float>::Native;
+  const Words words = __builtin_convertvector(halves, Words);
+  const Words magnitude = words & 0x7fff;
+  const Words finite = (Words)((Native)(magnitude << 13) * 0x1p112f);
+  const Words special = (magnitude << 13) | 0x7f800000;
+  return (Native)((magnitude >= 0x7c00 ? special : finite) | ((words & 0x8000) << 16));
+#endif
+}
+
+template <class Real>
+WKV_INLINE void store(Real* target, Vec<Real> x) {
+  std::memcpy(target, &x.native, sizeof x.native);
+}
+
+WKV_INLINE void store(Bfloat16* target, Vec<float> x) {
+  const Words words = (Words)x.native;
+  const Words nearest_even = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
+  const HalfWords halves =
+      __builtin_convertvector(x.native == x.native ? nearest_even : Words{} + 0x7fc0, HalfWords);
+  std::memcpy(target, &halves, sizeof halves);
+}
+
+WKV_INLINE void store(Half* target, Vec<float> x) {
+#if WKV_SIMD_BYTES == 64
+  const __m256i halves = _mm512_cvtps_ph((__m512)x.native, _MM_FROUND_TO_NEAREST_INT);
+#elif WKV_SIMD_BYTES == 32
+  const __m128i halves = _mm256_cvtps_ph((__m256)x.native, _MM_FROUND_TO_NEAREST_INT);
+#else
+  using Native = Vec<float>::Native;
+  const Words sign = ((Words)x.native >> 16) & 0x8000;
+  const Native magnitude = (Native)((Words)x.native & 0x7fffffff);
+  // Subnormal halves: adding 1/2 aligns the mantissa to 2^-24 and rounds. Normal ones: rebias, round to nearest even.
+  const Words subnormal = (Words)(magnitude + 0.5f) - 0x3f000000;
+  const Words words = (Words)magnitude;
+  const Words normal = (words - 0x38000000 + 0xfff + ((words >> 13) & 1)) >> 13;
+  const Words special = magnitude == magnitude ? Words{} + 0x7c00 : Words{} + 0x7e00;
+  const Words rounded = magnitude < 0x1p-14f ? subnormal : normal;
+  const HalfWords halves =
+      __builtin_convertvector((magnitude < 65520.0f ? rounded : special) | sign, HalfWords);
+#endif
+  std::memcpy(target, &halves, sizeof halves);
+}
+
+// The first `count` lanes; the rest are zero. Only a row's last vector is partial.
+template <class Element>
+WKV_INLINE auto load_some(const Element* source, int count) {
+  using Loaded = decltype(load(source));
+  if (count == Loaded::lanes) return load(source);
+  Element padded[Loaded::lanes] = {};
+  std::memcpy(padded, source, count * sizeof(Element));
+  return load(padded);
+}
+
+template <class Element, class Real>
+WKV_INLINE void store_some(Element* target, Vec<Real> x, int count) {
+  if (count == Vec<Real>::lanes) {
+    store(target, x);
+    return;
+  }
+  Element padded[Vec<Real>::lanes];
+  store(padded, x);
+  std::memcpy(target, padded, count * sizeof(Element));
+}
+
+}  // namespace WKV_ISA
+}  // namespace wkv

@@ -1,0 +1,7 @@
+// The walks for any processor: SSE2 on x86-64, the compiler's own lowering elsewhere.
+#define WKV_ISA baseline
+#define WKV_ISA_NAME "baseline"
+#define WKV_SIMD_BYTES 16
+#include "wkv_cpu_walk.h"
+
+const wkv::CpuKernels* wkv::cpu_kernels_baseline() { return &baseline::kKernels; }

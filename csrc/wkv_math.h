@@ -1,0 +1,203 @@
+// The mathematics of the WKV operator; every kernel is written in terms of this header.
+//
+//   y_t = (num_t + e^{u+k_t} v_t) / (den_t + e^{u+k_t})                                    read
+//   (num, den)_{t+1} = e^{log_decay} (num, den)_t + e^{k_t} (v_t, 1)                       advance
+//
+// Both lines are one operation: a weighted sum of what is past and what is present, `mix`. They differ in the weights
+// alone, and so do the two ways to keep the exponentials in range: a maximum that follows every step (`weigh`), or one
+// reference shared by a tile of steps (`SharedScale`). The true sums are num·e^max and den·e^max, which is one state
+// however max is chosen; docs/wkv.md derives all of this.
+//
+// `Real` is float, double or a SIMD vector of either. This header owns the formulas and knows nothing of tensors,
+// threads or memory.
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define WKV_HD __host__ __device__ __forceinline__
+#else
+#define WKV_HD inline __attribute__((always_inline))
+#endif
+
+namespace wkv {
+
+// Finite, because -inf - -inf is NaN; so low that no key comes near it.
+inline constexpr double kEmptyMax = -1e38;
+
+inline constexpr double kLog2E = 1.44269504088896340736;
+
+// A tile may share one exponent while its logits spread over at most e^60: a float32 weight of e^-60 still has room for
+// terms 2^-24 times smaller above the smallest normal number, e^-87.3.
+inline constexpr double kSharedSpread = 60.0;
+
+// ---- a scalar as a Real; a vector type brings its own ----
+
+WKV_HD bool all(bool condition) {
+  return condition;
+}
+template <class Scalar>
+WKV_HD Scalar select(bool condition, Scalar a, Scalar b) {
+  return condition ? a : b;
+}
+WKV_HD float abs(float x) {
+  return std::fabs(x);
+}
+WKV_HD double abs(double x) {
+  return std::fabs(x);
+}
+// e^x for x <= 0, exactly 0 for -inf.
+WKV_HD float exp_nonpositive(float x) {
+  return std::exp(x);
+}
+WKV_HD double exp_nonpositive(double x) {
+  return std::exp(x);
+}
+// 2^x for x <= 0, of which only terms above 2^-126 count.
+WKV_HD float exp2_clamped(float x) {
+  return std::exp2(x);
+}
+WKV_HD double exp2_clamped(double x) {
+  return std::exp2(x);
+}
+
+// ---- the operator ----
+
+template <class Real>
+struct Sums {
+  Real num, den;
+};
+
+template <class Real>
+struct State {
+  Sums<Real> sums;
+  Real max;
+};
+
+template <class Real>
+struct Weights {
+  Real past, present;
+};
+
+template <class Real>
+WKV_HD Weights<Real> weigh(Real past_log, Real present_log) {
+  // The larger weight is 1, so one exponential serves both.
+  const Real gap = past_log - present_log;
+  const Real smaller = exp_nonpositive(-abs(gap));
+  const auto past_is_larger = gap >= Real(0);
+  return {select(past_is_larger, Real(1), smaller), select(past_is_larger, smaller, Real(1))};
+}
+
+template <class Real>
+WKV_HD Sums<Real> mix(Sums<Real> past, Weights<Real> weights, Real v) {
+  return {weights.past * past.num + weights.present * v, weights.past * past.den + weights.present};
+}
+
+// The gradients below are those of the true sums, so max is a constant to them: the state's gauge.
+template <class Real>
+struct StepGradients {
+  Real gk, gv, g_log_decay, gu;
+};
+
+// y = num/den of mix(past, weights, v); `adjoint` gathers the gradient of the state before the step.
+template <class Real>
+WKV_HD void read_adjoint(Sums<Real> past, Weights<Real> weights, Real v, Real gy, Sums<Real>& adjoint,
+                         StepGradients<Real>& gradients) {
+  const Sums<Real> now = mix(past, weights, v);
+  const Real share = Real(1) / now.den;
+  const Real y = now.num * share;
+  const Real h = gy * share;
+  const Real h_present = weights.present * h;
+  gradients.gv = gradients.gv + h_present;
+  gradients.gu = h_present * (v - y);
+  gradients.gk = gradients.gk + gradients.gu;
+  adjoint.num = adjoint.num + weights.past * h;
+  adjoint.den = adjoint.den - weights.past * h * y;
+}
+
+// `adjoint` comes as the gradient of the state after the step and leaves as that of the state before it.
+template <class Real>
+WKV_HD void advance_adjoint(Sums<Real> past, Weights<Real> weights, Real v, Sums<Real>& adjoint,
+                            StepGradients<Real>& gradients) {
+  gradients.gv = weights.present * adjoint.num;
+  gradients.gk = weights.present * (v * adjoint.num + adjoint.den);
+  // Paired step by step: recovering this from sums of gk is exact on paper and noise in float32 (docs/wkv.md).
+  gradients.g_log_decay = weights.past * (past.num * adjoint.num + past.den * adjoint.den);
+  adjoint = {weights.past * adjoint.num, weights.past * adjoint.den};
+}
+
+// The state of a sequence followed by another one, `decay` being the log-decay over the whole second part.
+template <class Real>
+WKV_HD State<Real> join(State<Real> first, Real decay, State<Real> second) {
+  const Weights<Real> weights = weigh(first.max + decay, second.max);
+  return {{weights.past * first.sums.num + weights.present * second.sums.num,
+           weights.past * first.sums.den + weights.present * second.sums.den},
+          select(first.max + decay >= second.max, first.max + decay, second.max)};
+}
+
+// An infinite weight has no finite mean: +inf becomes NaN, as it does in (inf - inf). -inf stays, a weight of zero.
+template <class Real>
+WKV_HD Real key_logit(Real k) {
+  return select(k == Real(INFINITY), Real(NAN), k);
+}
+
+// What a step's weights are made of, per channel.
+template <class Real>
+struct Channel {
+  Real log_decay, u;
+};
+
+// The two scales below answer the same questions, so that a walk over time is written once. `at` is what a scale must
+// remember of a step to name its weights again in the backward walk.
+
+// The classic form: max is the largest decayed logit so far. Two exponentials a step, right for any input.
+template <class Real>
+struct RunningScale {
+  Channel<Real> channel;
+
+  WKV_HD Real at(Real max, Real) const { return max; }
+  WKV_HD Weights<Real> read_weights(Real max, Real k) const { return weigh(max, channel.u + k); }
+  WKV_HD Weights<Real> advance_weights(Real max, Real k) const { return weigh(max + channel.log_decay, k); }
+  WKV_HD Real next_max(Real max, Real k) const {
+    const Real decayed = max + channel.log_decay;
+    return select(decayed >= k, decayed, k);
+  }
+};
+
+// One reference for a tile of steps: e^{k - reference} serves read and advance alike. One exponential a step.
+template <class Real>
+struct SharedScale {
+  Real reference_log2;  // log2(e) times the reference
+  Real decay;           // e^log_decay
+  Real bonus;           // e^u
+
+  WKV_HD Real weight(Real logit) const { return exp2_clamped(logit * Real(kLog2E) - reference_log2); }
+  WKV_HD Real at(Real, Real k) const { return weight(k); }
+  WKV_HD Weights<Real> read_weights(Real key_weight, Real) const { return {Real(1), bonus * key_weight}; }
+  WKV_HD Weights<Real> advance_weights(Real key_weight, Real) const { return {decay, key_weight}; }
+  WKV_HD Real next_max(Real max, Real) const { return max; }
+};
+
+// A tile's logits: their largest value, and the smallest that the running max takes in it.
+template <class Real>
+struct TileRange {
+  Real highest, running, lowest;
+
+  WKV_HD static TileRange from(Real max) { return {max, max, Real(-kEmptyMax)}; }
+  WKV_HD void add(Channel<Real> channel, Real k) {
+    const Real decayed = running + channel.log_decay;
+    running = select(decayed >= k, decayed, k);
+    highest = select(highest >= k, highest, k);
+    lowest = select(lowest >= running, running, lowest);
+  }
+  // Above every logit that the tile meets, u + k included.
+  WKV_HD Real reference(Channel<Real> channel) const {
+    return highest + select(channel.u >= Real(0), channel.u, Real(0));
+  }
+  // False for infinite keys, which belong to RunningScale. NaN may pass: it stays NaN in either scale.
+  WKV_HD auto fits(Channel<Real> channel) const {
+    return highest - lowest + abs(channel.u) <= Real(kSharedSpread);
+  }
+};
+
+}  // namespace wkv

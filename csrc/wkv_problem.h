@@ -1,0 +1,64 @@
+// What every kernel is told: sizes, strides, element type and raw pointers. Knows nothing of torch.
+#pragma once
+
+#include <cstdint>
+
+namespace wkv {
+
+enum class DType { float32, float16, bfloat16, float64 };
+
+constexpr int64_t element_bytes(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+// States, parameters and every accumulation: float64 for float64, float32 for the rest.
+constexpr int64_t state_bytes(DType dtype) {
+  return dtype == DType::float64 ? 8 : 4;
+}
+
+// Backward replays from a saved state every so many steps: 3 · state_bytes / interval = 12/64 bytes per element.
+constexpr int64_t checkpoint_interval(DType dtype) {
+  return 16 * state_bytes(dtype);
+}
+
+// The first chunk starts from the given state, so it needs no checkpoint.
+constexpr int64_t checkpoint_count(DType dtype, int64_t T) {
+  return T == 0 ? 0 : (T - 1) / checkpoint_interval(dtype);
+}
+
+// A [B, T, C] tensor whose channels are contiguous.
+struct Sequence {
+  const void* data;
+  int64_t batch_stride, time_stride;  // in elements
+};
+
+// Pointers marked "state" are state_bytes wide, those marked "element" are of `dtype`; outputs are contiguous.
+struct ForwardProblem {
+  DType dtype;
+  int64_t B, T, C;
+  const void* w;   // state [C], the raw decay: log_decay = -exp(w)
+  const void* u;   // state [C]
+  Sequence k, v;   // element [B, T, C]
+  const void* state;  // state [B, 3, C] or null for an empty one
+  void* y;            // element [B, T, C]
+  void* state_out;    // state [B, 3, C]
+  void* checkpoints;  // state [B, checkpoint_count, 3, C] or null
+};
+
+struct BackwardProblem {
+  DType dtype;
+  int64_t B, T, C;
+  const void* w;
+  const void* u;
+  Sequence k, v, gy;
+  const void* state;
+  const void* checkpoints;  // as forward left them
+  const void* gstate_out;   // state [B, 3, C] or null for zero
+  void* gw;                 // state [C], with respect to the raw decay
+  void* gu;                 // state [C]
+  void* gk;                 // element [B, T, C]
+  void* gv;                 // element [B, T, C]
+  void* gstate;             // state [B, 3, C]
+};
+
+}  // namespace wkv

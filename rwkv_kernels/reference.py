@@ -1,0 +1,72 @@
+"""The oracle: the WKV operator in plain torch, written to be read and to be believed.
+
+Every test compares with this file. It shares no code with the kernels, imports torch alone, and has no derivative of its
+own: gradients, of any order and in either mode, are torch's.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["empty_state", "wkv", "wkv_direct"]
+
+EMPTY_MAX = -1e38
+
+
+def _accumulation_dtype(k: Tensor) -> torch.dtype:
+    return torch.float64 if k.dtype == torch.float64 else torch.float32
+
+
+def empty_state(k: Tensor) -> Tensor:
+    """The state before the first step, [B, 3, C]: (num, den, max) = (0, 0, -1e38), finite because inf - inf is NaN."""
+    state = k.new_zeros((k.shape[0], 3, k.shape[2]), dtype=_accumulation_dtype(k))
+    state[:, 2] = EMPTY_MAX
+    return state
+
+
+def wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The recurrence, step by step, in log space (arXiv 2305.13048, appendix B, equations 19 to 28).
+
+    Args:
+        w: [C], the raw decay; the log-decay per step is -exp(w).
+        u: [C], the bonus of the present token.
+        k, v: [B, T, C], keys and values.
+        state: [B, 3, C], (num, den, max), or None for the empty state.
+
+    Returns:
+        y [B, T, C] in k's dtype and the state [B, 3, C] after the last step. All sums are float32, for float64 inputs
+        float64.
+    """
+    dtype = _accumulation_dtype(k)
+    log_decay, u = -torch.exp(w.to(dtype)), u.to(dtype)
+    if state is None:
+        state = empty_state(k)
+    num, den, top = state.to(dtype).unbind(1)
+    top = torch.where(den == 0, EMPTY_MAX, top)
+    outputs = []
+    for kt, vt in zip(k.to(dtype).unbind(1), v.to(dtype).unbind(1), strict=True):
+        scale = torch.maximum(top, u + kt).detach()
+        past, present = torch.exp(top - scale), torch.exp(u + kt - scale)
+        outputs.append((past * num + present * vt) / (past * den + present))
+
+        scale = torch.maximum(top + log_decay, kt).detach()
+        past, present = torch.exp(top + log_decay - scale), torch.exp(kt - scale)
+        num, den, top = past * num + present * vt, past * den + present, scale
+    y = torch.stack(outputs, 1).to(k.dtype) if outputs else torch.zeros_like(k)
+    return y, torch.stack((num, den, top), 1)
+
+
+def wkv_direct(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The definition as a softmax over all earlier steps (arXiv 2305.13048, equation 14): O(T²) time and memory.
+
+    The logit of step s seen from t is k_s + (t - 1 - s)·log_decay for s < t, and u + k_t for s = t. Arguments and result
+    are those of `wkv`.
+    """
+    dtype = _accumulation_dtype(k)
+    steps = k.shape[1]
+    log_decay, u, keys = -torch.exp(w.to(dtype)), u.to(dtype), k.to(dtype)
+    t = torch.arange(steps, device=k.device)
+    distance = (t[:, None] - 1 - t[None, :]).clamp(min=0).to(dtype)  # [t, s]
+    past = keys[:, None] + distance[None, :, :, None] * log_decay
+    logits = torch.where((t[None, :] == t[:, None])[None, :, :, None], (u + keys)[:, None], past)
+    logits = logits.masked_fill((t[None, :] > t[:, None])[None, :, :, None], -torch.inf)
+    return torch.einsum("btsc,bsc->btc", torch.softmax(logits, 2), v.to(dtype)).to(k.dtype)
