@@ -57,7 +57,7 @@ py::dict plan_cpu(const std::string& dtype, int64_t B, int64_t T, int64_t C, int
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("plan_cpu", &plan_cpu, py::arg("dtype"), py::arg("B"), py::arg("T"), py::arg("C"), py::arg("threads"));
-  m.def("checkpoint_count", [](const std::string& dtype, int64_t T) {
-    return wkv::checkpoint_count(parse_dtype(dtype), T);
-  });
+  m.def(
+      "checkpoint_interval", [](const std::string& dtype) { return wkv::checkpoint_interval(parse_dtype(dtype)); },
+      py::arg("dtype"));
 }

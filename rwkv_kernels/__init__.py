@@ -1,0 +1,21 @@
+"""The WKV operator of RWKV-4 for PyTorch: compiled, exact, with state in and out and every gradient."""
+
+import torch  # noqa: F401 - before the extension, whose libraries it loads
+
+from rwkv_kernels.backends import BackendInfo, BackendUnavailable, backends, use_backend
+from rwkv_kernels.build import BuildInfo, build_info
+from rwkv_kernels.functional import empty_state, wkv, wkv_step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendInfo",
+    "BackendUnavailable",
+    "BuildInfo",
+    "backends",
+    "build_info",
+    "empty_state",
+    "use_backend",
+    "wkv",
+    "wkv_step",
+]

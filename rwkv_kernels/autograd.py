@@ -1,0 +1,206 @@
+"""What torch must know of the operators beyond their kernels: shapes, derivatives, vmap and autocast.
+
+`attach` gives all of it to one forward and backward pair. The derivative is an autograd.Function behind the operator's
+Autograd key, and not torch.library.register_autograd, because the latter's functions work under neither torch.func.grad
+nor forward-mode AD: the first raises, the second returns zeros.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+__all__ = ["attach"]
+
+Outputs = tuple[Tensor, ...]
+
+NO_SECOND_DERIVATIVE = (
+    "wkv has no second derivative in its compiled backends; backend='reference' is differentiable to any order"
+)
+NO_FORWARD_MODE = (
+    "wkv has no forward-mode derivative (jvp) in its compiled backends; backend='reference' is differentiable in "
+    "either mode"
+)
+
+
+def _needs_derivative(*arguments: Tensor | None) -> bool:
+    if torch.autograd.forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
+
+
+def _transforms_active() -> bool:
+    """Whether torch.func is at work: it follows an autograd.Function from outside, but not from inside an operator."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, Any]:
+    class Backward(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*arguments: Tensor | None) -> Outputs:
+            return backward(*arguments)  # type: ignore[no-any-return]
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Outputs) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+            raise NotImplementedError(NO_SECOND_DERIVATIVE)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+            raise NotImplementedError(NO_FORWARD_MODE)
+
+    class Forward(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> Outputs:
+            return forward(w, u, k, v, state, True)  # type: ignore[no-any-return]
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Outputs) -> None:
+            checkpoints = output[2]
+            ctx.mark_non_differentiable(checkpoints)
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*inputs, checkpoints)
+
+        @staticmethod
+        def backward(ctx: Any, gy: Tensor | None, gstate_out: Tensor | None, _: None) -> Any:
+            w, u, k, v, state, checkpoints = ctx.saved_tensors
+            if gy is None:
+                gy = torch.zeros_like(k)
+            call = Backward.apply if _transforms_active() else backward
+            *gradients, gstate = call(w, u, k, v, state, checkpoints, gy, gstate_out)
+            return *gradients, (None if state is None else gstate)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+            raise NotImplementedError(NO_FORWARD_MODE)
+
+    return Forward, Backward
+
+
+def attach(
+    library: torch.library.Library,
+    forward: OpOverload,
+    backward: OpOverload,
+    checkpoint_interval: Callable[[torch.dtype], int],
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+    """Registers fake kernels, autograd, vmap and autocast for a forward and backward operator of the WKV schemas.
+
+    Returns the differentiable function (w, u, k, v, state) -> (y, state_out).
+    """
+    ForwardFunction, BackwardFunction = _define_functions(forward, backward)
+    forward_name, backward_name = forward._schema.name, backward._schema.name
+
+    # ---- shapes ----
+
+    @torch.library.register_fake(forward_name, lib=library)
+    def fake_forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool) -> Outputs:
+        B, T, C = k.shape
+        dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+        interval = checkpoint_interval(k.dtype)
+        saved = (T + interval - 1) // interval - 1 if checkpoint else 0
+        return (
+            k.new_empty((B, T, C)),
+            k.new_empty((B, 3, C), dtype=dtype),
+            k.new_empty((B, torch.sym_max(saved, 0), 3, C), dtype=dtype),
+        )
+
+    @torch.library.register_fake(backward_name, lib=library)
+    def fake_backward(
+        w: Tensor,
+        u: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: Tensor | None,
+        checkpoints: Tensor,
+        gy: Tensor,
+        gstate_out: Tensor | None,
+    ) -> Outputs:
+        B, T, C = k.shape
+        return (
+            w.new_empty((C,)),
+            u.new_empty((C,)),
+            k.new_empty((B, T, C)),
+            k.new_empty((B, T, C)),
+            checkpoints.new_empty((B, 3, C)),
+        )
+
+    # ---- derivatives ----
+
+    def forward_autograd(
+        w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool
+    ) -> Outputs:
+        if not _needs_derivative(w, u, k, v, state):
+            with torch._C._AutoDispatchBelowAutograd():
+                return forward(w, u, k, v, state, checkpoint)  # type: ignore[no-any-return]
+        if _transforms_active():
+            raise NotImplementedError(f"torch.func transforms do not reach inside {forward_name}: use rwkv_kernels.wkv")
+        y, state_out, checkpoints = ForwardFunction.apply(w, u, k, v, state)
+        return y, state_out, checkpoints if checkpoint else checkpoints[:, :0].clone()
+
+    def backward_autograd(*arguments: Tensor | None) -> Outputs:
+        if not _needs_derivative(*arguments):
+            with torch._C._AutoDispatchBelowAutograd():
+                return backward(*arguments)  # type: ignore[no-any-return]
+        return BackwardFunction.apply(*arguments)  # type: ignore[no-any-return]
+
+    library.impl(forward, forward_autograd, "Autograd")
+    library.impl(backward, backward_autograd, "Autograd")
+
+    # ---- vmap: the mapped dimension joins the channels, which are independent of one another ----
+
+    def join_channels(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+        if x is None:
+            return None
+        mapped = x.unsqueeze(-2).expand(*x.shape[:-1], size, x.shape[-1]) if dim is None else x.movedim(dim, -2)
+        return mapped.flatten(-2)
+
+    def split_channels(x: Tensor, size: int) -> Tensor:
+        return x.unflatten(-1, (size, x.shape[-1] // size)).movedim(-2, 0)
+
+    @torch.library.register_vmap(forward_name, lib=library)
+    def vmap_forward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Outputs, tuple[int, ...]]:
+        *tensors, checkpoint = arguments
+        joined = [join_channels(x, dim, info.batch_size) for x, dim in zip(tensors, in_dims[:-1], strict=True)]
+        outputs = forward(*joined, checkpoint)
+        return tuple(split_channels(x, info.batch_size) for x in outputs), (0,) * len(outputs)
+
+    @torch.library.register_vmap(backward_name, lib=library)
+    def vmap_backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Outputs, tuple[int, ...]]:
+        joined = [join_channels(x, dim, info.batch_size) for x, dim in zip(arguments, in_dims, strict=True)]
+        outputs = backward(*joined)
+        return tuple(split_channels(x, info.batch_size) for x in outputs), (0,) * len(outputs)
+
+    # ---- autocast: all sums are float32 anyway, so k and v only have to agree, and the wider one decides ----
+
+    def forward_autocast(
+        w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool
+    ) -> Outputs:
+        dtype = torch.promote_types(k.dtype, v.dtype)
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+            torch._C.DispatchKey.AutocastCUDA
+        )
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return forward(w, u, k.to(dtype), v.to(dtype), state, checkpoint)  # type: ignore[no-any-return]
+
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        library.impl(forward, forward_autocast, key)
+
+    def differentiable(
+        w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if _transforms_active():
+            y, state_out, _ = ForwardFunction.apply(w, u, k, v, state)
+        else:
+            y, state_out, _ = forward(w, u, k, v, state, False)
+        return y, state_out
+
+    return differentiable

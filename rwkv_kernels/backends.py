@@ -1,0 +1,145 @@
+"""The backends and the choice among them: explicit, and never a silent fallback."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv_kernels import autograd, reference
+from rwkv_kernels._extension import extension
+
+__all__ = ["BackendInfo", "BackendUnavailable", "backends", "use_backend"]
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for cannot run this call; the message says why and which can."""
+
+
+class BackendInfo(NamedTuple):
+    """A row of `backends()`: `reason` says why the backend is not available, and is None where it is."""
+
+    name: str
+    available: bool
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute the operator.
+
+    `why_unavailable` speaks of this machine and build, `why_not` of one call, known by its k. `forward` and `step` take
+    arguments that were checked.
+    """
+
+    name: str
+    why_unavailable: Callable[[], str | None]
+    why_not: Callable[[Tensor], str | None]
+    forward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+    step: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _reference_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Tensor:
+    y, state_out = reference.wkv(w, u, k.unsqueeze(1), v.unsqueeze(1), state)
+    state.copy_(state_out)
+    return y.squeeze(1)
+
+
+REFERENCE = Backend("reference", lambda: None, lambda k: None, reference.wkv, _reference_step)
+
+
+def _cpu_why_not(k: Tensor) -> str | None:
+    # Meta tensors have no data, so the operator's fake kernel serves them.
+    return None if k.device.type in ("cpu", "meta") else f"k is on {k.device}, and this backend runs on the CPU"
+
+
+# Registrations last as long as this object.
+_library = torch.library.Library("rwkv_kernels", "FRAGMENT")
+
+
+def _cpu_backend() -> Backend:
+    if extension.module is None:
+
+        def missing(*_: Tensor | None) -> tuple[Tensor, Tensor]:
+            raise BackendUnavailable(extension.why_missing)
+
+        return Backend("cpu", lambda: extension.why_missing, _cpu_why_not, missing, missing)  # type: ignore[arg-type]
+
+    intervals = {
+        dtype: extension.module.checkpoint_interval(str(dtype).removeprefix("torch."))
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    }
+    ops = torch.ops.rwkv_kernels
+    forward = autograd.attach(_library, ops.wkv_forward.default, ops._wkv_backward.default, intervals.__getitem__)
+
+    @torch.library.register_fake("rwkv_kernels::wkv_step", lib=_library)
+    def fake_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Tensor:
+        return torch.empty_like(k, memory_format=torch.contiguous_format)
+
+    return Backend("cpu", lambda: None, _cpu_why_not, forward, ops.wkv_step.default)
+
+
+BACKENDS = {backend.name: backend for backend in (_cpu_backend(), REFERENCE)}
+
+# "auto" takes the first that can. The oracle is not among them: it is orders of magnitude slower, so it must be asked
+# for by name.
+AUTOMATIC = ("cpu",)
+
+
+class _Choice(threading.local):
+    name = os.environ.get("RWKV_KERNELS_BACKEND", "auto")
+
+
+_choice = _Choice()
+
+
+def _check_name(name: str) -> None:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"wkv backend {name!r} is unknown. Known: auto, {', '.join(BACKENDS)}.")
+
+
+def _why_not(backend: Backend, k: Tensor) -> str | None:
+    return backend.why_unavailable() or backend.why_not(k)
+
+
+def select(name: str, k: Tensor) -> Backend:
+    """The backend for a call with this k; raises ValueError for an unknown name, BackendUnavailable for a refusal."""
+    if name == "auto":
+        name = _choice.name
+    _check_name(name)
+    for candidate in AUTOMATIC if name == "auto" else (name,):
+        if _why_not(BACKENDS[candidate], k) is None:
+            return BACKENDS[candidate]
+    raise _refusal(name, k)
+
+
+def _refusal(name: str, k: Tensor) -> BackendUnavailable:
+    asked = AUTOMATIC if name == "auto" else (name,)
+    reasons = "; ".join(f"{candidate}: {_why_not(BACKENDS[candidate], k)}" for candidate in asked)
+    can = [backend.name for backend in BACKENDS.values() if _why_not(backend, k) is None]
+    return BackendUnavailable(f"wkv backend {name!r} refused ({reasons}). Available for this call: {', '.join(can)}.")
+
+
+def backends() -> list[BackendInfo]:
+    """Every backend, whether this machine and build can use it, and if not, why not."""
+    reasons = [(backend.name, backend.why_unavailable()) for backend in BACKENDS.values()]
+    return [BackendInfo(name, reason is None, reason) for name, reason in reasons]
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Changes what backend="auto" means inside the block, in this thread; "auto" restores the automatic choice.
+
+    The environment variable RWKV_KERNELS_BACKEND, read when the package is imported, does the same for the process.
+    Raises ValueError for an unknown name at once; whether the backend can run is asked by each call.
+    """
+    _check_name(name)
+    before, _choice.name = _choice.name, name
+    try:
+        yield
+    finally:
+        _choice.name = before

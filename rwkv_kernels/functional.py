@@ -1,0 +1,168 @@
+"""The public functions: arguments are checked here, once for all backends."""
+
+import torch
+from torch import Tensor
+
+from rwkv_kernels import reference
+from rwkv_kernels.backends import select
+
+__all__ = ["empty_state", "wkv", "wkv_step"]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _state_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _require(condition: bool, error: type[Exception], name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise error(f"{name}: expected {expected}, got {got}")
+
+
+def _explain(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, shape: tuple[str, ...]) -> None:
+    """Raises for the first argument that does not fit; called only when one does not."""
+    layout = f"[{', '.join(shape)}]"
+    for name, tensor in (("w", w), ("u", u), ("k", k), ("v", v), ("state", state)):
+        if name != "state" or tensor is not None:
+            _require(isinstance(tensor, Tensor), TypeError, name, "a torch.Tensor", type(tensor).__name__)
+    _require(k.dim() == len(shape), ValueError, "k", f"shape {layout}", list(k.shape))
+    _require(k.dtype in DTYPES, TypeError, "k", "float32, float16, bfloat16 or float64", k.dtype)
+    _require(v.shape == k.shape, ValueError, "v", f"shape {layout} = {list(k.shape)} as k", list(v.shape))
+    _require(v.dtype == k.dtype, TypeError, "v", f"{k.dtype} as k", v.dtype)
+    _require(v.device == k.device, ValueError, "v", f"device {k.device} as k", v.device)
+    for name, tensor in (("w", w), ("u", u)):
+        _require(tensor.shape == k.shape[-1:], ValueError, name, f"shape [C] = [{k.shape[-1]}]", list(tensor.shape))
+        _require(tensor.dtype in DTYPES, TypeError, name, "float32, float16, bfloat16 or float64", tensor.dtype)
+        _require(tensor.device == k.device, ValueError, name, f"device {k.device} as k", tensor.device)
+    if state is not None:
+        expected = [k.shape[0], 3, k.shape[-1]]
+        dtype = _state_dtype(k.dtype)
+        _require(list(state.shape) == expected, ValueError, "state", f"shape [B, 3, C] = {expected}", list(state.shape))
+        _require(state.dtype == dtype, TypeError, "state", f"{dtype} for k of {k.dtype}", state.dtype)
+        _require(state.device == k.device, ValueError, "state", f"device {k.device} as k", state.device)
+
+
+def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, shape: tuple[str, ...]) -> None:
+    # One expression for the good case, because it is part of every call's latency.
+    try:
+        fits = (
+            k.dim() == len(shape)
+            and v.shape == k.shape
+            and w.shape == u.shape == k.shape[-1:]
+            and k.dtype in DTYPES
+            and v.dtype == k.dtype
+            and w.dtype in DTYPES
+            and u.dtype in DTYPES
+            and w.device == u.device == v.device == k.device
+            and (
+                state is None
+                or (
+                    state.shape == (k.shape[0], 3, k.shape[-1])
+                    and state.dtype == _state_dtype(k.dtype)
+                    and state.device == k.device
+                )
+            )
+        )
+    except AttributeError:
+        fits = False
+    if not fits:
+        _explain(w, u, k, v, state, shape)
+
+
+def wkv(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None = None,
+    *,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The WKV operator of RWKV-4: for each channel, a softmax-weighted mean of the values up to each step.
+
+    y_t = (Σ_{s<t} e^{(t-1-s)·log_decay + k_s} v_s + e^{u+k_t} v_t) / (the same sum without v), log_decay = -exp(w).
+
+    Args:
+        w: [C], any floating dtype: the raw decay ("time_decay"); the log-decay per step is -exp(w).
+        u: [C], any floating dtype: the bonus of the present token ("time_first"), a logit.
+        k, v: [B, T, C], float32, float16, bfloat16 or float64, both the same: keys (logits) and values. Under autocast
+            they may differ, and the wider dtype is used.
+        state: [B, 3, C], float32, or float64 for float64 inputs: (num, den, max) as an earlier call returned it, or
+            None for an empty one.
+        return_state: Also return the state after the last step, which continues the sequence as if it had never been cut.
+        backend: "auto", or a name from `backends()`.
+
+    Returns:
+        y [B, T, C] in k's dtype, or (y, state). All sums are accumulated in the state's dtype.
+
+    Differentiable in w, u, k, v and state, including the gradient that arrives at the returned state. A state stands for
+    the sums num·e^max and den·e^max, so (num·e^a, den·e^a, max - a) is the same state, and gradients are right for
+    consumers that respect this, as another wkv call does.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, device or dtype, or the backend is unknown.
+        BackendUnavailable: the backend cannot run this call.
+        NotImplementedError: a second derivative or a forward-mode one is asked of a compiled backend.
+
+    Source: RWKV: Reinventing RNNs for the Transformer Era (arXiv 2305.13048), equation 14.
+    """
+    if isinstance(k, Tensor) and isinstance(v, Tensor) and k.dtype != v.dtype:
+        if torch.is_autocast_enabled(k.device.type):
+            dtype = torch.promote_types(k.dtype, v.dtype)
+            k, v = k.to(dtype), v.to(dtype)
+    _check(w, u, k, v, state, ("B", "T", "C"))
+    y, state_out = select(backend, k).forward(w, u, k, v, state)
+    return (y, state_out) if return_state else y
+
+
+def wkv_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, *, backend: str = "auto") -> Tensor:
+    """One token of `wkv`, for decoding: the state moves on in place.
+
+    Args:
+        w, u: [C], as for `wkv`.
+        k, v: [B, C], the token's keys and values.
+        state: [B, 3, C], (num, den, max), overwritten by the state after the token.
+        backend: "auto", or a name from `backends()`.
+
+    Returns:
+        y [B, C] in k's dtype.
+
+    Not differentiable: call it under torch.no_grad(), or use `wkv` with T = 1.
+
+    Raises:
+        ValueError: also if a gradient would be required, or if elements of `state` share memory.
+        TypeError, BackendUnavailable: as for `wkv`. The state is untouched after any of these.
+    """
+    _require(isinstance(state, Tensor), TypeError, "state", "a torch.Tensor", type(state).__name__)
+    _check(w, u, k, v, state, ("B", "C"))
+    if torch.is_grad_enabled():
+        for name, tensor in (("w", w), ("u", u), ("k", k), ("v", v), ("state", state)):
+            _require(
+                not tensor.requires_grad,
+                ValueError,
+                name,
+                "no gradient to be required by wkv_step (use torch.no_grad(), or wkv with T = 1)",
+                "requires_grad=True",
+            )
+    overlap = not state.is_contiguous() and torch._debug_has_internal_overlap(state) == 1
+    _require(not overlap, ValueError, "state", "elements of their own to write to", "an expanded tensor")
+    return select(backend, k).step(w, u, k, v, state)
+
+
+def empty_state(
+    batch: int,
+    channels: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The state before the first step, [batch, 3, channels]: (num, den, max) = (0, 0, -1e38).
+
+    `dtype` is that of the state: float32, or float64 for float64 inputs; TypeError for another.
+    """
+    _require(dtype in (torch.float32, torch.float64), TypeError, "dtype", "torch.float32 or torch.float64", dtype)
+    state = torch.zeros((batch, 3, channels), device=device, dtype=dtype)
+    state[:, 2] = reference.EMPTY_MAX
+    return state
