@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401 - before the extension, whose libraries it loads
 
-from rwkv_kernels.backends import BackendInfo, BackendUnavailable, backends, use_backend
+from rwkv_kernels.registry import BackendInfo, BackendUnavailable, backends, use_backend
 from rwkv_kernels.build import BuildInfo, build_info
 from rwkv_kernels.functional import empty_state, wkv, wkv_step
 

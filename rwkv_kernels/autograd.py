@@ -163,21 +163,20 @@ def attach(
         mapped = x.unsqueeze(-2).expand(*x.shape[:-1], size, x.shape[-1]) if dim is None else x.movedim(dim, -2)
         return mapped.flatten(-2)
 
-    def split_channels(x: Tensor, size: int) -> Tensor:
-        return x.unflatten(-1, (size, x.shape[-1] // size)).movedim(-2, 0)
+    def split_channels(outputs: Outputs, size: int, w: Tensor, w_dim: int | None) -> tuple[Outputs, tuple[int, ...]]:
+        channels = w.shape[-1] if w_dim is None else w.shape[1 - w_dim]
+        return tuple(x.unflatten(-1, (size, channels)).movedim(-2, 0) for x in outputs), (0,) * len(outputs)
 
     @torch.library.register_vmap(forward_name, lib=library)
     def vmap_forward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Outputs, tuple[int, ...]]:
         *tensors, checkpoint = arguments
         joined = [join_channels(x, dim, info.batch_size) for x, dim in zip(tensors, in_dims[:-1], strict=True)]
-        outputs = forward(*joined, checkpoint)
-        return tuple(split_channels(x, info.batch_size) for x in outputs), (0,) * len(outputs)
+        return split_channels(forward(*joined, checkpoint), info.batch_size, arguments[0], in_dims[0])
 
     @torch.library.register_vmap(backward_name, lib=library)
     def vmap_backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Outputs, tuple[int, ...]]:
         joined = [join_channels(x, dim, info.batch_size) for x, dim in zip(arguments, in_dims, strict=True)]
-        outputs = backward(*joined)
-        return tuple(split_channels(x, info.batch_size) for x in outputs), (0,) * len(outputs)
+        return split_channels(backward(*joined), info.batch_size, arguments[0], in_dims[0])
 
     # ---- autocast: all sums are float32 anyway, so k and v only have to agree, and the wider one decides ----
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rwkv_kernels import reference
-from rwkv_kernels.backends import select
+from rwkv_kernels.registry import select
 
 __all__ = ["empty_state", "wkv", "wkv_step"]
 

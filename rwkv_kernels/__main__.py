@@ -1,0 +1,72 @@
+"""The doctor, `python -m rwkv_kernels`: what is installed, what works, and if something does not, why."""
+
+import platform
+import sys
+
+import torch
+
+import rwkv_kernels
+from rwkv_kernels import reference
+
+# The self-check's float32 inputs are exact in float64, so this bounds the backend's own rounding: a few ulp of a mean of
+# values near 1, and sums of a hundred such steps in the gradients.
+SELF_CHECK_TOLERANCE = 1e-4
+
+
+def _self_check(backend: str, device: str) -> float:
+    """The worst error of outputs and gradients against the float64 oracle, relative to each one's largest value."""
+    generator = torch.Generator().manual_seed(0)
+    B, T, C = 2, 100, 40
+    inputs = [torch.randn(shape, generator=generator) for shape in [(C,), (C,), (B, T, C), (B, T, C)]]
+    weight = torch.randn((B, T, C), generator=generator)
+
+    given = [x.to(device).requires_grad_() for x in inputs]
+    y = rwkv_kernels.wkv(*given, backend=backend)
+    assert isinstance(y, torch.Tensor)
+    found = [y.detach(), *torch.autograd.grad((y * weight.to(device)).sum(), given)]
+
+    exact = [x.double().requires_grad_() for x in inputs]
+    y, _ = reference.wkv(*exact)
+    expected = [y.detach(), *torch.autograd.grad((y * weight).sum(), exact)]
+    return max(float((a.cpu() - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
+
+
+def _cuda_summary() -> str:
+    if not torch.cuda.is_available():
+        return f"none usable (torch was built for CUDA {torch.version.cuda})"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def main() -> int:
+    build = rwkv_kernels.build_info()
+    rows = [
+        ("rwkv_kernels", rwkv_kernels.__version__),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("gpu", _cuda_summary()),
+        ("extension", build.extension or f"missing: {build.why_missing}"),
+    ]
+    if build.extension is not None:
+        rows += [
+            ("built with", f"torch {build.torch}, {build.compiler}, OpenMP {'on' if build.openmp else 'OFF'}"),
+            ("cpu kernels", f"{build.cpu_instruction_set} in use of {', '.join(build.cpu_instruction_sets)}"),
+            ("cuda kernels", build.cuda or "none in this build"),
+        ]
+    for name, value in rows:
+        print(f"{name:14}{value}")
+
+    healthy = True
+    print("\nbackends")
+    for name, available, reason in rwkv_kernels.backends():
+        if not available:
+            print(f"  {name:12}not available: {reason}")
+            continue
+        error = _self_check(name, "cpu")
+        passed = error < SELF_CHECK_TOLERANCE
+        healthy &= passed
+        print(f"  {name:12}{'available' if passed else 'WRONG'}: off the float64 oracle by {error:.1e} at most")
+    return 0 if healthy else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""Problems for the operator as data, their exact solutions, and the one rule for how close is close enough."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import rwkv_kernels
+from rwkv_kernels import reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTERVAL = 64  # steps between checkpoints in float32; cases lie on both sides of it
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Shapes and magnitudes; `make` draws the tensors."""
+
+    B: int = 2
+    T: int = 37
+    C: int = 19
+    k_scale: float = 1.0
+    log_decay: float | None = None  # None: drawn around -e^-1
+    u: float | None = None  # None: drawn from N(0, 1)
+    with_state: bool = False
+    layout: str = "contiguous"  # how k and v lie in memory
+
+
+PROBLEMS = {
+    "small": Problem(),
+    "small_with_state": Problem(with_state=True),
+    "one_step": Problem(T=1),
+    "one_step_with_state": Problem(T=1, with_state=True),
+    "one_of_everything": Problem(B=1, T=1, C=1),
+    "one_channel": Problem(B=1, T=600, C=1, with_state=True),
+    "below_a_tile": Problem(T=15),
+    "a_tile": Problem(T=16, C=64),
+    "below_a_checkpoint": Problem(T=INTERVAL - 1, C=33),
+    "a_checkpoint": Problem(T=INTERVAL, C=33, with_state=True),
+    "above_a_checkpoint": Problem(T=INTERVAL + 1, C=33),
+    "two_checkpoints_and_one": Problem(T=2 * INTERVAL + 1, C=16, with_state=True),
+    "wide": Problem(B=1, T=40, C=200),
+    "many_sequences": Problem(B=9, T=20, C=5),
+    "no_decay": Problem(T=150, log_decay=-1e-9),
+    "slow_decay": Problem(T=300, log_decay=-1e-3),
+    "strong_decay": Problem(T=100, log_decay=-20.0),
+    "decay_of_50": Problem(T=100, log_decay=-50.0, with_state=True),
+    "decay_of_10000": Problem(log_decay=-1e4, with_state=True),
+    "u_of_plus_50": Problem(T=80, u=50.0),
+    "u_of_minus_50": Problem(T=80, u=-50.0, with_state=True),
+    "u_of_plus_1000": Problem(u=1000.0),
+    "u_of_minus_1000": Problem(u=-1000.0, with_state=True),
+    "k_of_20": Problem(T=130, k_scale=20.0),
+    "k_of_1000": Problem(T=130, k_scale=1000.0, with_state=True),
+    "k_of_10000": Problem(T=70, k_scale=1e4),
+    "transposed": Problem(T=70, layout="transposed"),
+    "time_major": Problem(T=70, C=32, layout="time_major", with_state=True),
+    "every_second_channel": Problem(layout="every_second_channel"),
+    "expanded": Problem(layout="expanded"),
+}
+
+
+@dataclass
+class Tensors:
+    """What goes into the operator (w, u, k, v, state) and into its backward (gy, gstate)."""
+
+    w: Tensor
+    u: Tensor
+    k: Tensor
+    v: Tensor
+    state: Tensor | None
+    gy: Tensor
+    gstate: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        return (self.w, self.u, self.k, self.v, self.state)
+
+    def exact(self) -> "Tensors":
+        """The same numbers in float64, so that only the operator's own rounding remains between two results."""
+        fields = {name: x.double() for name, x in vars(self).items() if x is not None}
+        return replace(self, **fields)
+
+
+def _lay_out(x: Tensor, layout: str) -> Tensor:
+    """The same numbers, differently in memory."""
+    if layout == "transposed":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "time_major":
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "every_second_channel":
+        return torch.stack((x, x + 1), -1).flatten(-2)[..., ::2]
+    if layout == "expanded":
+        return x[:1].expand(x.shape)
+    return x
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def make(problem: Problem, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensors:
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64)
+
+    B, T, C = problem.B, problem.T, problem.C
+    parameter = state_dtype(dtype)
+    log_decay = normal(C).exp() * math.exp(-1) if problem.log_decay is None else torch.full((C,), -problem.log_decay)
+    u = normal(C) if problem.u is None else torch.full((C,), problem.u)
+    state = torch.stack((normal(B, C), normal(B, C).exp(), normal(B, C)), 1)
+    return Tensors(
+        w=log_decay.log().to(parameter),
+        u=u.to(parameter),
+        k=_lay_out((normal(B, T, C) * problem.k_scale).to(dtype), problem.layout),
+        v=_lay_out(normal(B, T, C).to(dtype), problem.layout),
+        state=state.to(parameter) if problem.with_state else None,
+        gy=normal(B, T, C).to(dtype),
+        gstate=normal(B, 3, C).to(parameter),
+    )
+
+
+def log_denominator(state: Tensor) -> Tensor:
+    return state[:, 2] + state[:, 1].log()
+
+
+def solve(tensors: Tensors, backend: str, scale_of_state: Tensor | None = None) -> dict[str, Tensor]:
+    """Outputs and gradients of Σ y·gy + Σ (num, den)·gstate, by name.
+
+    A state is known up to its gauge: it is reported as num/den and log of den·e^max, and its gradient is taken at one
+    scale for everybody, `scale_of_state` [B, C], by default its own max.
+    """
+    given = {name: x for name, x in zip("w u k v state".split(), tensors.inputs, strict=True) if x is not None}
+    leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
+    y, state = rwkv_kernels.wkv(**leaves, return_state=True, backend=backend)
+    own_scale = state[:, 2].detach()
+    change = torch.exp(own_scale - (own_scale if scale_of_state is None else scale_of_state))
+    loss = (y.double() * tensors.gy).sum() + (state[:, :2].double() * (change[:, None] * tensors.gstate[:, :2])).sum()
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    results = {"y": y, "state_mean": state[:, 0] / state[:, 1], "state_log_den": log_denominator(state)}
+    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        results[f"g{name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+    return {name: x.detach() for name, x in results.items()}
+
+
+def oracle(tensors: Tensors) -> dict[str, Tensor]:
+    return solve(tensors.exact(), "reference")
+
+
+def largest_logit(tensors: Tensors) -> float:
+    decay = float(tensors.w.double().exp().max())
+    return float(tensors.k.double().abs().max() + tensors.u.double().abs().max()) + min(decay, 100.0)
+
+
+def tolerance(dtype: torch.dtype, T: int, logit: float) -> float:
+    """How far a correct kernel may be from the exact result, relative to the largest element of each tensor.
+
+    Every sum passes through about four roundings a step, each at most half an ulp of the accumulation type and of
+    either sign, so that sqrt(4T) of them are expected to remain, and six times that practically never (Higham and Mary,
+    2019). A logit x is rounded by x/2 ulp, which is a relative error of its weight e^x, and again in every step that
+    the running maximum decays. The result is rounded once more, to the output's type. In float64 the oracle is no more
+    exact than the kernel, so both errors count.
+    """
+    unit = torch.finfo(state_dtype(dtype)).eps / 2
+    accumulated = 6 * unit * math.sqrt(T) * (2 + logit)
+    return (2 if dtype == torch.float64 else 1) * accumulated + torch.finfo(dtype).eps / 2
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tensors: Tensors, what: str = "") -> None:
+    k = tensors.k
+    logit = largest_logit(tensors)
+    for name, exact in expected.items():
+        output_dtype = k.dtype if name in ("y", "gk", "gv") else state_dtype(k.dtype)
+        allowed = tolerance(output_dtype, k.shape[1], logit)
+        assert_tensor_close(f"{what}{name}", found[name], exact, allowed, least_scale(name, tensors))
+
+
+def least_scale(name: str, tensors: Tensors) -> float:
+    """What an error is relative to even where the exact result is smaller.
+
+    Roundings are relative to the terms of a sum, not to what cancellation leaves: gy·(v - y) is made of terms of the
+    size of gy·v even where v = y.
+    """
+    if name in ("gk", "gw", "gu"):
+        return float(tensors.gy.abs().max() * tensors.v.abs().max())
+    return torch.finfo(torch.float32).tiny
+
+
+def assert_tensor_close(name: str, found: Tensor, exact: Tensor, allowed: float, least: float = 1e-30) -> None:
+    """Fails with the worst place and both values, and with the places where only one of the two is NaN or infinite."""
+    found, exact = found.double(), exact.double()
+    assert found.shape == exact.shape, f"{name}: shape {list(found.shape)}, expected {list(exact.shape)}"
+    odd = found.isfinite() != exact.isfinite()
+    odd |= found.isnan() != exact.isnan()
+    assert not odd.any(), f"{name}: not finite in one of the two at {odd.nonzero()[:5].tolist()} ({int(odd.sum())} places)"
+    finite = exact.isfinite()
+    if not finite.any():
+        return
+    scale = max(float(exact[finite].abs().max()), least)
+    difference = torch.where(finite, (found - exact).abs(), 0) / scale
+    worst = int(difference.argmax())
+    place = [int(i) for i in torch.unravel_index(torch.tensor(worst), difference.shape)]
+    assert float(difference.flatten()[worst]) <= allowed, (
+        f"{name}{place}: {float(found.flatten()[worst]):.9g}, exact {float(exact.flatten()[worst]):.9g}, "
+        f"off by {float(difference.flatten()[worst]):.2e} of the largest element, allowed {allowed:.2e}"
+    )

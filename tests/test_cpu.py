@@ -1,0 +1,101 @@
+"""The CPU kernels: every instruction set, any number of threads, and the plan that splits the work."""
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import rwkv_kernels
+from problems import Problem, assert_close, make, oracle, solve
+
+extension = pytest.importorskip("rwkv_kernels._C", reason="the extension is not built")
+
+# What torch calls the instruction sets, in the environment variable that it reads and to the user.
+CAPABILITIES = {"baseline": "default", "avx2": "avx2", "avx512": "avx512"}
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("instruction_set", CAPABILITIES)
+def test_every_instruction_set_passes_the_same_tests(instruction_set: str) -> None:
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": CAPABILITIES[instruction_set]}
+    code = "import rwkv_kernels; print(rwkv_kernels.build_info().cpu_instruction_set)"
+    used = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    if used.stdout.strip() != instruction_set:
+        pytest.skip(f"this machine or build has no {instruction_set}")
+    if instruction_set == rwkv_kernels.build_info().cpu_instruction_set:
+        return  # the suite itself runs on it
+    here = Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", str(here / "test_operator.py"), str(here / "test_special_values.py")]
+        + ["-k", "cpu and not float64 and not extremes"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=here.parent,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert f"cpu kernels: {instruction_set} of" in result.stdout
+
+
+@pytest.mark.parametrize("B, C", [(4, 64), (1, 1024), (3, 200)])
+def test_results_do_not_depend_on_the_number_of_threads(B: int, C: int, threads: None) -> None:
+    tensors = make(Problem(B=B, T=600, C=C, with_state=True), torch.bfloat16)
+    torch.set_num_threads(1)
+    expected = solve(tensors, "cpu")
+    for count in (2, 3, 4):
+        torch.set_num_threads(count)
+        assert extension.plan_cpu("bfloat16", B, 600, C, count)["spans"] == 1
+        for name, value in solve(tensors, "cpu").items():
+            assert torch.equal(value, expected[name]), (count, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("log_decay", [-1e-4, None, -30.0])
+def test_a_split_over_time_equals_the_oracle(dtype: torch.dtype, log_decay: float | None, threads: None) -> None:
+    T, C = 1700, 50
+    tensors = make(Problem(B=1, T=T, C=C, log_decay=log_decay, with_state=True), dtype)
+    torch.set_num_threads(4)
+    assert extension.plan_cpu(str(dtype).removeprefix("torch."), 1, T, C, 4)["spans"] > 2
+    found = solve(tensors, "cpu")
+    assert_close(found, oracle(tensors), tensors)
+    for name, value in solve(tensors, "cpu").items():
+        assert torch.equal(value, found[name]), name
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_plan_covers_every_element_once(seed: int) -> None:
+    draw = random.Random(seed)
+    for _ in range(100):
+        dtype = draw.choice(["float32", "float16", "bfloat16", "float64"])
+        B, T, C = draw.choice([1, 2, 7, 64]), int(10 ** draw.uniform(0, 6)), int(10 ** draw.uniform(0, 4))
+        threads = draw.choice([1, 2, 3, 8, 64, 192])
+        plan = extension.plan_cpu(dtype, B, T, C, threads)
+        interval = extension.checkpoint_interval(dtype)
+        assert plan["channel_tile"] % 64 == 0 and plan["span_steps"] % interval == 0
+        assert (plan["tiles"] - 1) * plan["channel_tile"] < C <= plan["tiles"] * plan["channel_tile"]
+        assert (plan["spans"] - 1) * plan["span_steps"] < T <= plan["spans"] * plan["span_steps"]
+        if plan["spans"] > 1:
+            assert B * -(-C // 64) < threads, "split over time although the channels keep the threads busy"
+
+
+@pytest.mark.parametrize("B, T, C, threads, idle", [(8, 1024, 768, 2, 0.0), (1, 16384, 768, 2, 0.0), (3, 512, 768, 2, 0.1)])
+def test_the_plan_keeps_threads_busy(B: int, T: int, C: int, threads: int, idle: float) -> None:
+    plan = extension.plan_cpu("float32", B, T, C, threads)
+    units = B * plan["tiles"] * plan["spans"]
+    assert units / (-(-units // threads) * threads) >= 1 - idle
+
+
+def test_plan_refuses_an_unknown_dtype() -> None:
+    with pytest.raises(ValueError, match="dtype: expected float32.*got int8"):
+        extension.plan_cpu("int8", 1, 1, 1, 1)

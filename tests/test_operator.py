@@ -1,0 +1,58 @@
+"""Every backend against the float64 oracle: outputs, states and all gradients."""
+
+import pytest
+import torch
+
+import rwkv_kernels
+from problems import DTYPES, PROBLEMS, Problem, assert_close, least_scale, make, oracle, solve
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_outputs_and_gradients_equal_the_oracle(name: str, dtype: torch.dtype, backend: str) -> None:
+    if name == "k_of_10000" and dtype == torch.float16:
+        name = "k_of_1000"  # 3 standard deviations of 1e4 are near float16's largest number, 4 beyond it
+    tensors = make(PROBLEMS[name], dtype)
+    exact = tensors.exact()
+    _, final = rwkv_kernels.wkv(*tensors.inputs, return_state=True, backend=backend)
+    expected = solve(exact, "reference", scale_of_state=final[:, 2].double())
+    assert_close(solve(tensors, backend), expected, tensors)
+
+
+@pytest.mark.parametrize("T", [1, 37, 1024])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
+def test_error_is_at_most_twice_that_of_the_step_loop(dtype: torch.dtype, T: int, compiled_backend: str) -> None:
+    tensors = make(Problem(B=2, T=T, C=48), dtype)
+    expected = oracle(tensors)
+    found, loop = solve(tensors, compiled_backend), solve(tensors, "reference")
+    for name, exact in expected.items():
+        scale = max(float(exact.abs().max()), least_scale(name, tensors))
+        error, loop_error = ((x[name].double() - exact).abs().max() / scale for x in (found, loop))
+        # Where the loop is exact by luck, as in one step, an ulp is the measure.
+        least = torch.finfo(found[name].dtype).eps
+        assert error <= 2 * max(loop_error, least), f"{name}: {error:.2e}, step loop {loop_error:.2e}"
+
+
+def test_two_runs_are_bitwise_equal(compiled_backend: str) -> None:
+    tensors = make(Problem(B=3, T=200, C=70, with_state=True), torch.bfloat16)
+    first, second = solve(tensors, compiled_backend), solve(tensors, compiled_backend)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_parameters_of_another_dtype_get_gradients_of_that_dtype(backend: str) -> None:
+    tensors = make(Problem(), torch.float32)
+    w, u = (x.to(torch.bfloat16).requires_grad_() for x in (tensors.w, tensors.u))
+    rwkv_kernels.wkv(w, u, tensors.k, tensors.v, backend=backend).sum().backward()
+    wide = [x.detach().double().requires_grad_() for x in (w, u)]
+    rwkv_kernels.wkv(*wide, tensors.k.double(), tensors.v.double(), backend="reference").sum().backward()
+    for narrow, exact in zip((w, u), wide, strict=True):
+        assert narrow.grad is not None and narrow.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(narrow.grad.double(), exact.grad, rtol=2**-8, atol=2**-8 * float(exact.grad.abs().max()))
+
+
+def test_long_sequence_equals_the_oracle(compiled_backend: str) -> None:
+    tensors = make(Problem(B=1, T=5000, C=2, log_decay=-1e-3, with_state=True))
+    assert_close(solve(tensors, compiled_backend), oracle(tensors), tensors)

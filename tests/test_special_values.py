@@ -1,0 +1,88 @@
+"""NaN and infinities stay where they belong, and extremes stay finite."""
+
+import pytest
+import torch
+
+import rwkv_kernels
+from problems import DTYPES, Problem, make, solve
+from rwkv_kernels import reference
+
+T, C = 100, 40
+PLACE = (1, 37, 5)  # b, t, c
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_nan_stays_in_its_sequence_and_channel_from_its_step_on(
+    value: float, dtype: torch.dtype, backend: str
+) -> None:
+    tensors = make(Problem(T=T, C=C), dtype)
+    w, u, k, v, _ = tensors.inputs
+    clean, _ = rwkv_kernels.wkv(w, u, k, v, return_state=True, backend=backend)
+    k = k.clone()
+    k[PLACE] = value
+    y, state = rwkv_kernels.wkv(w, u, k, v, return_state=True, backend=backend)
+    b, t, c = PLACE
+    hit = torch.zeros(2, T, C, dtype=torch.bool)
+    hit[b, t:, c] = True
+    assert torch.equal(y.isnan(), hit)
+    torch.testing.assert_close(y[~hit], clean[~hit], rtol=1e-2, atol=1e-2)
+    assert torch.equal(state[:, :2].isnan().any(1), hit[:, -1])
+
+
+@pytest.mark.parametrize("argument", ["k", "v", "gy", "w", "u", "state"])
+def test_nan_is_in_the_same_places_as_in_the_oracle(argument: str, compiled_backend: str) -> None:
+    tensors = make(Problem(T=T, C=C, with_state=True))
+    value = getattr(tensors, argument)
+    value[PLACE if value.dim() == 3 and argument != "state" else (1, 0, 5) if argument == "state" else 5] = torch.nan
+    found, expected = solve(tensors, compiled_backend), solve(tensors, "reference")
+    for name, tensor in expected.items():
+        assert torch.equal(found[name].isnan(), tensor.isnan()), name
+
+
+def test_a_key_of_minus_infinity_has_no_weight(backend: str) -> None:
+    tensors = make(Problem(T=T, C=C))
+    w, u, k, v, _ = tensors.inputs
+    k = k.clone()
+    k[PLACE] = -torch.inf
+    y, _ = rwkv_kernels.wkv(w, u, k, v, return_state=True, backend=backend)
+    exact, _ = reference.wkv(w.double(), u.double(), k.double(), v.double())
+    assert y.isfinite().all()
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_without_any_weight_is_zero_over_zero(backend: str) -> None:
+    w, u, k, v, _ = make(Problem(T=20)).inputs
+    k = k.clone()
+    k[:, :3] = -torch.inf
+    y = rwkv_kernels.wkv(w, u, k, v, backend=backend)
+    assert y[:, :3].isnan().all() and y[:, 3:].isfinite().all()
+
+
+@pytest.mark.parametrize("k_scale", [0.0, 1.0, 1e4])
+@pytest.mark.parametrize("log_decay", [-1e-30, -1.0, -1e4])
+@pytest.mark.parametrize("u", [-1e4, 0.0, 1e4])
+def test_extremes_stay_finite(k_scale: float, log_decay: float, u: float, backend: str) -> None:
+    tensors = make(Problem(T=70, C=16, k_scale=k_scale, log_decay=log_decay, u=u, with_state=True))
+    tensors.k.clamp_(-1e4, 1e4)
+    for name, value in solve(tensors, backend).items():
+        assert value.isfinite().all(), name
+
+
+def test_large_values_do_not_overflow(compiled_backend: str) -> None:
+    tensors = make(Problem(T=50))
+    tensors.v *= 1e37 / tensors.v.abs().max()
+    y = rwkv_kernels.wkv(tensors.w, tensors.u, tensors.k, tensors.v, backend=compiled_backend)
+    assert y.isfinite().all() and y.abs().max() <= 1.001e37
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_number_passes_through(dtype: torch.dtype, compiled_backend: str) -> None:
+    """One step from an empty state returns v: all finite bit patterns, both zeros and infinities, and NaN."""
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    v = bits.view(dtype).reshape(16, 1, -1)
+    C = v.shape[-1]
+    y = rwkv_kernels.wkv(torch.zeros(C), torch.zeros(C), torch.zeros_like(v), v, backend=compiled_backend)
+    assert torch.equal(y.isnan(), v.isnan())
+    finite = ~v.isnan()
+    assert torch.equal(y[finite], v[finite])

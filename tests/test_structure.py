@@ -1,0 +1,54 @@
+"""The rules of the house that a reader relies on."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+TORCH_HEADERS = re.compile(r'#include <(torch|ATen|c10)/')
+
+
+def _sources(*patterns: str) -> list[Path]:
+    return sorted(path for pattern in patterns for path in CSRC.rglob(pattern))
+
+
+def test_the_manifest_lists_every_translation_unit() -> None:
+    listed = (CSRC / "sources.txt").read_text().split()
+    assert sorted(listed) == [str(path.relative_to(ROOT)) for path in _sources("*.cpp", "*.cu")]
+
+
+def test_torch_headers_stay_in_the_glue() -> None:
+    glue = {"ops.cpp", "checks.h", "cpu/wkv_cpu.cpp", "module.cpp"}
+    users = {str(p.relative_to(CSRC)) for p in _sources("*.h", "*.cpp", "*.cu*") if TORCH_HEADERS.search(p.read_text())}
+    assert users <= glue
+
+
+def test_pybind11_stays_in_the_module() -> None:
+    assert [p.name for p in _sources("*.h", "*.cpp", "*.cu*") if "#include <pybind11" in p.read_text()] == ["module.cpp"]
+
+
+def test_the_maths_header_needs_the_standard_library_only() -> None:
+    for name in ("wkv_math.h", "wkv_problem.h"):
+        assert not re.findall(r'#include "', (CSRC / name).read_text())
+
+
+def _imports(module: str) -> set[str]:
+    tree = ast.parse((ROOT / "rwkv_kernels" / f"{module}.py").read_text())
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("rwkv_kernels"):
+            tail = node.module.removeprefix("rwkv_kernels").lstrip(".")
+            names |= {tail} if tail else {alias.name for alias in node.names}
+    return names
+
+
+def test_python_modules_import_downwards_only() -> None:
+    assert _imports("reference") == set()
+    assert _imports("_extension") == set()
+    assert _imports("autograd") == set()
+    assert _imports("registry") <= {"autograd", "reference", "_extension"}
+    assert _imports("functional") <= {"registry", "reference"}
+    assert _imports("nn") <= {"functional"}
+
+

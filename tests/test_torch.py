@@ -1,0 +1,247 @@
+"""What a user of PyTorch expects of an operator: compile, export, functional transforms, checkpointing, autocast."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+
+import rwkv_kernels
+from problems import Problem, make
+from rwkv_kernels import reference
+
+ARGUMENTS = (0, 1, 2, 3, 4)
+
+
+def _operator() -> Any:
+    if not any(name == "cpu" and available for name, available, _ in rwkv_kernels.backends()):
+        pytest.skip("the extension is not built")
+    return torch.ops.rwkv_kernels
+
+
+def _double_inputs(**changes: Any) -> tuple[Tensor, ...]:
+    tensors = make(Problem(T=70, C=5, with_state=True, **changes)).exact()
+    assert tensors.state is not None
+    return tensors.w, tensors.u, tensors.k, tensors.v, tensors.state
+
+
+def _loss(function: Callable[..., Any]) -> Callable[..., Tensor]:
+    """A scalar of both results that respects the state's gauge."""
+
+    def loss(*inputs: Tensor) -> Tensor:
+        y, state = function(*inputs)
+        return (y**2).sum() + (state[:, 0] / state[:, 1]).sum() + (state[:, 2] + state[:, 1].log()).sum()
+
+    return loss
+
+
+def _wkv(*inputs: Tensor) -> Any:
+    return rwkv_kernels.wkv(*inputs, return_state=True)
+
+
+def _assert_all_close(found: Any, expected: Any) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(with_state: bool, requires_grad: bool) -> None:
+    ops = _operator()
+    w, u, k, v, state = (x.requires_grad_(requires_grad) for x in _double_inputs())
+    given = state if with_state else None
+    for checkpoint in (False, True):
+        torch.library.opcheck(ops.wkv_forward.default, (w, u, k, v, given, checkpoint))
+    with torch.no_grad():
+        _, after, checkpoints = ops.wkv_forward(w, u, k, v, given, True)
+        gradients = (v.detach().clone(), after if with_state else None)
+        backward_inputs = [x if x is None else x.detach() for x in (w, u, k, v, given, checkpoints)]
+        torch.library.opcheck(ops._wkv_backward.default, (*backward_inputs, *gradients))
+        step_inputs = (w.detach(), u.detach(), k.detach()[:, 0], v.detach()[:, 0], state.detach().clone())
+        torch.library.opcheck(ops.wkv_step.default, step_inputs)
+
+
+def test_gradcheck(compiled_backend: str) -> None:
+    inputs = [x[:, :9].contiguous() if x.shape[1:] == (70, 5) else x for x in _double_inputs()]
+    inputs = [x.requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(lambda *x: rwkv_kernels.wkv(*x, backend=compiled_backend), inputs)
+
+
+@pytest.mark.parametrize("inputs", [4, 5], ids=["without_state", "with_state"])
+def test_compiles_whole_and_differentiates(inputs: int) -> None:
+    _operator()
+    compiled = torch.compile(_wkv, fullgraph=True)
+    given = [x.requires_grad_() for x in _double_inputs()][:inputs]
+    found = torch.autograd.grad(_loss(compiled)(*given), given)
+    _assert_all_close(found, torch.autograd.grad(_loss(reference.wkv)(*given), given))
+
+
+def test_compiles_with_dynamic_shapes() -> None:
+    _operator()
+    compiled = torch.compile(_wkv, fullgraph=True, dynamic=True)
+    w, u, *_ = _double_inputs()
+    for B, T in [(2, 70), (3, 200), (2, 33), (5, 64), (5, 65)]:
+        tensors = make(Problem(B=B, T=T, C=5), torch.float64)
+        given = [w, u, tensors.k.requires_grad_(), tensors.v.requires_grad_()]
+        found = torch.autograd.grad(_loss(compiled)(*given), given[2:])
+        _assert_all_close(found, torch.autograd.grad(_loss(reference.wkv)(*given), given[2:]))
+
+
+def test_compiled_code_follows_use_backend() -> None:
+    w, u, k, v, _ = _double_inputs()
+    compiled = torch.compile(lambda k: rwkv_kernels.wkv(w, u, k, v[:, :3]), fullgraph=True)
+    with rwkv_kernels.use_backend("reference"):
+        torch.testing.assert_close(compiled(k[:, :3]), reference.wkv(w, u, k[:, :3], v[:, :3])[0])
+
+
+def test_compiles_the_step() -> None:
+    _operator()
+    w, u, k, v, state = _double_inputs()
+    eager, traced = state.clone(), state.clone()
+    expected = rwkv_kernels.wkv_step(w, u, k[:, 0], v[:, 0], eager)
+    compiled = torch.compile(rwkv_kernels.wkv_step, fullgraph=True)
+    torch.testing.assert_close(compiled(w, u, k[:, 0], v[:, 0], traced), expected)
+    torch.testing.assert_close(traced, eager)
+
+
+def test_exports_with_dynamic_length() -> None:
+    _operator()
+
+    class Module(torch.nn.Module):
+        def forward(self, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Any:
+            return _wkv(w, u, k, v, state)
+
+    inputs = _double_inputs()
+    steps = torch.export.Dim("T", min=2, max=4096)
+    program = torch.export.export(Module(), inputs, dynamic_shapes=({}, {}, {1: steps}, {1: steps}, {}))
+    longer = make(Problem(T=200, C=5)).exact()
+    w, u, _, _, state = inputs
+    found = program.module()(w, u, longer.k, longer.v, state)
+    _assert_all_close(found, _wkv(w, u, longer.k, longer.v, state))
+
+
+def test_func_grad(compiled_backend: str) -> None:
+    inputs = _double_inputs()
+    with rwkv_kernels.use_backend(compiled_backend):
+        found = torch.func.grad(_loss(_wkv), ARGUMENTS)(*inputs)
+    _assert_all_close(found, torch.func.grad(_loss(reference.wkv), ARGUMENTS)(*inputs))
+
+
+@pytest.mark.parametrize("in_dims", [(None, None, 0, 0, None), (0, None, 0, None, None), (0, 0, 1, 2, 3), (None, 0, 3, 0, 1)])
+def test_vmap(in_dims: tuple[int | None, ...], compiled_backend: str) -> None:
+    inputs = [
+        x if dim is None else torch.stack([x, x / 2, x / 3], dim)
+        for x, dim in zip(_double_inputs(), in_dims, strict=True)
+    ]
+    with rwkv_kernels.use_backend(compiled_backend):
+        found = torch.vmap(_wkv, in_dims)(*inputs)
+    y, state = torch.vmap(reference.wkv, in_dims)(*inputs)
+    torch.testing.assert_close(found[0], y, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found[1][:, :, 0] / found[1][:, :, 1], state[:, :, 0] / state[:, :, 1])
+
+
+def test_per_sample_gradients(compiled_backend: str) -> None:
+    """vmap over grad: the gradients of shared parameters, one for every sample."""
+    w, u, k, v, state = _double_inputs(B=4)
+    in_dims = (None, None, 0, 0, 0)
+    samples = (w, u, k[:, None], v[:, None], state[:, None])
+    with rwkv_kernels.use_backend(compiled_backend):
+        found = torch.vmap(torch.func.grad(_loss(_wkv), ARGUMENTS), in_dims)(*samples)
+    _assert_all_close(found, torch.vmap(torch.func.grad(_loss(reference.wkv), ARGUMENTS), in_dims)(*samples))
+
+
+def test_vmap_inside_autograd(compiled_backend: str) -> None:
+    w, u, k, v, _ = _double_inputs()
+    k = torch.stack([k, k / 2]).requires_grad_()
+    w = w.requires_grad_()
+
+    def gradients(function: Callable[..., Any]) -> tuple[Tensor, ...]:
+        y = torch.vmap(lambda k: function(w, u, k, v)[0])(k)
+        return torch.autograd.grad((y**2).sum(), (k, w))
+
+    with rwkv_kernels.use_backend(compiled_backend):
+        found = gradients(_wkv)
+    _assert_all_close(found, gradients(reference.wkv))
+
+
+def test_vmap_over_nothing_says_so(compiled_backend: str) -> None:
+    w, u, k, v, _ = _double_inputs()
+    with rwkv_kernels.use_backend(compiled_backend):
+        y = torch.vmap(lambda k: rwkv_kernels.wkv(w, u, k, v))(k.new_zeros(0, 2, 70, 5))
+    assert y.shape == (0, 2, 70, 5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant: bool, compiled_backend: str) -> None:
+    def gradients(function: Callable[..., Any]) -> list[Tensor | None]:
+        leaves = [x.requires_grad_() for x in _double_inputs()]
+        _loss(function)(*leaves).backward()
+        return [x.grad for x in leaves]
+
+    with rwkv_kernels.use_backend(compiled_backend):
+        found = gradients(lambda *x: torch.utils.checkpoint.checkpoint(_wkv, *x, use_reentrant=reentrant))
+    _assert_all_close(found, gradients(reference.wkv))
+
+
+def test_second_derivative_is_refused(compiled_backend: str) -> None:
+    inputs = [x.requires_grad_() for x in _double_inputs()]
+    y = rwkv_kernels.wkv(*inputs, backend=compiled_backend)
+    (gk,) = torch.autograd.grad(y.sum(), inputs[2], create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative.*backend='reference'"):
+        gk.pow(2).sum().backward()
+    with rwkv_kernels.use_backend(compiled_backend), pytest.raises(NotImplementedError, match="second|forward-mode"):
+        torch.func.jacrev(torch.func.jacrev(lambda k: _wkv(*inputs[:2], k, inputs[3])[0].sum()))(inputs[2].detach())
+
+
+def test_forward_mode_is_refused(compiled_backend: str) -> None:
+    w, u, k, v, _ = _double_inputs()
+    with rwkv_kernels.use_backend(compiled_backend):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative.*backend='reference'"):
+            torch.func.jvp(lambda k: _wkv(w, u, k, v)[0], (k,), (k,))
+        for grad_mode in (True, False):
+            with torch.autograd.forward_ad.dual_level(), torch.set_grad_enabled(grad_mode):
+                dual = torch.autograd.forward_ad.make_dual(k, k)
+                with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                    _wkv(w, u, dual, v)
+
+
+def test_the_reference_differentiates_twice_and_forward() -> None:
+    w, u, k, v, _ = _double_inputs()
+    k, v = k[:1, :4], v[:1, :4]
+
+    def function(k: Tensor) -> Tensor:
+        y = rwkv_kernels.wkv(w, u, k, v, backend="reference")
+        assert isinstance(y, Tensor)
+        return y
+
+    assert torch.autograd.gradgradcheck(function, k.clone().requires_grad_())
+    assert torch.autograd.gradcheck(function, k.clone().requires_grad_(), check_forward_ad=True)
+
+
+def test_autocast_joins_the_dtypes_of_k_and_v(compiled_backend: str) -> None:
+    tensors = make(Problem())
+    w, u, k, v, _ = tensors.inputs
+    narrow = k.bfloat16()
+    expected = rwkv_kernels.wkv(w, u, narrow.float(), v, backend=compiled_backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(rwkv_kernels.wkv(w, u, narrow, v, backend=compiled_backend), expected)
+        assert rwkv_kernels.wkv(w, u, narrow, v.bfloat16(), backend=compiled_backend).dtype == torch.bfloat16
+        assert torch.equal(_operator().wkv_forward(w, u, narrow, v, None, False)[0], expected)
+    with pytest.raises(TypeError, match="v: expected torch.bfloat16 as k"):
+        rwkv_kernels.wkv(w, u, narrow, v, backend=compiled_backend)
+
+
+def test_meta_tensors_have_the_right_shapes() -> None:
+    _operator()
+    inputs = [x.to("meta") for x in _double_inputs()]
+    y, state = _wkv(*inputs)
+    assert y.device.type == "meta" and y.shape == (2, 70, 5) and state.shape == (2, 3, 5)
+
+
+def test_inference_mode(compiled_backend: str) -> None:
+    inputs = _double_inputs()
+    expected = rwkv_kernels.wkv(*inputs, backend=compiled_backend)
+    with torch.inference_mode():
+        assert torch.equal(rwkv_kernels.wkv(*inputs, backend=compiled_backend), expected)
