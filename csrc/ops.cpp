@@ -1,4 +1,5 @@
-// The operators' schemas. Kernels register themselves; fakes, autograd, vmap and autocast are in rwkv_kernels/autograd.py.
+// The operators' schemas. Kernels register themselves; fakes, autograd, vmap and autocast are in
+// rwkv_kernels/autograd.py.
 #include <torch/library.h>
 
 TORCH_LIBRARY(rwkv_kernels, m) {

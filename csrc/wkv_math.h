@@ -33,33 +33,19 @@ inline constexpr double kSharedSpread = 60.0;
 
 // ---- a scalar as a Real; a vector type brings its own ----
 
-WKV_HD bool all(bool condition) {
-  return condition;
-}
+WKV_HD bool all(bool condition) { return condition; }
 template <class Scalar>
 WKV_HD Scalar select(bool condition, Scalar a, Scalar b) {
   return condition ? a : b;
 }
-WKV_HD float abs(float x) {
-  return std::fabs(x);
-}
-WKV_HD double abs(double x) {
-  return std::fabs(x);
-}
+WKV_HD float abs(float x) { return std::fabs(x); }
+WKV_HD double abs(double x) { return std::fabs(x); }
 // e^x for x <= 0, exactly 0 for -inf.
-WKV_HD float exp_nonpositive(float x) {
-  return std::exp(x);
-}
-WKV_HD double exp_nonpositive(double x) {
-  return std::exp(x);
-}
+WKV_HD float exp_nonpositive(float x) { return std::exp(x); }
+WKV_HD double exp_nonpositive(double x) { return std::exp(x); }
 // 2^x for x <= 0, of which only terms above 2^-126 count.
-WKV_HD float exp2_clamped(float x) {
-  return std::exp2(x);
-}
-WKV_HD double exp2_clamped(double x) {
-  return std::exp2(x);
-}
+WKV_HD float exp2_clamped(float x) { return std::exp2(x); }
+WKV_HD double exp2_clamped(double x) { return std::exp2(x); }
 
 // ---- the operator ----
 
@@ -195,9 +181,7 @@ struct TileRange {
     return highest + select(channel.u >= Real(0), channel.u, Real(0));
   }
   // False for infinite keys, which belong to RunningScale. NaN may pass: it stays NaN in either scale.
-  WKV_HD auto fits(Channel<Real> channel) const {
-    return highest - lowest + abs(channel.u) <= Real(kSharedSpread);
-  }
+  WKV_HD auto fits(Channel<Real> channel) const { return highest - lowest + abs(channel.u) <= Real(kSharedSpread); }
 };
 
 }  // namespace wkv

@@ -7,24 +7,16 @@ namespace wkv {
 
 enum class DType { float32, float16, bfloat16, float64 };
 
-constexpr int64_t element_bytes(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
+constexpr int64_t element_bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 // States, parameters and every accumulation: float64 for float64, float32 for the rest.
-constexpr int64_t state_bytes(DType dtype) {
-  return dtype == DType::float64 ? 8 : 4;
-}
+constexpr int64_t state_bytes(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
 
 // Backward replays from a saved state every so many steps: 3 · state_bytes / interval = 12/64 bytes per element.
-constexpr int64_t checkpoint_interval(DType dtype) {
-  return 16 * state_bytes(dtype);
-}
+constexpr int64_t checkpoint_interval(DType dtype) { return 16 * state_bytes(dtype); }
 
 // The first chunk starts from the given state, so it needs no checkpoint.
-constexpr int64_t checkpoint_count(DType dtype, int64_t T) {
-  return T == 0 ? 0 : (T - 1) / checkpoint_interval(dtype);
-}
+constexpr int64_t checkpoint_count(DType dtype, int64_t T) { return T == 0 ? 0 : (T - 1) / checkpoint_interval(dtype); }
 
 // A [B, T, C] tensor whose channels are contiguous.
 struct Sequence {
@@ -36,9 +28,9 @@ struct Sequence {
 struct ForwardProblem {
   DType dtype;
   int64_t B, T, C;
-  const void* w;   // state [C], the raw decay: log_decay = -exp(w)
-  const void* u;   // state [C]
-  Sequence k, v;   // element [B, T, C]
+  const void* w;      // state [C], the raw decay: log_decay = -exp(w)
+  const void* u;      // state [C]
+  Sequence k, v;      // element [B, T, C]
   const void* state;  // state [B, 3, C] or null for an empty one
   void* y;            // element [B, T, C]
   void* state_out;    // state [B, 3, C]

@@ -2,11 +2,12 @@
 
 import torch  # noqa: F401 - before the extension, whose libraries it loads
 
-from rwkv_kernels.registry import BackendInfo, BackendUnavailable, backends, use_backend
 from rwkv_kernels.build import BuildInfo, build_info
 from rwkv_kernels.functional import empty_state, wkv, wkv_step
+from rwkv_kernels.registry import BackendInfo, BackendUnavailable, backends, use_backend
+from rwkv_kernels.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "BackendInfo",

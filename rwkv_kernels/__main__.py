@@ -8,8 +8,8 @@ import torch
 import rwkv_kernels
 from rwkv_kernels import reference
 
-# The self-check's float32 inputs are exact in float64, so this bounds the backend's own rounding: a few ulp of a mean of
-# values near 1, and sums of a hundred such steps in the gradients.
+# The self-check's float32 inputs are exact in float64, so this bounds the backend's own rounding: a few ulp of a mean
+# of values near 1, and sums of a hundred such steps in the gradients.
 SELF_CHECK_TOLERANCE = 1e-4
 
 

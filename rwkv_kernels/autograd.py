@@ -75,9 +75,9 @@ def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, A
             w, u, k, v, state, checkpoints = ctx.saved_tensors
             if gy is None:
                 gy = torch.zeros_like(k)
-            call = Backward.apply if _transforms_active() else backward
+            call: Any = Backward.apply if _transforms_active() else backward
             *gradients, gstate = call(w, u, k, v, state, checkpoints, gy, gstate_out)
-            return *gradients, (None if state is None else gstate)
+            return (*gradients, None if state is None else gstate)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
@@ -135,9 +135,7 @@ def attach(
 
     # ---- derivatives ----
 
-    def forward_autograd(
-        w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool
-    ) -> Outputs:
+    def forward_autograd(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool) -> Outputs:
         if not _needs_derivative(w, u, k, v, state):
             with torch._C._AutoDispatchBelowAutograd():
                 return forward(w, u, k, v, state, checkpoint)  # type: ignore[no-any-return]
@@ -180,9 +178,7 @@ def attach(
 
     # ---- autocast: all sums are float32 anyway, so k and v only have to agree, and the wider one decides ----
 
-    def forward_autocast(
-        w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool
-    ) -> Outputs:
+    def forward_autocast(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool) -> Outputs:
         dtype = torch.promote_types(k.dtype, v.dtype)
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
             torch._C.DispatchKey.AutocastCUDA
@@ -193,9 +189,7 @@ def attach(
     for key in ("AutocastCPU", "AutocastCUDA"):
         library.impl(forward, forward_autocast, key)
 
-    def differentiable(
-        w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def differentiable(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         if _transforms_active():
             y, state_out, _ = ForwardFunction.apply(w, u, k, v, state)
         else:

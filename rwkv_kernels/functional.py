@@ -87,18 +87,18 @@ def wkv(
     Args:
         w: [C], any floating dtype: the raw decay ("time_decay"); the log-decay per step is -exp(w).
         u: [C], any floating dtype: the bonus of the present token ("time_first"), a logit.
-        k, v: [B, T, C], float32, float16, bfloat16 or float64, both the same: keys (logits) and values. Under autocast
-            they may differ, and the wider dtype is used.
+        k, v: [B, T, C], float32, float16, bfloat16 or float64, both the same: keys (logits) and values. Under
+            autocast they may differ, and the wider dtype is used.
         state: [B, 3, C], float32, or float64 for float64 inputs: (num, den, max) as an earlier call returned it, or
             None for an empty one.
-        return_state: Also return the state after the last step, which continues the sequence as if it had never been cut.
+        return_state: Also return the state after the last step, which continues the sequence as if it was never cut.
         backend: "auto", or a name from `backends()`.
 
     Returns:
         y [B, T, C] in k's dtype, or (y, state). All sums are accumulated in the state's dtype.
 
-    Differentiable in w, u, k, v and state, including the gradient that arrives at the returned state. A state stands for
-    the sums num·e^max and den·e^max, so (num·e^a, den·e^a, max - a) is the same state, and gradients are right for
+    Differentiable in w, u, k, v and state, including the gradient that arrives at the returned state. A state stands
+    for the sums num·e^max and den·e^max, so (num·e^a, den·e^a, max - a) is the same state, and gradients are right for
     consumers that respect this, as another wkv call does.
 
     Raises:
@@ -108,10 +108,14 @@ def wkv(
 
     Source: RWKV: Reinventing RNNs for the Transformer Era (arXiv 2305.13048), equation 14.
     """
-    if isinstance(k, Tensor) and isinstance(v, Tensor) and k.dtype != v.dtype:
-        if torch.is_autocast_enabled(k.device.type):
-            dtype = torch.promote_types(k.dtype, v.dtype)
-            k, v = k.to(dtype), v.to(dtype)
+    if (
+        isinstance(k, Tensor)
+        and isinstance(v, Tensor)
+        and k.dtype != v.dtype
+        and torch.is_autocast_enabled(k.device.type)
+    ):
+        dtype = torch.promote_types(k.dtype, v.dtype)
+        k, v = k.to(dtype), v.to(dtype)
     _check(w, u, k, v, state, ("B", "T", "C"))
     y, state_out = select(backend, k).forward(w, u, k, v, state)
     return (y, state_out) if return_state else y

@@ -1,7 +1,7 @@
 """The oracle: the WKV operator in plain torch, written to be read and to be believed.
 
-Every test compares with this file. It shares no code with the kernels, imports torch alone, and has no derivative of its
-own: gradients, of any order and in either mode, are torch's.
+Every test compares with this file. It shares no code with the kernels, imports torch alone, and has no derivative of
+its own: gradients, of any order and in either mode, are torch's.
 """
 
 import torch
@@ -58,8 +58,8 @@ def wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None)
 def wkv_direct(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The definition as a softmax over all earlier steps (arXiv 2305.13048, equation 14): O(T²) time and memory.
 
-    The logit of step s seen from t is k_s + (t - 1 - s)·log_decay for s < t, and u + k_t for s = t. Arguments and result
-    are those of `wkv`.
+    The logit of step s seen from t is k_s + (t - 1 - s)·log_decay for s < t, and u + k_t for s = t. Arguments and
+    result are those of `wkv`.
     """
     dtype = _accumulation_dtype(k)
     steps = k.shape[1]

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 import rwkv_kernels
-from rwkv_kernels import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTERVAL = 64  # steps between checkpoints in float32; cases lie on both sides of it
@@ -132,7 +131,7 @@ def solve(tensors: Tensors, backend: str, scale_of_state: Tensor | None = None) 
     A state is known up to its gauge: it is reported as num/den and log of den·e^max, and its gradient is taken at one
     scale for everybody, `scale_of_state` [B, C], by default its own max.
     """
-    given = {name: x for name, x in zip("w u k v state".split(), tensors.inputs, strict=True) if x is not None}
+    given = {name: x for name, x in zip(["w", "u", "k", "v", "state"], tensors.inputs, strict=True) if x is not None}
     leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
     y, state = rwkv_kernels.wkv(**leaves, return_state=True, backend=backend)
     own_scale = state[:, 2].detach()
@@ -194,7 +193,9 @@ def assert_tensor_close(name: str, found: Tensor, exact: Tensor, allowed: float,
     assert found.shape == exact.shape, f"{name}: shape {list(found.shape)}, expected {list(exact.shape)}"
     odd = found.isfinite() != exact.isfinite()
     odd |= found.isnan() != exact.isnan()
-    assert not odd.any(), f"{name}: not finite in one of the two at {odd.nonzero()[:5].tolist()} ({int(odd.sum())} places)"
+    assert not odd.any(), (
+        f"{name}: not finite in one of the two at {odd.nonzero()[:5].tolist()} ({int(odd.sum())} places)"
+    )
     finite = exact.isfinite()
     if not finite.any():
         return

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from problems import Problem, make
 
 import rwkv_kernels
-from problems import Problem, make
 from rwkv_kernels import registry
 
 PACKAGE = Path(rwkv_kernels.__file__).parent
@@ -68,11 +68,16 @@ def test_use_backend_changes_what_auto_means_and_nests() -> None:
 def test_use_backend_is_undone_by_an_exception_and_unknown_to_other_threads() -> None:
     k = torch.zeros(1, 1, 1)
     seen: list[str] = []
-    with pytest.raises(RuntimeError, match="inside"), rwkv_kernels.use_backend("reference"):
-        thread = threading.Thread(target=lambda: seen.append(registry.select("auto", k).name))
-        thread.start()
-        thread.join()
-        raise RuntimeError("inside")
+
+    def fail_inside() -> None:
+        with rwkv_kernels.use_backend("reference"):
+            thread = threading.Thread(target=lambda: seen.append(registry.select("auto", k).name))
+            thread.start()
+            thread.join()
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail_inside()
     assert seen == ["cpu"] and registry.select("auto", k).name == "cpu"
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from problems import DTYPES, PROBLEMS, Problem, assert_close, least_scale, make, oracle, solve
 
 import rwkv_kernels
-from problems import DTYPES, PROBLEMS, Problem, assert_close, least_scale, make, oracle, solve
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -50,7 +50,9 @@ def test_parameters_of_another_dtype_get_gradients_of_that_dtype(backend: str) -
     rwkv_kernels.wkv(*wide, tensors.k.double(), tensors.v.double(), backend="reference").sum().backward()
     for narrow, exact in zip((w, u), wide, strict=True):
         assert narrow.grad is not None and narrow.grad.dtype == torch.bfloat16
-        torch.testing.assert_close(narrow.grad.double(), exact.grad, rtol=2**-8, atol=2**-8 * float(exact.grad.abs().max()))
+        torch.testing.assert_close(
+            narrow.grad.double(), exact.grad, rtol=2**-8, atol=2**-8 * float(exact.grad.abs().max())
+        )
 
 
 def test_long_sequence_equals_the_oracle(compiled_backend: str) -> None:

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from problems import PROBLEMS, Problem, make
+
 from rwkv_kernels import reference
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from problems import DTYPES, Problem, make, solve
 
 import rwkv_kernels
-from problems import DTYPES, Problem, make, solve
 from rwkv_kernels import reference
 
 T, C = 100, 40
@@ -13,9 +13,7 @@ PLACE = (1, 37, 5)  # b, t, c
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def test_nan_stays_in_its_sequence_and_channel_from_its_step_on(
-    value: float, dtype: torch.dtype, backend: str
-) -> None:
+def test_nan_stays_in_its_sequence_and_channel_from_its_step_on(value: float, dtype: torch.dtype, backend: str) -> None:
     tensors = make(Problem(T=T, C=C), dtype)
     w, u, k, v, _ = tensors.inputs
     clean, _ = rwkv_kernels.wkv(w, u, k, v, return_state=True, backend=backend)

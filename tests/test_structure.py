@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
-TORCH_HEADERS = re.compile(r'#include <(torch|ATen|c10)/')
+TORCH_HEADERS = re.compile(r"#include <(torch|ATen|c10)/")
 
 
 def _sources(*patterns: str) -> list[Path]:
@@ -25,7 +25,9 @@ def test_torch_headers_stay_in_the_glue() -> None:
 
 
 def test_pybind11_stays_in_the_module() -> None:
-    assert [p.name for p in _sources("*.h", "*.cpp", "*.cu*") if "#include <pybind11" in p.read_text()] == ["module.cpp"]
+    assert [p.name for p in _sources("*.h", "*.cpp", "*.cu*") if "#include <pybind11" in p.read_text()] == [
+        "module.cpp"
+    ]
 
 
 def test_the_maths_header_needs_the_standard_library_only() -> None:
@@ -50,5 +52,3 @@ def test_python_modules_import_downwards_only() -> None:
     assert _imports("registry") <= {"autograd", "reference", "_extension"}
     assert _imports("functional") <= {"registry", "reference"}
     assert _imports("nn") <= {"functional"}
-
-

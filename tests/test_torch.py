@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint
+from problems import Problem, make
 from torch import Tensor
 
 import rwkv_kernels
-from problems import Problem, make
 from rwkv_kernels import reference
 
 ARGUMENTS = (0, 1, 2, 3, 4)
@@ -129,7 +129,9 @@ def test_func_grad(compiled_backend: str) -> None:
     _assert_all_close(found, torch.func.grad(_loss(reference.wkv), ARGUMENTS)(*inputs))
 
 
-@pytest.mark.parametrize("in_dims", [(None, None, 0, 0, None), (0, None, 0, None, None), (0, 0, 1, 2, 3), (None, 0, 3, 0, 1)])
+@pytest.mark.parametrize(
+    "in_dims", [(None, None, 0, 0, None), (0, None, 0, None, None), (0, 0, 1, 2, 3), (None, 0, 3, 0, 1)]
+)
 def test_vmap(in_dims: tuple[int | None, ...], compiled_backend: str) -> None:
     inputs = [
         x if dim is None else torch.stack([x, x / 2, x / 3], dim)

@@ -133,12 +133,8 @@ WKV_INLINE typename NativeOf<T, lanes>::type load_bits(const void* source) {
   return value;
 }
 
-WKV_INLINE Vec<float> load(const float* source) {
-  return load_bits<float, Vec<float>::lanes>(source);
-}
-WKV_INLINE Vec<double> load(const double* source) {
-  return load_bits<double, Vec<double>::lanes>(source);
-}
+WKV_INLINE Vec<float> load(const float* source) { return load_bits<float, Vec<float>::lanes>(source); }
+WKV_INLINE Vec<double> load(const double* source) { return load_bits<double, Vec<double>::lanes>(source); }
 
 using Words = NativeOf<uint32_t, Vec<float>::lanes>::type;
 using HalfWords = NativeOf<uint16_t, Vec<float>::lanes>::type;
@@ -173,8 +169,7 @@ WKV_INLINE void store(Real* target, Vec<Real> x) {
 WKV_INLINE void store(Bfloat16* target, Vec<float> x) {
   const Words words = (Words)x.native;
   const Words nearest_even = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
-  const HalfWords halves =
-      __builtin_convertvector(x.native == x.native ? nearest_even : Words{} + 0x7fc0, HalfWords);
+  const HalfWords halves = __builtin_convertvector(x.native == x.native ? nearest_even : Words{} + 0x7fc0, HalfWords);
   std::memcpy(target, &halves, sizeof halves);
 }
 
@@ -193,8 +188,7 @@ WKV_INLINE void store(Half* target, Vec<float> x) {
   const Words normal = (words - 0x38000000 + 0xfff + ((words >> 13) & 1)) >> 13;
   const Words special = magnitude == magnitude ? Words{} + 0x7c00 : Words{} + 0x7e00;
   const Words rounded = magnitude < 0x1p-14f ? subnormal : normal;
-  const HalfWords halves =
-      __builtin_convertvector((magnitude < 65520.0f ? rounded : special) | sign, HalfWords);
+  const HalfWords halves = __builtin_convertvector((magnitude < 65520.0f ? rounded : special) | sign, HalfWords);
 #endif
   std::memcpy(target, &halves, sizeof halves);
 }

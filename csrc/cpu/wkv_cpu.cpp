@@ -123,9 +123,7 @@ void join_summaries(const at::Tensor& summaries, const at::Tensor& first, const 
   const int64_t B = summaries.size(0), spans = summaries.size(1), C = summaries.size(3);
   for (int64_t b = 0; b < B; ++b) {
     for (int64_t c = 0; c < C; ++c) {
-      const auto at = [&](const at::Tensor& states, int64_t row) {
-        return states.data_ptr<Real>() + row * 3 * C + c;
-      };
+      const auto at = [&](const at::Tensor& states, int64_t row) { return states.data_ptr<Real>() + row * 3 * C + c; };
       const auto read = [&](const Real* p) { return State<Real>{{p[0], p[C]}, p[2 * C]}; };
       State<Real> carried = read(at(first, b));
       for (int64_t span = 0; span < spans; ++span) {
@@ -265,8 +263,7 @@ void state_gradient(const at::Tensor& state, const at::Tensor& adjoint, const at
 
 template <class Real>
 void backward_as(BackwardProblem& problem, const ParameterTable& parameters, const CpuPlan& plan,
-                 const at::Tensor& first_state, const std::optional<at::Tensor>& gstate_out,
-                 const at::Tensor& gstate) {
+                 const at::Tensor& first_state, const std::optional<at::Tensor>& gstate_out, const at::Tensor& gstate) {
   const int64_t B = problem.B, C = problem.C;
   const auto options = first_state.options();
   const at::Tensor after_last =
@@ -348,8 +345,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   return {gw.to(w.scalar_type()), gu.to(u.scalar_type()), gk, gv, gstate};
 }
 
-at::Tensor step(const at::Tensor& w, const at::Tensor& u, const at::Tensor& k, const at::Tensor& v,
-                at::Tensor& state) {
+at::Tensor step(const at::Tensor& w, const at::Tensor& u, const at::Tensor& k, const at::Tensor& v, at::Tensor& state) {
   TORCH_CHECK_VALUE(k.dim() == 2, "k: expected shape [B, C], got ", k.sizes());
   check_like("v", v, k.sizes(), k.scalar_type(), k);
   const auto [y, state_out, checkpoints] = forward(w, u, k.unsqueeze(1), v.unsqueeze(1), state, false);

@@ -1,5 +1,5 @@
-// The walks for x86-64 with AVX2. The instruction set is chosen here and not by a compiler flag, so that every build system
-// compiles the same list of files with the same flags; standard headers come first, to stay free of it.
+// The walks for x86-64 with AVX2. The instruction set is chosen here and not by a compiler flag, so that every build
+// system compiles the same list of files with the same flags; standard headers come first, to stay free of it.
 #include "wkv_cpu_kernels.h"
 
 #if defined(__x86_64__)

@@ -1,5 +1,5 @@
-// The walks for x86-64 with AVX-512. The instruction set is chosen here and not by a compiler flag, so that every build system
-// compiles the same list of files with the same flags; standard headers come first, to stay free of it.
+// The walks for x86-64 with AVX-512. The instruction set is chosen here and not by a compiler flag, so that every build
+// system compiles the same list of files with the same flags; standard headers come first, to stay free of it.
 #include "wkv_cpu_kernels.h"
 
 #if defined(__x86_64__)
@@ -9,7 +9,8 @@
 #include <cstring>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 #endif

@@ -17,9 +17,7 @@ constexpr int64_t kLeastChunksPerSpan = 4;
 // A tile should be wide, for long reads from memory; it is narrowed only for threads that would have no work.
 constexpr double kGoodBalance = 0.9;
 
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 

@@ -1,5 +1,5 @@
-// The CPU walks over time, forward and backward. A vector holds neighbouring channels; a tile of steps is walked for one
-// vector after the other, so that memory is read row by row and the sums stay in registers.
+// The CPU walks over time, forward and backward. A vector holds neighbouring channels; a tile of steps is walked for
+// one vector after the other, so that memory is read row by row and the sums stay in registers.
 //
 // Included once per instruction set, by a file that has defined WKV_ISA and WKV_SIMD_BYTES.
 #pragma once
@@ -125,8 +125,7 @@ struct Walk {
   }
 
   template <bool writes_y>
-  static void forward_span(const ForwardProblem& problem, const Parameters& parameters, const Span& span,
-                           Real* state) {
+  static void forward_span(const ForwardProblem& problem, const Parameters& parameters, const Span& span, Real* state) {
     const int64_t C = problem.C;
     const auto k = rows_of<Element>(problem.k, span.b);
     const auto v = rows_of<Element>(problem.v, span.b);
@@ -239,8 +238,8 @@ struct Walk {
     SavedTile tiles[kInterval / kTileSteps];
     const auto steps_from = [&](int begin) { return steps - begin < kTileSteps ? steps - begin : kTileSteps; };
     for (int begin = 0; begin < steps; begin += kTileSteps) {
-      state = replay_tile(channels, k.from(begin, 0), v.from(begin, 0), steps_from(begin), count, state,
-                          saved + begin, tiles[begin / kTileSteps]);
+      state = replay_tile(channels, k.from(begin, 0), v.from(begin, 0), steps_from(begin), count, state, saved + begin,
+                          tiles[begin / kTileSteps]);
     }
     for (int begin = (steps - 1) / kTileSteps * kTileSteps; begin >= 0; begin -= kTileSteps) {
       const SavedTile& tile = tiles[begin / kTileSteps];
@@ -279,8 +278,8 @@ struct Walk {
     const auto gk = rows_of<Element>(problem.gk, span.b, problem.T, C);
     const auto gv = rows_of<Element>(problem.gv, span.b, problem.T, C);
     const Real* first_state = static_cast<const Real*>(problem.state) + span.b * 3 * C;
-    const Real* checkpoints = static_cast<const Real*>(problem.checkpoints) +
-                              span.b * checkpoint_count(problem.dtype, problem.T) * 3 * C;
+    const Real* checkpoints =
+        static_cast<const Real*>(problem.checkpoints) + span.b * checkpoint_count(problem.dtype, problem.T) * 3 * C;
     const int64_t last_chunk = (span.t_end - 1) / kInterval;
     for (int64_t chunk = last_chunk; chunk >= span.t_begin / kInterval; --chunk) {
       const int64_t t = chunk * kInterval;

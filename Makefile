@@ -1,0 +1,59 @@
+# make demo | test | bench | lint: each sets up what it needs first.
+#
+# By default everything lives in .venv, made by $(PYTHON) from requirements.txt. `make test PYTHON=python3 VENV=` uses the
+# environment that is there instead, installs nothing into it and needs no network: the extension is built in place.
+
+PYTHON ?= python3
+VENV ?= .venv
+TEXT ?=
+MINUTES ?= 3.5
+
+EXTENSION_INPUTS := setup.py $(shell find csrc -type f)
+
+ifeq ($(VENV),)
+RUN := $(PYTHON)
+STATE := build/in-place
+else
+RUN := $(abspath $(VENV))/bin/python
+STATE := $(VENV)/state
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+endif
+export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
+
+.PHONY: demo test bench lint setup doctor clean
+
+demo: setup
+	$(RUN) examples/train_bytes.py --minutes $(MINUTES) $(if $(TEXT),--text "$(TEXT)")
+
+test: setup
+	$(RUN) -m pytest
+
+bench: setup
+	$(RUN) -m benchmarks
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+doctor: setup
+	$(RUN) -m rwkv_kernels
+
+setup: $(STATE)/extension
+
+ifneq ($(VENV),)
+$(STATE)/requirements: requirements.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	mkdir -p $(STATE) && touch $@
+
+$(STATE)/extension: $(STATE)/requirements
+endif
+
+$(STATE)/extension: $(EXTENSION_INPUTS)
+	$(RUN) setup.py --quiet build_ext --inplace
+	mkdir -p $(STATE) && touch $@
+
+clean:
+	rm -rf build dist demo *.egg-info rwkv_kernels/_C.*.so rwkv_kernels/_built_for.txt $(STATE)/extension
