@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+BENCH ?=
 TEXT ?=
 MINUTES ?= 3.5
 
@@ -29,7 +30,7 @@ test: setup
 	$(RUN) -m pytest
 
 bench: setup
-	$(RUN) -m benchmarks
+	$(RUN) -m benchmarks $(BENCH)
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -1,0 +1,58 @@
+"""How far results are from the float64 oracle, beside the step loop in the same dtype."""
+
+import torch
+from torch import Tensor
+
+import rwkv_kernels
+from benchmarks import harness
+
+TITLE = "Accuracy: worst error against the float64 oracle, relative to the largest element; in brackets the step loop's"
+
+LENGTHS = [1, 37, 1024, 65536]
+B, C = 2, 16
+NAMES = ["y", "state", "gw", "gu", "gk", "gv", "gstate"]
+
+
+def run(smoke: bool) -> list[harness.Row]:
+    """A row for every dtype and length; the columns are outputs and gradients."""
+    rows: list[harness.Row] = []
+    for T in LENGTHS[:2] if smoke else LENGTHS:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            inputs = _inputs(T, dtype)
+            exact = _results(tuple(x.double() for x in inputs), "reference")
+            ours, loop = _results(inputs, "cpu"), _results(inputs, "reference")
+            row: harness.Row = {"T": T, "dtype": str(dtype).removeprefix("torch.")}
+            for name in NAMES:
+                error, loop_error = _error(ours[name], exact[name]), _error(loop[name], exact[name])
+                row[name] = f"{error:.1e} ({loop_error:.1e})"
+                row[f"_{name}"] = (error, loop_error)
+            rows.append(row)
+    return rows
+
+
+def _inputs(T: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    draw = torch.Generator().manual_seed(T)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw)
+
+    # Decays from e^-0.0001 to e^-8 per step: those of a trained model and beyond.
+    w = torch.linspace(-9, 2, C)
+    state = torch.stack((normal(B, C), normal(B, C).exp(), normal(B, C)), 1)
+    return w, normal(C), normal(B, T, C).to(dtype), normal(B, T, C).to(dtype), state, normal(B, T, C).to(dtype)
+
+
+def _results(inputs: tuple[Tensor, ...], backend: str) -> dict[str, Tensor]:
+    *given, gy = inputs
+    leaves = [x.requires_grad_() for x in (y.detach().clone() for y in given)]
+    y, state = rwkv_kernels.wkv(*leaves, return_state=True, backend=backend)
+    num, den, _ = state.unbind(1)
+    # A function of y and of the state's mean, which no choice of gauge can change.
+    loss = (y * gy).sum() + (num / den).sum()
+    gw, gu, gk, gv, gstate = torch.autograd.grad(loss, leaves)
+    results = {"y": y, "state": num / den, "gw": gw, "gu": gu, "gk": gk, "gv": gv, "gstate": gstate}
+    return {name: x.detach().double() for name, x in results.items()}
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
