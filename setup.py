@@ -30,7 +30,7 @@ setup(
         CppExtension(
             "rwkv_kernels._C",
             SOURCES,
-            define_macros=[("WKV_COMPILER", '"%s"' % os.path.basename(os.environ.get("CXX", "c++")))],
+            define_macros=[("WKV_COMPILER", f'"{os.path.basename(os.environ.get("CXX", "c++"))}"')],
             extra_compile_args=FLAGS + OPENMP,
             extra_link_args=OPENMP,
         )

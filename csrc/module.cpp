@@ -45,6 +45,7 @@ py::dict build_info() {
 py::dict plan_cpu(const std::string& dtype, int64_t B, int64_t T, int64_t C, int64_t threads) {
   const wkv::CpuPlan plan = wkv::plan_cpu(parse_dtype(dtype), B, T, C, threads);
   py::dict result;
+  result["threads"] = plan.threads;
   result["channel_tile"] = plan.channel_tile;
   result["tiles"] = plan.tiles;
   result["span_steps"] = plan.span_steps;

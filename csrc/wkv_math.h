@@ -27,8 +27,8 @@ inline constexpr double kEmptyMax = -1e38;
 
 inline constexpr double kLog2E = 1.44269504088896340736;
 
-// A tile may share one exponent while its logits spread over at most e^60: a float32 weight of e^-60 still has room for
-// terms 2^-24 times smaller above the smallest normal number, e^-87.3.
+// A tile may share one exponent while its logits spread over at most e^60: below a float32 weight of e^-60 there is
+// still room for terms 2^-24 times smaller above the smallest normal number, e^-87.3.
 inline constexpr double kSharedSpread = 60.0;
 
 // ---- a scalar as a Real; a vector type brings its own ----
@@ -48,6 +48,16 @@ WKV_HD float exp2_clamped(float x) { return std::exp2(x); }
 WKV_HD double exp2_clamped(double x) { return std::exp2(x); }
 
 // ---- the operator ----
+
+// A NaN in x does not count: it reaches the sums by its own weight and need not spoil the bounds as well.
+template <class Real>
+WKV_HD Real larger(Real x, Real known) {
+  return select(known < x, x, known);
+}
+template <class Real>
+WKV_HD Real smaller(Real x, Real known) {
+  return select(x < known, x, known);
+}
 
 template <class Real>
 struct Sums {
@@ -69,14 +79,14 @@ template <class Real>
 WKV_HD Weights<Real> weigh(Real past_log, Real present_log) {
   // The larger weight is 1, so one exponential serves both.
   const Real gap = past_log - present_log;
-  const Real smaller = exp_nonpositive(-abs(gap));
+  const Real lesser = exp_nonpositive(-abs(gap));
   const auto past_is_larger = gap >= Real(0);
-  return {select(past_is_larger, Real(1), smaller), select(past_is_larger, smaller, Real(1))};
+  return {select(past_is_larger, Real(1), lesser), select(past_is_larger, lesser, Real(1))};
 }
 
 template <class Real>
 WKV_HD Sums<Real> mix(Sums<Real> past, Weights<Real> weights, Real v) {
-  return {weights.past * past.num + weights.present * v, weights.past * past.den + weights.present};
+  return {weights.present * v + weights.past * past.num, weights.past * past.den + weights.present};
 }
 
 // The gradients below are those of the true sums, so max is a constant to them: the state's gauge.
@@ -118,7 +128,7 @@ WKV_HD State<Real> join(State<Real> first, Real decay, State<Real> second) {
   const Weights<Real> weights = weigh(first.max + decay, second.max);
   return {{weights.past * first.sums.num + weights.present * second.sums.num,
            weights.past * first.sums.den + weights.present * second.sums.den},
-          select(first.max + decay >= second.max, first.max + decay, second.max)};
+          larger(second.max, first.max + decay)};
 }
 
 // An infinite weight has no finite mean: +inf becomes NaN, as it does in (inf - inf). -inf stays, a weight of zero.
@@ -141,13 +151,11 @@ template <class Real>
 struct RunningScale {
   Channel<Real> channel;
 
+  WKV_HD Real logit(Real k) const { return key_logit(k); }
   WKV_HD Real at(Real max, Real) const { return max; }
   WKV_HD Weights<Real> read_weights(Real max, Real k) const { return weigh(max, channel.u + k); }
   WKV_HD Weights<Real> advance_weights(Real max, Real k) const { return weigh(max + channel.log_decay, k); }
-  WKV_HD Real next_max(Real max, Real k) const {
-    const Real decayed = max + channel.log_decay;
-    return select(decayed >= k, decayed, k);
-  }
+  WKV_HD Real next_max(Real max, Real k) const { return larger(k, max + channel.log_decay); }
 };
 
 // One reference for a tile of steps: e^{k - reference} serves read and advance alike. One exponential a step.
@@ -157,6 +165,8 @@ struct SharedScale {
   Real decay;           // e^log_decay
   Real bonus;           // e^u
 
+  // Where a tile fits there is no +inf.
+  WKV_HD Real logit(Real k) const { return k; }
   WKV_HD Real weight(Real logit) const { return exp2_clamped(logit * Real(kLog2E) - reference_log2); }
   WKV_HD Real at(Real, Real k) const { return weight(k); }
   WKV_HD Weights<Real> read_weights(Real key_weight, Real) const { return {Real(1), bonus * key_weight}; }
@@ -171,17 +181,19 @@ struct TileRange {
 
   WKV_HD static TileRange from(Real max) { return {max, max, Real(-kEmptyMax)}; }
   WKV_HD void add(Channel<Real> channel, Real k) {
-    const Real decayed = running + channel.log_decay;
-    running = select(decayed >= k, decayed, k);
-    highest = select(highest >= k, highest, k);
-    lowest = select(lowest >= running, running, lowest);
+    running = larger(k, running + channel.log_decay);
+    highest = larger(k, highest);
+    lowest = smaller(running, lowest);
   }
   // Above every logit that the tile meets, u + k included.
-  WKV_HD Real reference(Channel<Real> channel) const {
-    return highest + select(channel.u >= Real(0), channel.u, Real(0));
+  WKV_HD Real reference(Channel<Real> channel) const { return highest + larger(channel.u, Real(0)); }
+  // |u|, because the bonus may lift the reference or lower the only weight there is; u once more where it is positive,
+  // because it also lifts weights that are held at the smallest float. False without any weight and for a key of +inf,
+  // which belong to RunningScale. NaN may pass: it stays NaN in either scale.
+  WKV_HD auto fits(Channel<Real> channel) const {
+    const Real least = select(lowest >= Real(kEmptyMax / 2), lowest, Real(-INFINITY));
+    return highest - least + abs(channel.u) + larger(channel.u, Real(0)) <= Real(kSharedSpread);
   }
-  // False for infinite keys, which belong to RunningScale. NaN may pass: it stays NaN in either scale.
-  WKV_HD auto fits(Channel<Real> channel) const { return highest - lowest + abs(channel.u) <= Real(kSharedSpread); }
 };
 
 }  // namespace wkv

@@ -9,6 +9,7 @@ class Build(TypedDict):
     cuda: str | None
 
 class CpuPlan(TypedDict):
+    threads: int
     channel_tile: int
     tiles: int
     span_steps: int

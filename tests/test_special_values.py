@@ -84,3 +84,41 @@ def test_every_16_bit_number_passes_through(dtype: torch.dtype, compiled_backend
     assert torch.equal(y.isnan(), v.isnan())
     finite = ~v.isnan()
     assert torch.equal(y[finite], v[finite])
+
+
+@pytest.mark.parametrize("u", [20.0, 31.0, 40.0, 45.0, 50.0, 59.0])
+@pytest.mark.parametrize("far", [-40.0, -90.0, -200.0])
+def test_a_far_key_stays_far_under_a_large_bonus(u: float, far: float, backend: str) -> None:
+    """The bonus must not lift a weight that was held at the smallest float."""
+    k = torch.tensor([0.0, far, far, 0.0]).view(1, 4, 1)
+    v = torch.tensor([0.0, 1.0, 1.0, 2.0]).view(1, 4, 1)
+    w, bonus = torch.tensor([-9.0]), torch.tensor([u])
+    exact = reference.wkv_direct(w.double(), bonus.double(), k.double(), v.double())
+    y = rwkv_kernels.wkv(w, bonus, k, v, backend=backend)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("padding", [1, 15, 16, 20, 64, 100])
+def test_left_padding_by_minus_infinity_changes_nothing_after_it(padding: int, backend: str) -> None:
+    tensors = make(Problem(T=30))
+    w, u, k, v, _ = tensors.inputs
+    expected, end = rwkv_kernels.wkv(w, u, k, v, return_state=True, backend=backend)
+    padded_k = torch.cat((torch.full((2, padding, 19), -torch.inf), k), 1)
+    padded_v = torch.cat((torch.ones(2, padding, 19), v), 1)
+    y, state = rwkv_kernels.wkv(w, u, padded_k, padded_v, return_state=True, backend=backend)
+    assert y[:, :padding].isnan().all()
+    torch.testing.assert_close(y[:, padding:], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state[:, 0] / state[:, 1], end[:, 0] / end[:, 1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("repeats", [1, 4])
+def test_nan_does_not_reach_back_in_time(value: float, repeats: int, backend: str) -> None:
+    """Not even through the bounds of the logits that a tile of steps shares."""
+    k = torch.tensor([100.0, 100.0, value, 0.0, 0.0]).view(1, 5, 1).repeat(1, repeats, 1)
+    v = torch.arange(5.0 * repeats).view(1, -1, 1)
+    w = u = torch.zeros(1)
+    exact = reference.wkv_direct(w.double(), u.double(), k.double(), v.double())
+    y = rwkv_kernels.wkv(w, u, k, v, backend=backend)
+    torch.testing.assert_close(y[:, :2].double(), exact[:, :2], rtol=1e-5, atol=1e-5)
+    assert y[:, 2:].isnan().all()

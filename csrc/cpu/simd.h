@@ -62,11 +62,12 @@ struct Vec {
   friend WKV_INLINE Vec operator*(Vec a, Vec b) { return a.native * b.native; }
   friend WKV_INLINE Vec operator/(Vec a, Vec b) { return a.native / b.native; }
   friend WKV_INLINE Vec operator-(Vec a) { return -a.native; }
+  friend WKV_INLINE Mask operator<(Vec a, Vec b) { return {a.native < b.native}; }
   friend WKV_INLINE Mask operator>=(Vec a, Vec b) { return {a.native >= b.native}; }
   friend WKV_INLINE Mask operator<=(Vec a, Vec b) { return {a.native <= b.native}; }
   friend WKV_INLINE Mask operator==(Vec a, Vec b) { return {a.native == b.native}; }
   friend WKV_INLINE Vec select(Mask mask, Vec a, Vec b) { return mask.native ? a.native : b.native; }
-  friend WKV_INLINE Vec abs(Vec a) { return select(a >= Vec(Real(0)), a, -a); }
+  friend WKV_INLINE Vec abs(Vec a) { return select(a < Vec(Real(0)), -a, a); }
 };
 
 WKV_INLINE bool all(Vec<float>::Mask mask) {
@@ -86,14 +87,19 @@ WKV_INLINE bool all(Vec<double>::Mask mask) {
   return result;
 }
 
-// 2^x for x <= 0, held at 2^-126. The polynomial is the minimax fit of degree 6 to 2^f on [-1/2, 1/2], 2e-9 relative.
+// 2^x for x <= 0. The polynomial is the minimax fit of degree 6 to 2^f on [-1/2, 1/2], 2e-9 relative.
 WKV_INLINE Vec<float> exp2_clamped(Vec<float> x) {
   using Native = Vec<float>::Native;
+#if WKV_SIMD_BYTES == 64
+  // These take -inf to 0 and underflow gradually, so that nothing has to be clamped.
+  const __m512 whole = _mm512_roundscale_ps((__m512)x.native, _MM_FROUND_TO_NEAREST_INT);
+  const Native f = (Native)_mm512_reduce_ps((__m512)x.native, _MM_FROUND_TO_NEAREST_INT);
+#else
   const Native clamped = x.native < -126.0f ? Native{} - 126.0f : x.native;
   // Adding 1.5 · 2^23 rounds to an integer and leaves it in the low bits.
   const Native shifted = clamped + 12582912.0f;
-  const Native whole = shifted - 12582912.0f;
-  const Native f = clamped - whole;
+  const Native f = clamped - (shifted - 12582912.0f);
+#endif
   Native p = 1.5353362e-4f * f + 1.3398875e-3f;
   p = p * f + 9.6184369e-3f;
   p = p * f + 5.5503324e-2f;
@@ -101,7 +107,7 @@ WKV_INLINE Vec<float> exp2_clamped(Vec<float> x) {
   p = p * f + 0.69314718f;
   p = p * f + 1.0f;
 #if WKV_SIMD_BYTES == 64
-  return (Native)_mm512_scalef_ps((__m512)p, (__m512)whole);
+  return (Native)_mm512_scalef_ps((__m512)p, whole);
 #else
   // A product rather than a sum of exponents, so that NaN stays NaN.
   return p * (Native)(((Vec<float>::NativeInteger)shifted + 127) << 23);
@@ -140,7 +146,12 @@ using Words = NativeOf<uint32_t, Vec<float>::lanes>::type;
 using HalfWords = NativeOf<uint16_t, Vec<float>::lanes>::type;
 
 WKV_INLINE Vec<float> load(const Bfloat16* source) {
-  const Words words = __builtin_convertvector((load_bits<uint16_t, Vec<float>::lanes>(source)), Words);
+  const HalfWords bits = load_bits<uint16_t, Vec<float>::lanes>(source);
+#if WKV_SIMD_BYTES == 64
+  const Words words = (Words)_mm512_cvtepu16_epi32((__m256i)bits);
+#else
+  const Words words = __builtin_convertvector(bits, Words);
+#endif
   return (Vec<float>::Native)(words << 16);
 }
 
@@ -166,10 +177,23 @@ WKV_INLINE void store(Real* target, Vec<Real> x) {
   std::memcpy(target, &x.native, sizeof x.native);
 }
 
+// To nearest, ties to even. A NaN is cut off instead, for rounding could carry it into an infinity or a number; as the
+// result of arithmetic it is quiet, and its highest mantissa bit stays.
 WKV_INLINE void store(Bfloat16* target, Vec<float> x) {
+#if WKV_SIMD_BYTES == 64
+  // The masks that the lines below mean; GCC 12 does not find them.
+  const __m512i words = (__m512i)x.native;
+  const __mmask16 odd = _mm512_test_epi32_mask(words, _mm512_set1_epi32(0x10000));
+  const __m512i rounding = _mm512_mask_blend_epi32(odd, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));
+  const __mmask16 is_number = _mm512_cmp_ps_mask((__m512)words, (__m512)words, _CMP_ORD_Q);
+  const __m512i rounded = _mm512_mask_add_epi32(words, is_number, words, rounding);
+  const __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#else
   const Words words = (Words)x.native;
-  const Words nearest_even = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
-  const HalfWords halves = __builtin_convertvector(x.native == x.native ? nearest_even : Words{} + 0x7fc0, HalfWords);
+  const Words rounding = ((words >> 16) & 1) + 0x7fff;
+  const Words rounded = x.native == x.native ? words + rounding : words;
+  const HalfWords halves = __builtin_convertvector(rounded >> 16, HalfWords);
+#endif
   std::memcpy(target, &halves, sizeof halves);
 }
 
@@ -212,6 +236,26 @@ WKV_INLINE void store_some(Element* target, Vec<Real> x, int count) {
   Element padded[Vec<Real>::lanes];
   store(padded, x);
   std::memcpy(target, padded, count * sizeof(Element));
+}
+
+constexpr int kLineBytes = 64;
+
+// Writes a whole cache line past the caches: it is neither read from memory first nor kept. Other threads may see it
+// once finish_streaming has been called.
+WKV_INLINE void stream_line(void* target, const void* line) {
+#if WKV_SIMD_BYTES == 64
+  _mm512_stream_si512((__m512i*)target, *(const __m512i*)line);
+#elif defined(__x86_64__)
+  for (int i = 0; i < kLineBytes / 16; ++i) _mm_stream_si128((__m128i*)target + i, ((const __m128i*)line)[i]);
+#else
+  std::memcpy(target, line, kLineBytes);
+#endif
+}
+
+WKV_INLINE void finish_streaming() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 }  // namespace WKV_ISA

@@ -50,7 +50,8 @@ struct Units {
 
   template <class Function>
   void for_each(const Function& function) const {
-    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    const int64_t units_per_thread = (count + plan.threads - 1) / plan.threads;
+    at::parallel_for(0, count, units_per_thread, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) function((*this)[i]);
     });
   }

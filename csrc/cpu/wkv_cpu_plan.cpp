@@ -43,7 +43,7 @@ CpuPlan plan_cpu(DType dtype, int64_t B, int64_t T, int64_t C, int64_t threads) 
   const int64_t idle_factor = useful_threads / (std::max<int64_t>(B, 1) * columns);
   const int64_t wanted_spans = std::clamp<int64_t>(idle_factor, 1, std::max<int64_t>(chunks / kLeastChunksPerSpan, 1));
   const int64_t span_chunks = std::max<int64_t>(divide_up(chunks, wanted_spans), 1);
-  return {channel_tile, divide_up(C, channel_tile), span_chunks * checkpoint_interval(dtype),
+  return {useful_threads, channel_tile, divide_up(C, channel_tile), span_chunks * checkpoint_interval(dtype),
           std::max<int64_t>(divide_up(chunks, span_chunks), 1)};
 }
 

@@ -8,6 +8,7 @@
 namespace wkv {
 
 struct CpuPlan {
+  int64_t threads;       // that have work worth waking them for
   int64_t channel_tile;  // channels per unit of work
   int64_t tiles;         // units per sequence
   int64_t span_steps;    // steps per span, a multiple of the checkpoint interval

@@ -71,17 +71,58 @@ struct Walk {
     store_some(state + 2 * C + c, value.max, count);
   }
 
-  static WKV_INLINE Lanes load_key(const Element* k, int count) { return key_logit(load_some(k, count)); }
+  // A column is the channels of one cache line, which is written to memory whole.
+  static constexpr int kColumn = kLineBytes / sizeof(Element);
 
-  // Asks for the rows a tile ahead, into the second-level cache: rows whose distance is a power of two would evict one
-  // another from the first.
-  static WKV_INLINE void prefetch(const Element* row) { __builtin_prefetch(row, 0, 2); }
+  static WKV_INLINE int at_most(int limit, int64_t left) { return static_cast<int>(left < limit ? left : limit); }
 
-  static WKV_INLINE TileRange<Lanes> range_of(Rows<const Element> k, int steps, int count, Channel<Lanes> channel,
-                                              Lanes max) {
+  // Calls out of line: what seldom runs should take no registers from what always does.
+  template <class Function>
+  [[gnu::noinline]] static auto apart(const Function& function) {
+    return function();
+  }
+
+  // Asks for a tile's rows of one column, into the second-level cache: rows whose distance is a multiple of a power of
+  // two would evict one another from the first.
+  static WKV_INLINE void prefetch(Rows<const Element> tile) {
+    for (int step = 0; step < kTileSteps; ++step) __builtin_prefetch(tile.row(step), 0, 2);
+  }
+
+  // One vector's rows as they are or, where they end within the vector, as a copy filled up with zeros.
+  static WKV_INLINE Rows<const Element> whole(Rows<const Element> rows, int steps, int count, Element* copy) {
+    if (__builtin_expect(count == kLanes, 1)) return rows;
+    std::memset(copy, 0, steps * kLanes * sizeof(Element));
+    for (int step = 0; step < steps; ++step) std::memcpy(copy + step * kLanes, rows.row(step), count * sizeof(Element));
+    return {copy, kLanes};
+  }
+
+  // A tile of a column on its way to memory.
+  struct Staged {
+    alignas(kLineBytes) Element data[kTileSteps * kColumn];
+
+    WKV_INLINE Element* row(int step) { return data + step * kColumn; }
+    WKV_INLINE void write(Rows<Element> target, int steps, int count, bool streams) {
+      if (streams && count == kColumn) {
+        for (int step = 0; step < steps; ++step) stream_line(target.row(step), row(step));
+      } else if (count == kColumn) {
+        for (int step = 0; step < steps; ++step) std::memcpy(target.row(step), row(step), kLineBytes);
+      } else {
+        for (int step = 0; step < steps; ++step) std::memcpy(target.row(step), row(step), count * sizeof(Element));
+      }
+    }
+  };
+
+  // Streaming pays once the result would not stay in the caches anyway, whose last level holds some megabytes a core.
+  static bool worth_streaming(const void* target, int64_t B, int64_t T, int64_t C) {
+    constexpr int64_t kLeastBytes = 8 << 20;
+    return B * T * C * int64_t(sizeof(Element)) >= kLeastBytes && C % kColumn == 0 &&
+           reinterpret_cast<uintptr_t>(target) % kLineBytes == 0;
+  }
+
+  static WKV_INLINE TileRange<Lanes> range_of(Rows<const Element> k, int steps, Channel<Lanes> channel, Lanes max) {
     auto range = TileRange<Lanes>::from(max);
 #pragma GCC unroll 4
-    for (int step = 0; step < steps; ++step) range.add(channel, load_key(k.row(step), count));
+    for (int step = 0; step < steps; ++step) range.add(channel, load(k.row(step)));
     return range;
   }
 
@@ -93,34 +134,42 @@ struct Walk {
 
   template <bool writes_y, class Scale>
   static WKV_INLINE State<Lanes> forward_steps(const Scale& scale, Rows<const Element> k, Rows<const Element> v,
-                                               Rows<Element> y, int steps, int count, State<Lanes> state) {
+                                               Element* y, int steps, State<Lanes> state) {
+    // The exponentials first: they do not wait for one another as the sums do.
+    alignas(kLineBytes) Real ats[kTileSteps * kLanes];
 #pragma GCC unroll 4
     for (int step = 0; step < steps; ++step) {
-      const Lanes kt = load_key(k.row(step), count);
-      const Lanes vt = load_some(v.row(step), count);
-      const Lanes at = scale.at(state.max, kt);
+      const Lanes kt = scale.logit(load(k.row(step)));
+      store(ats + step * kLanes, scale.at(state.max, kt));
+      state.max = scale.next_max(state.max, kt);
+    }
+#pragma GCC unroll 4
+    for (int step = 0; step < steps; ++step) {
+      const Lanes kt = scale.logit(load(k.row(step)));
+      const Lanes vt = load(v.row(step));
+      const Lanes at = load(ats + step * kLanes);
       if constexpr (writes_y) {
         const Sums<Lanes> now = mix(state.sums, scale.read_weights(at, kt), vt);
-        store_some(y.row(step), now.num / now.den, count);
+        store(y + step * kColumn, now.num / now.den);
       }
-      state = {mix(state.sums, scale.advance_weights(at, kt), vt), scale.next_max(state.max, kt)};
+      state.sums = mix(state.sums, scale.advance_weights(at, kt), vt);
     }
     return state;
   }
 
   template <bool writes_y>
   static WKV_INLINE State<Lanes> forward_tile(const ChannelVector& channels, Rows<const Element> k,
-                                              Rows<const Element> v, Rows<Element> y, int steps, int count,
-                                              State<Lanes> state) {
-    const auto range = range_of(k, steps, count, channels.channel, state.max);
+                                              Rows<const Element> v, Element* y, int steps, State<Lanes> state) {
+    const auto range = range_of(k, steps, channels.channel, state.max);
     if (__builtin_expect(!all(range.fits(channels.channel)), 0)) {
-      return forward_steps<writes_y>(RunningScale<Lanes>{channels.channel}, k, v, y, steps, count, state);
+      const RunningScale<Lanes> scale{channels.channel};
+      return apart([=] { return forward_steps<writes_y>(scale, k, v, y, steps, state); });
     }
     const auto scale = shared_scale(channels, range);
     const Lanes enter = scale.weight(state.max);
     const Lanes leave = Lanes(Real(1)) / scale.weight(range.running);
     state.sums = {state.sums.num * enter, state.sums.den * enter};
-    state = forward_steps<writes_y>(scale, k, v, y, steps, count, state);
+    state = forward_steps<writes_y>(scale, k, v, y, steps, state);
     return {{state.sums.num * leave, state.sums.den * leave}, range.running};
   }
 
@@ -130,32 +179,34 @@ struct Walk {
     const auto k = rows_of<Element>(problem.k, span.b);
     const auto v = rows_of<Element>(problem.v, span.b);
     const auto y = rows_of<Element>(problem.y, span.b, problem.T, C);
+    const bool streams = writes_y && worth_streaming(problem.y, problem.B, problem.T, C);
     Real* checkpoints = static_cast<Real*>(problem.checkpoints);
+    alignas(kLineBytes) Element k_copy[kTileSteps * kLanes], v_copy[kTileSteps * kLanes];
+    Staged y_staged;
     for (int64_t t = span.t_begin; t < span.t_end; t += kTileSteps) {
-      const int steps = static_cast<int>(span.t_end - t < kTileSteps ? span.t_end - t : kTileSteps);
+      const int steps = at_most(kTileSteps, span.t_end - t);
       const bool saves = writes_y && checkpoints != nullptr && t > 0 && t % kInterval == 0;
       Real* checkpoint =
           saves ? checkpoints + (span.b * checkpoint_count(problem.dtype, problem.T) + t / kInterval - 1) * 3 * C
                 : nullptr;
-      for (int64_t c = span.c_begin; c < span.c_end; c += kLanes) {
-        const int count = static_cast<int>(span.c_end - c < kLanes ? span.c_end - c : kLanes);
-        const auto k_tile = k.from(t, c);
-        const auto v_tile = v.from(t, c);
-        for (int step = 0; step < kTileSteps; ++step) {
-          prefetch(k_tile.row(kTileSteps + step));
-          prefetch(v_tile.row(kTileSteps + step));
+      for (int64_t column = span.c_begin; column < span.c_end; column += kColumn) {
+        const int width = at_most(kColumn, span.c_end - column);
+        prefetch(k.from(t + kTileSteps, column));
+        prefetch(v.from(t + kTileSteps, column));
+        for (int first = 0; first < width; first += kLanes) {
+          const int64_t c = column + first;
+          const int count = at_most(kLanes, span.c_end - c);
+          State<Lanes> carried = load_state(state, C, c, count);
+          if (saves) store_state(checkpoint, C, c, count, carried);
+          carried = forward_tile<writes_y>(channels_at(parameters, c, count), whole(k.from(t, c), steps, count, k_copy),
+                                           whole(v.from(t, c), steps, count, v_copy), y_staged.row(0) + first, steps,
+                                           carried);
+          store_state(state, C, c, count, carried);
         }
-        State<Lanes> carried = load_state(state, C, c, count);
-        if (saves) store_state(checkpoint, C, c, count, carried);
-        const auto channels = channels_at(parameters, c, count);
-        const auto y_tile = writes_y ? y.from(t, c) : y;
-        // The usual tile with its sizes as constants; the rest by the same code.
-        carried = steps == kTileSteps && count == kLanes
-                      ? forward_tile<writes_y>(channels, k_tile, v_tile, y_tile, kTileSteps, kLanes, carried)
-                      : forward_tile<writes_y>(channels, k_tile, v_tile, y_tile, steps, count, carried);
-        store_state(state, C, c, count, carried);
+        if constexpr (writes_y) y_staged.write(y.from(t, column), steps, width, streams);
       }
     }
+    if (streams) finish_streaming();
   }
 
   // ---- backward ----
@@ -174,92 +225,76 @@ struct Walk {
 
   template <class Scale>
   static WKV_INLINE State<Lanes> replay_steps(const Scale& scale, Rows<const Element> k, Rows<const Element> v,
-                                              int steps, int count, State<Lanes> state, SavedStep* saved) {
+                                              int steps, State<Lanes> state, SavedStep* saved) {
 #pragma GCC unroll 4
     for (int step = 0; step < steps; ++step) {
-      const Lanes kt = load_key(k.row(step), count);
-      const Lanes vt = load_some(v.row(step), count);
+      const Lanes kt = scale.logit(load(k.row(step)));
       const Lanes at = scale.at(state.max, kt);
       saved[step] = {state.sums, at};
-      state = {mix(state.sums, scale.advance_weights(at, kt), vt), scale.next_max(state.max, kt)};
+      state = {mix(state.sums, scale.advance_weights(at, kt), load(v.row(step))), scale.next_max(state.max, kt)};
     }
     return state;
   }
 
   static WKV_INLINE State<Lanes> replay_tile(const ChannelVector& channels, Rows<const Element> k,
-                                             Rows<const Element> v, int steps, int count, State<Lanes> state,
-                                             SavedStep* saved, SavedTile& tile) {
-    const auto range = range_of(k, steps, count, channels.channel, state.max);
+                                             Rows<const Element> v, int steps, State<Lanes> state, SavedStep* saved,
+                                             SavedTile& tile) {
+    const auto range = range_of(k, steps, channels.channel, state.max);
     tile.shared = all(range.fits(channels.channel));
     if (__builtin_expect(!tile.shared, 0)) {
-      return replay_steps(RunningScale<Lanes>{channels.channel}, k, v, steps, count, state, saved);
+      const RunningScale<Lanes> scale{channels.channel};
+      return apart([=] { return replay_steps(scale, k, v, steps, state, saved); });
     }
     const auto scale = shared_scale(channels, range);
     tile.reference_log2 = scale.reference_log2;
     tile.enter = scale.weight(state.max);
     tile.leave = Lanes(Real(1)) / scale.weight(range.running);
     state.sums = {state.sums.num * tile.enter, state.sums.den * tile.enter};
-    state = replay_steps(scale, k, v, steps, count, state, saved);
+    state = replay_steps(scale, k, v, steps, state, saved);
     return {{state.sums.num * tile.leave, state.sums.den * tile.leave}, range.running};
   }
 
-  struct Gradients {
-    Rows<Element> gk, gv;
+  // What the reverse walk carries: the state's adjoint and the sums of the parameters' gradients.
+  struct Carried {
+    Sums<Lanes> adjoint;
     Lanes g_log_decay, gu;
   };
 
   template <bool writes, class Scale>
-  static WKV_INLINE void reverse_steps(const Scale& scale, Rows<const Element> k, Rows<const Element> v,
-                                       Rows<const Element> gy, int steps, int count, const SavedStep* saved,
-                                       Sums<Lanes>& adjoint, Gradients& gradients) {
+  static WKV_INLINE Carried reverse_steps(const Scale& scale, Rows<const Element> k, Rows<const Element> v,
+                                          Rows<const Element> gy, int steps, const SavedStep* saved, Carried carried,
+                                          Element* gk, Element* gv) {
 #pragma GCC unroll 2
     for (int step = steps - 1; step >= 0; --step) {
-      const Lanes kt = load_key(k.row(step), count);
-      const Lanes vt = load_some(v.row(step), count);
-      const Lanes gyt = load_some(gy.row(step), count);
+      const Lanes kt = scale.logit(load(k.row(step)));
+      const Lanes vt = load(v.row(step));
       const SavedStep& before = saved[step];
       StepGradients<Lanes> at_step;
-      advance_adjoint(before.sums, scale.advance_weights(before.at, kt), vt, adjoint, at_step);
-      read_adjoint(before.sums, scale.read_weights(before.at, kt), vt, gyt, adjoint, at_step);
+      advance_adjoint(before.sums, scale.advance_weights(before.at, kt), vt, carried.adjoint, at_step);
+      read_adjoint(before.sums, scale.read_weights(before.at, kt), vt, load(gy.row(step)), carried.adjoint, at_step);
       if constexpr (writes) {
-        store_some(gradients.gk.row(step), at_step.gk, count);
-        store_some(gradients.gv.row(step), at_step.gv, count);
-        gradients.g_log_decay = gradients.g_log_decay + at_step.g_log_decay;
-        gradients.gu = gradients.gu + at_step.gu;
+        store(gk + step * kColumn, at_step.gk);
+        store(gv + step * kColumn, at_step.gv);
+        carried.g_log_decay = carried.g_log_decay + at_step.g_log_decay;
+        carried.gu = carried.gu + at_step.gu;
       }
     }
+    return carried;
   }
 
   template <bool writes>
-  static WKV_INLINE void backward_chunk(const ChannelVector& channels, Rows<const Element> k, Rows<const Element> v,
-                                        Rows<const Element> gy, int steps, int count, State<Lanes> state,
-                                        Sums<Lanes>& adjoint, Gradients& gradients) {
-    SavedStep saved[kInterval];
-    SavedTile tiles[kInterval / kTileSteps];
-    const auto steps_from = [&](int begin) { return steps - begin < kTileSteps ? steps - begin : kTileSteps; };
-    for (int begin = 0; begin < steps; begin += kTileSteps) {
-      state = replay_tile(channels, k.from(begin, 0), v.from(begin, 0), steps_from(begin), count, state, saved + begin,
-                          tiles[begin / kTileSteps]);
+  static WKV_INLINE Carried reverse_tile(const ChannelVector& channels, const SavedTile& tile, Rows<const Element> k,
+                                         Rows<const Element> v, Rows<const Element> gy, int steps,
+                                         const SavedStep* saved, Carried carried, Element* gk, Element* gv) {
+    if (__builtin_expect(!tile.shared, 0)) {
+      const RunningScale<Lanes> scale{channels.channel};
+      return apart([=] { return reverse_steps<writes>(scale, k, v, gy, steps, saved, carried, gk, gv); });
     }
-    for (int begin = (steps - 1) / kTileSteps * kTileSteps; begin >= 0; begin -= kTileSteps) {
-      const SavedTile& tile = tiles[begin / kTileSteps];
-      const Gradients at_tile = {gradients.gk.from(begin, 0), gradients.gv.from(begin, 0), gradients.g_log_decay,
-                                 gradients.gu};
-      Gradients tile_gradients = at_tile;
-      const auto reverse = [&](const auto& scale) WKV_INLINE_LAMBDA {
-        reverse_steps<writes>(scale, k.from(begin, 0), v.from(begin, 0), gy.from(begin, 0), steps_from(begin), count,
-                              saved + begin, adjoint, tile_gradients);
-      };
-      if (__builtin_expect(tile.shared, 1)) {
-        adjoint = {adjoint.num * tile.leave, adjoint.den * tile.leave};
-        reverse(SharedScale<Lanes>{tile.reference_log2, channels.decay, channels.bonus});
-        adjoint = {adjoint.num * tile.enter, adjoint.den * tile.enter};
-      } else {
-        reverse(RunningScale<Lanes>{channels.channel});
-      }
-      gradients.g_log_decay = tile_gradients.g_log_decay;
-      gradients.gu = tile_gradients.gu;
-    }
+    const SharedScale<Lanes> scale{tile.reference_log2, channels.decay, channels.bonus};
+    carried.adjoint = {carried.adjoint.num * tile.leave, carried.adjoint.den * tile.leave};
+    carried = reverse_steps<writes>(scale, k, v, gy, steps, saved, carried, gk, gv);
+    carried.adjoint = {carried.adjoint.num * tile.enter, carried.adjoint.den * tile.enter};
+    return carried;
   }
 
   static WKV_INLINE void add_to(double* totals, Lanes values, int count) {
@@ -277,37 +312,76 @@ struct Walk {
     const auto gy = rows_of<Element>(problem.gy, span.b);
     const auto gk = rows_of<Element>(problem.gk, span.b, problem.T, C);
     const auto gv = rows_of<Element>(problem.gv, span.b, problem.T, C);
+    const bool streams = writes && worth_streaming(problem.gk, problem.B, problem.T, C) &&
+                         worth_streaming(problem.gv, problem.B, problem.T, C);
     const Real* first_state = static_cast<const Real*>(problem.state) + span.b * 3 * C;
     const Real* checkpoints =
         static_cast<const Real*>(problem.checkpoints) + span.b * checkpoint_count(problem.dtype, problem.T) * 3 * C;
+    Staged gk_staged, gv_staged;
+    alignas(kLineBytes) Element k_copy[kTileSteps * kLanes], v_copy[kTileSteps * kLanes], gy_copy[kTileSteps * kLanes];
+    SavedStep saved[kColumn / kLanes][kInterval];
+    SavedTile tiles[kColumn / kLanes][kInterval / kTileSteps];
+    Carried carried[kColumn / kLanes];
     const int64_t last_chunk = (span.t_end - 1) / kInterval;
     for (int64_t chunk = last_chunk; chunk >= span.t_begin / kInterval; --chunk) {
       const int64_t t = chunk * kInterval;
-      const int steps = static_cast<int>(span.t_end - t < kInterval ? span.t_end - t : kInterval);
+      const int steps = at_most(kInterval, span.t_end - t);
       const Real* chunk_state = chunk == 0 ? first_state : checkpoints + (chunk - 1) * 3 * C;
-      for (int64_t c = span.c_begin; c < span.c_end; c += kLanes) {
-        const int count = static_cast<int>(span.c_end - c < kLanes ? span.c_end - c : kLanes);
-        Sums<Lanes> carried = {load_some(adjoint + c, count), load_some(adjoint + C + c, count)};
-        Gradients gradients = {gk.from(t, c), gv.from(t, c), Lanes(Real(0)), Lanes(Real(0))};
-        const auto channels = channels_at(parameters, c, count);
-        const auto state = load_state(chunk_state, C, c, count);
-        const auto walk = [&](int chunk_steps, int lanes) WKV_INLINE_LAMBDA {
-          backward_chunk<writes>(channels, k.from(t, c), v.from(t, c), gy.from(t, c), chunk_steps, lanes, state,
-                                 carried, gradients);
-        };
-        if (steps == kInterval && count == kLanes) {
-          walk(kInterval, kLanes);
-        } else {
-          walk(steps, count);
+      for (int64_t column = span.c_begin; column < span.c_end; column += kColumn) {
+        const int width = at_most(kColumn, span.c_end - column);
+        // What comes next is asked for a tile at a time: all at once, it would hold up what is needed now.
+        const bool last = column + kColumn >= span.c_end;
+        const int64_t next_t = last ? t - kInterval : t;
+        const int64_t next_column = last ? span.c_begin : column + kColumn;
+        for (int first = 0, i = 0; first < width; first += kLanes, ++i) {
+          const int64_t c = column + first;
+          const int count = at_most(kLanes, span.c_end - c);
+          const auto channels = channels_at(parameters, c, count);
+          State<Lanes> state = load_state(chunk_state, C, c, count);
+          for (int begin = 0; begin < steps; begin += kTileSteps) {
+            if (first == 0) {
+              prefetch(k.from(next_t + begin, next_column));
+              prefetch(v.from(next_t + begin, next_column));
+            }
+            const int tile_steps = at_most(kTileSteps, steps - begin);
+            state = replay_tile(channels, whole(k.from(t + begin, c), tile_steps, count, k_copy),
+                                whole(v.from(t + begin, c), tile_steps, count, v_copy), tile_steps, state,
+                                saved[i] + begin, tiles[i][begin / kTileSteps]);
+          }
+          carried[i] = {
+              {load_some(adjoint + c, count), load_some(adjoint + C + c, count)}, Lanes(Real(0)), Lanes(Real(0))};
         }
-        store_some(adjoint + c, carried.num, count);
-        store_some(adjoint + C + c, carried.den, count);
-        if constexpr (writes) {
-          add_to(gw_gu + c, gradients.g_log_decay, count);
-          add_to(gw_gu + C + c, gradients.gu, count);
+        for (int begin = (steps - 1) / kTileSteps * kTileSteps; begin >= 0; begin -= kTileSteps) {
+          prefetch(gy.from(next_t + begin, next_column));
+          const int tile_steps = at_most(kTileSteps, steps - begin);
+          for (int first = 0, i = 0; first < width; first += kLanes, ++i) {
+            const int64_t c = column + first;
+            const int count = at_most(kLanes, span.c_end - c);
+            carried[i] =
+                reverse_tile<writes>(channels_at(parameters, c, count), tiles[i][begin / kTileSteps],
+                                     whole(k.from(t + begin, c), tile_steps, count, k_copy),
+                                     whole(v.from(t + begin, c), tile_steps, count, v_copy),
+                                     whole(gy.from(t + begin, c), tile_steps, count, gy_copy), tile_steps,
+                                     saved[i] + begin, carried[i], gk_staged.row(0) + first, gv_staged.row(0) + first);
+          }
+          if constexpr (writes) {
+            gk_staged.write(gk.from(t + begin, column), tile_steps, width, streams);
+            gv_staged.write(gv.from(t + begin, column), tile_steps, width, streams);
+          }
+        }
+        for (int first = 0, i = 0; first < width; first += kLanes, ++i) {
+          const int64_t c = column + first;
+          const int count = at_most(kLanes, span.c_end - c);
+          store_some(adjoint + c, carried[i].adjoint.num, count);
+          store_some(adjoint + C + c, carried[i].adjoint.den, count);
+          if constexpr (writes) {
+            add_to(gw_gu + c, carried[i].g_log_decay, count);
+            add_to(gw_gu + C + c, carried[i].gu, count);
+          }
         }
       }
     }
+    if (streams) finish_streaming();
   }
 
   static void exponentiate(int64_t C, const Real* log_decay, const Real* u, Real* decay, Real* bonus) {
