@@ -17,7 +17,7 @@ appendix on parameter initialisation.
 import math
 import re
 from collections.abc import Mapping
-from typing import NamedTuple, Self
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,8 +97,8 @@ class TimeMix(nn.Module):
     def step(self, x: Tensor, shift: Tensor, state: Tensor) -> Tensor:
         """One token, x [B, C] -> [B, C]; shift and state move on in place."""
         k, v, gate = self._project(x, shift)
-        shift.copy_(x)
         y: Tensor = self.output(gate * wkv_step(self.time_decay, self.time_first, k, v, state))
+        shift.copy_(x)
         return y
 
 
@@ -126,7 +126,9 @@ class ChannelMix(nn.Module):
 
     def _network(self, x: Tensor, previous: Tensor) -> Tensor:
         k = torch.relu(self.key(_mix(x, previous, self.time_mix_k))).square()
-        return torch.sigmoid(self.receptance(_mix(x, previous, self.time_mix_r))) * self.value(k)
+        gate = torch.sigmoid(self.receptance(_mix(x, previous, self.time_mix_r)))
+        out: Tensor = gate * self.value(k)
+        return out
 
     def forward(self, x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, T, C], shift [B, C] -> the output [B, T, C] and the new shift."""
@@ -202,7 +204,7 @@ class RWKV(nn.Module):
         nn.init.orthogonal_(self.head.weight, gain=0.5 * max(1.0, vocab_size / channels) ** 0.5)
 
     @classmethod
-    def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> Self:
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "RWKV":
         """A model of the state dict's sizes, dtypes and devices, holding copies of its tensors.
 
         Raises:
@@ -212,10 +214,11 @@ class RWKV(nn.Module):
         for name in ("emb.weight", "blocks.0.ffn.key.weight"):
             if len(shapes.get(name, ())) != 2:
                 raise ValueError(f"state dict: expected a matrix {name!r}, got {shapes.get(name, 'none')}")
+        (vocab_size, channels), hidden = shapes["emb.weight"], shapes["blocks.0.ffn.key.weight"][0]
         layers = len({match[1] for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))})
         # The meta device has shapes without values, so nothing is allocated or initialised only to be replaced.
         with torch.device("meta"):
-            model = cls(*shapes["emb.weight"], layers, shapes["blocks.0.ffn.key.weight"][0])
+            model = cls(vocab_size, channels, layers, hidden)
         expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
         faults = [f"missing {name}" for name in expected if name not in shapes]
         faults += [f"unknown {name}" for name in shapes if name not in expected]
@@ -241,10 +244,10 @@ class RWKV(nn.Module):
         )
 
     def _layer_states(self, tokens: Tensor, state: RWKVState) -> list[RWKVState]:
-        shape = (len(self.blocks), tokens.shape[0], self.emb.embedding_dim)
-        if state.att_shift.shape != shape or state.ffn_shift.shape != shape:
-            got = [list(state.att_shift.shape), list(state.ffn_shift.shape)]
-            raise ValueError(f"state: expected shifts of shape [L, B, C] = {list(shape)}, got {got[0]} and {got[1]}")
+        L, B, C = len(self.blocks), tokens.shape[0], self.emb.embedding_dim
+        for name, tensor, shape in zip(state._fields, state, ((L, B, C), (L, B, C), (L, B, 3, C)), strict=True):
+            if tensor.shape != shape:
+                raise ValueError(f"state.{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
         return [RWKVState(*layer) for layer in zip(*(tensor.unbind() for tensor in state), strict=True)]
 
     def _features(self, tokens: Tensor, state: RWKVState | None) -> tuple[Tensor, RWKVState]:
@@ -290,7 +293,7 @@ class RWKV(nn.Module):
         _check_tokens(tokens, ("B",))
         x = self.emb(tokens)
         for block, layer_state in zip(self.blocks, self._layer_states(tokens, state), strict=True):
-            x = block.step(x, layer_state)
+            x = cast(Block, block).step(x, layer_state)
         logits: Tensor = self.head(self.ln_out(x))
         return logits
 
