@@ -38,6 +38,18 @@ def test_nan_is_in_the_same_places_as_in_the_oracle(argument: str, compiled_back
         assert torch.equal(found[name].isnan(), tensor.isnan()), name
 
 
+@pytest.mark.parametrize("argument", ["w", "u", "state", "gstate"])
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001])
+def test_a_nan_of_any_bits_stays_nan_in_16_bit_outputs(argument: str, bits: int, compiled_backend: str) -> None:
+    tensors = make(Problem(T=20, C=16, with_state=True), torch.bfloat16)
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    getattr(tensors, argument)[..., 5] = nan
+    found, expected = solve(tensors, compiled_backend), solve(tensors, "reference")
+    assert any(x.isnan().any() for x in expected.values())
+    for name, tensor in expected.items():
+        assert torch.equal(found[name].isnan(), tensor.isnan()), name
+
+
 def test_a_key_of_minus_infinity_has_no_weight(backend: str) -> None:
     tensors = make(Problem(T=T, C=C))
     w, u, k, v, _ = tensors.inputs

@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <tuple>
 
 #include "../checks.h"
@@ -30,6 +31,12 @@ const CpuKernels& selected_cpu_kernels() {
 }
 
 namespace {
+
+// Any NaN as the usual one, whose lower half is zero: the walks round by adding to the bits.
+template <class Real>
+Real plain(Real x) {
+  return x == x ? x : std::numeric_limits<Real>::quiet_NaN();
+}
 
 // The units of work that a plan makes of B sequences, `spans` counting the spans that take part.
 struct Units {
@@ -82,8 +89,11 @@ struct ParameterTable {
     const int64_t C = arguments.C();
     const Real* w = arguments.w.const_data_ptr<Real>();
     Real* log_decay = reinterpret_cast<Real*>(rows);
-    for (int64_t c = 0; c < C; ++c) log_decay[c] = -std::exp(w[c]);
-    std::copy_n(arguments.u.const_data_ptr<Real>(), C, log_decay + C);
+    const Real* u = arguments.u.const_data_ptr<Real>();
+    for (int64_t c = 0; c < C; ++c) {
+      log_decay[c] = plain(-std::exp(w[c]));
+      log_decay[C + c] = plain(u[c]);
+    }
   }
 };
 
@@ -97,9 +107,9 @@ void copy_initial_state(const std::optional<at::Tensor>& state, const at::Tensor
     for (int64_t c = 0; c < C; ++c) {
       const int64_t num = b * 3 * C + c, den = num + C, max = den + C;
       const bool empty = source == nullptr || source[den] == Real(0);
-      copy[num] = empty ? Real(0) : source[num];
-      copy[den] = empty ? Real(0) : source[den];
-      copy[max] = empty ? Real(kEmptyMax) : source[max];
+      copy[num] = empty ? Real(0) : plain(source[num]);
+      copy[den] = empty ? Real(0) : plain(source[den]);
+      copy[max] = empty ? Real(kEmptyMax) : plain(source[max]);
     }
   }
 }
@@ -196,6 +206,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& w, cons
   return {y, state_out, checkpoints};
 }
 
+// The gradient of (num, den) after the last step, [B, 2, C]: the given one or zero.
+template <class Real>
+at::Tensor adjoint_after_last(const at::Tensor& state, const std::optional<at::Tensor>& gstate_out) {
+  const at::Tensor adjoint = at::zeros({state.size(0), 2, state.size(2)}, state.options());
+  if (gstate_out.has_value()) {
+    adjoint.copy_(gstate_out->slice(1, 0, 2));
+    Real* values = adjoint.data_ptr<Real>();
+    std::transform(values, values + adjoint.numel(), values, plain<Real>);
+  }
+  return adjoint;
+}
+
 // From each span's own adjoint [B, spans, 2, C], taken from zero but for the last, to the adjoint after that span.
 template <class Real>
 void join_adjoints(const at::Tensor& adjoints, const at::Tensor& after_last, const BackwardProblem& problem,
@@ -267,8 +289,7 @@ void backward_as(BackwardProblem& problem, const ParameterTable& parameters, con
                  const at::Tensor& first_state, const std::optional<at::Tensor>& gstate_out, const at::Tensor& gstate) {
   const int64_t B = problem.B, C = problem.C;
   const auto options = first_state.options();
-  const at::Tensor after_last =
-      gstate_out.has_value() ? gstate_out->slice(1, 0, 2).contiguous() : at::zeros({B, 2, C}, options);
+  const at::Tensor after_last = adjoint_after_last<Real>(first_state, gstate_out);
   const at::Tensor adjoints = at::zeros({B, plan.spans, 2, C}, options);
   const at::Tensor partial = at::zeros({B, plan.spans, 2, C}, options.dtype(at::kDouble));
   const CpuKernels& kernels = selected_cpu_kernels();

@@ -4,6 +4,8 @@
 // Included once per instruction set, by a file that has defined WKV_ISA and WKV_SIMD_BYTES.
 #pragma once
 
+#include <type_traits>
+
 #include "../wkv_math.h"
 #include "simd.h"
 #include "wkv_cpu_kernels.h"
@@ -101,6 +103,7 @@ struct Walk {
     alignas(kLineBytes) Element data[kTileSteps * kColumn];
 
     WKV_INLINE Element* row(int step) { return data + step * kColumn; }
+    WKV_INLINE Rows<Element> rows(int first) { return {data + first, kColumn}; }
     WKV_INLINE void write(Rows<Element> target, int steps, int count, bool streams) {
       if (streams && count == kColumn) {
         for (int step = 0; step < steps; ++step) stream_line(target.row(step), row(step));
@@ -119,7 +122,21 @@ struct Walk {
            reinterpret_cast<uintptr_t>(target) % kLineBytes == 0;
   }
 
-  static WKV_INLINE TileRange<Lanes> range_of(Rows<const Element> k, int steps, Channel<Lanes> channel, Lanes max) {
+  // A tile's keys in the type of the sums: where they are, or converted once for the passes over them.
+  struct Keys {
+    alignas(kLineBytes) Real data[kTileSteps * kLanes];
+
+    WKV_INLINE Rows<const Real> widen(Rows<const Element> k, int steps) {
+      if constexpr (std::is_same_v<Element, Real>) {
+        return k;
+      } else {
+        for (int step = 0; step < steps; ++step) store(data + step * kLanes, load(k.row(step)));
+        return {data, kLanes};
+      }
+    }
+  };
+
+  static WKV_INLINE TileRange<Lanes> range_of(Rows<const Real> k, int steps, Channel<Lanes> channel, Lanes max) {
     auto range = TileRange<Lanes>::from(max);
 #pragma GCC unroll 4
     for (int step = 0; step < steps; ++step) range.add(channel, load(k.row(step)));
@@ -132,9 +149,11 @@ struct Walk {
 
   // ---- forward ----
 
-  template <bool writes_y, class Scale>
-  static WKV_INLINE State<Lanes> forward_steps(const Scale& scale, Rows<const Element> k, Rows<const Element> v,
-                                               Element* y, int steps, State<Lanes> state) {
+  enum class Output { none, stored, streamed };
+
+  template <Output output, class Scale>
+  static WKV_INLINE State<Lanes> forward_steps(const Scale& scale, Rows<const Real> k, Rows<const Element> v,
+                                               Rows<Element> y, int steps, State<Lanes> state) {
     // The exponentials first: they do not wait for one another as the sums do.
     alignas(kLineBytes) Real ats[kTileSteps * kLanes];
 #pragma GCC unroll 4
@@ -148,28 +167,35 @@ struct Walk {
       const Lanes kt = scale.logit(load(k.row(step)));
       const Lanes vt = load(v.row(step));
       const Lanes at = load(ats + step * kLanes);
-      if constexpr (writes_y) {
+      if constexpr (output != Output::none) {
         const Sums<Lanes> now = mix(state.sums, scale.read_weights(at, kt), vt);
-        store(y + step * kColumn, now.num / now.den);
+        const Lanes yt = now.num / now.den;
+        if constexpr (output == Output::streamed) {
+          stream_line(y.row(step), &yt);
+        } else {
+          store(y.row(step), yt);
+        }
       }
       state.sums = mix(state.sums, scale.advance_weights(at, kt), vt);
     }
     return state;
   }
 
-  template <bool writes_y>
+  template <Output output>
   static WKV_INLINE State<Lanes> forward_tile(const ChannelVector& channels, Rows<const Element> k,
-                                              Rows<const Element> v, Element* y, int steps, State<Lanes> state) {
-    const auto range = range_of(k, steps, channels.channel, state.max);
+                                              Rows<const Element> v, Rows<Element> y, int steps, State<Lanes> state) {
+    Keys widened;
+    const auto keys = widened.widen(k, steps);
+    const auto range = range_of(keys, steps, channels.channel, state.max);
     if (__builtin_expect(!all(range.fits(channels.channel)), 0)) {
       const RunningScale<Lanes> scale{channels.channel};
-      return apart([=] { return forward_steps<writes_y>(scale, k, v, y, steps, state); });
+      return apart([=] { return forward_steps<output>(scale, keys, v, y, steps, state); });
     }
     const auto scale = shared_scale(channels, range);
     const Lanes enter = scale.weight(state.max);
     const Lanes leave = Lanes(Real(1)) / scale.weight(range.running);
     state.sums = {state.sums.num * enter, state.sums.den * enter};
-    state = forward_steps<writes_y>(scale, k, v, y, steps, state);
+    state = forward_steps<output>(scale, keys, v, y, steps, state);
     return {{state.sums.num * leave, state.sums.den * leave}, range.running};
   }
 
@@ -180,6 +206,8 @@ struct Walk {
     const auto v = rows_of<Element>(problem.v, span.b);
     const auto y = rows_of<Element>(problem.y, span.b, problem.T, C);
     const bool streams = writes_y && worth_streaming(problem.y, problem.B, problem.T, C);
+    // Where a vector is a whole line, it need not be staged.
+    const bool streams_vectors = streams && sizeof(Lanes) == kLineBytes && kLanes == kColumn;
     Real* checkpoints = static_cast<Real*>(problem.checkpoints);
     alignas(kLineBytes) Element k_copy[kTileSteps * kLanes], v_copy[kTileSteps * kLanes];
     Staged y_staged;
@@ -198,12 +226,19 @@ struct Walk {
           const int count = at_most(kLanes, span.c_end - c);
           State<Lanes> carried = load_state(state, C, c, count);
           if (saves) store_state(checkpoint, C, c, count, carried);
-          carried = forward_tile<writes_y>(channels_at(parameters, c, count), whole(k.from(t, c), steps, count, k_copy),
-                                           whole(v.from(t, c), steps, count, v_copy), y_staged.row(0) + first, steps,
-                                           carried);
+          const auto channels = channels_at(parameters, c, count);
+          const auto k_tile = whole(k.from(t, c), steps, count, k_copy);
+          const auto v_tile = whole(v.from(t, c), steps, count, v_copy);
+          if constexpr (!writes_y) {
+            carried = forward_tile<Output::none>(channels, k_tile, v_tile, y, steps, carried);
+          } else if (streams_vectors) {
+            carried = forward_tile<Output::streamed>(channels, k_tile, v_tile, y.from(t, c), steps, carried);
+          } else {
+            carried = forward_tile<Output::stored>(channels, k_tile, v_tile, y_staged.rows(first), steps, carried);
+          }
           store_state(state, C, c, count, carried);
         }
-        if constexpr (writes_y) y_staged.write(y.from(t, column), steps, width, streams);
+        if (writes_y && !streams_vectors) y_staged.write(y.from(t, column), steps, width, streams);
       }
     }
     if (streams) finish_streaming();
@@ -224,8 +259,8 @@ struct Walk {
   };
 
   template <class Scale>
-  static WKV_INLINE State<Lanes> replay_steps(const Scale& scale, Rows<const Element> k, Rows<const Element> v,
-                                              int steps, State<Lanes> state, SavedStep* saved) {
+  static WKV_INLINE State<Lanes> replay_steps(const Scale& scale, Rows<const Real> k, Rows<const Element> v, int steps,
+                                              State<Lanes> state, SavedStep* saved) {
 #pragma GCC unroll 4
     for (int step = 0; step < steps; ++step) {
       const Lanes kt = scale.logit(load(k.row(step)));
@@ -239,18 +274,20 @@ struct Walk {
   static WKV_INLINE State<Lanes> replay_tile(const ChannelVector& channels, Rows<const Element> k,
                                              Rows<const Element> v, int steps, State<Lanes> state, SavedStep* saved,
                                              SavedTile& tile) {
-    const auto range = range_of(k, steps, channels.channel, state.max);
+    Keys widened;
+    const auto keys = widened.widen(k, steps);
+    const auto range = range_of(keys, steps, channels.channel, state.max);
     tile.shared = all(range.fits(channels.channel));
     if (__builtin_expect(!tile.shared, 0)) {
       const RunningScale<Lanes> scale{channels.channel};
-      return apart([=] { return replay_steps(scale, k, v, steps, state, saved); });
+      return apart([=] { return replay_steps(scale, keys, v, steps, state, saved); });
     }
     const auto scale = shared_scale(channels, range);
     tile.reference_log2 = scale.reference_log2;
     tile.enter = scale.weight(state.max);
     tile.leave = Lanes(Real(1)) / scale.weight(range.running);
     state.sums = {state.sums.num * tile.enter, state.sums.den * tile.enter};
-    state = replay_steps(scale, k, v, steps, state, saved);
+    state = replay_steps(scale, keys, v, steps, state, saved);
     return {{state.sums.num * tile.leave, state.sums.den * tile.leave}, range.running};
   }
 
