@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,29 +13,29 @@ PARTS = ["bandwidth", "peers", "memory", "overhead", "accuracy"]
 
 
 def main() -> None:
-    """Runs the parts, prints their tables, and with --results keeps records and tables."""
+    """Measures, prints tables, and with --results keeps records: one JSON file for each part, and tables.md of all."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=main.__doc__)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
-    parser.add_argument("--results", type=Path, help="folder for NAME.json and tables.md")
+    parser.add_argument("--results", type=Path, help="folder for the records")
     arguments = parser.parse_args()
+    parts = arguments.parts or PARTS
+    if len(parts) > 1:
+        # Each in a process of its own: what one does to memory and caches must not meet the next.
+        options = ["--smoke"] * arguments.smoke + (["--results", str(arguments.results)] if arguments.results else [])
+        for name in parts:
+            subprocess.run([sys.executable, "-m", "benchmarks", name, *options], check=True)
+        return
 
-    described = ", ".join(f"{name} {value}" for name, value in harness.environment().items())
-    document = [f"Measured by `python -m benchmarks` on: {described}."]
-    print(document[0])
-    for name in arguments.parts or PARTS:
-        part = importlib.import_module(f"benchmarks.{name}")
-        started = time.perf_counter()
-        rows = part.run(arguments.smoke)
-        if not rows:
-            continue
-        section = f"\n## {part.TITLE}\n\n{harness.markdown_table(rows)}"
-        print(f"{section}\n\n({name}: {time.perf_counter() - started:.0f} s)")
-        document.append(section)
-        if arguments.results:
-            harness.save(arguments.results, name, rows)
+    part = importlib.import_module(f"benchmarks.{parts[0]}")
+    started = time.perf_counter()
+    rows = part.run(arguments.smoke)
+    if not rows:
+        return
+    print(f"\n## {part.TITLE}\n\n{harness.markdown_table(rows)}\n\n({time.perf_counter() - started:.0f} s)", flush=True)
     if arguments.results:
-        (arguments.results / "tables.md").write_text("\n".join(document) + "\n")
+        harness.save(arguments.results, parts[0], part.TITLE, rows)
+        harness.write_tables(arguments.results, PARTS)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,29 @@ SHAPES = [(8, 1024, 768), (1, 16384, 768)]
 # Sets of tensors are used in turn, so that none is in the cache when its turn comes.
 BYTES_IN_ROTATION = 256 * 2**20
 
+# Every shape and dtype is measured in several rounds, because a shared machine's clock changes from second to second.
+ROUNDS = 4
+
 
 def run(smoke: bool) -> list[harness.Row]:
     """Rows for every shape and dtype: milliseconds, GB/s and the part of the triad's bandwidth."""
     harness.keep_freed_memory()
     shapes = [(2, 64, 32)] if smoke else SHAPES
-    runs = 2 if smoke else harness.RUNS
-    return [row for shape in shapes for dtype in (torch.float32, torch.bfloat16) for row in _rows(shape, dtype, runs)]
+    cases = [(shape, dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
+    rounds = [[_seconds(*case, runs=2)] for case in cases] if smoke else _rounds(cases)
+    return [row for case, measured in zip(cases, rounds, strict=True) for row in _rows(*case, measured)]
 
 
-def _rows(shape: tuple[int, int, int], dtype: torch.dtype, runs: int) -> list[harness.Row]:
+Case = tuple[tuple[int, int, int], torch.dtype]
+Seconds = dict[str, list[float]]
+
+
+def _rounds(cases: list[Case]) -> list[list[Seconds]]:
+    rounds = [[_seconds(*case, runs=harness.RUNS) for case in cases] for _ in range(ROUNDS)]
+    return [list(measured) for measured in zip(*rounds, strict=True)]
+
+
+def _seconds(shape: tuple[int, int, int], dtype: torch.dtype, runs: int) -> Seconds:
     B, T, C = shape
     tensor_bytes = B * T * C * dtype.itemsize
     sets = max(1, min(8, BYTES_IN_ROTATION // (3 * tensor_bytes)))
@@ -43,8 +56,13 @@ def _rows(shape: tuple[int, int, int], dtype: torch.dtype, runs: int) -> list[ha
             i = run % sets
             return backward(w, u, keys[i], values[i], None, saved[i], gradients[i], None)
 
-        seconds = harness.alternate({"triad": triad, "forward": run_forward, "backward": run_backward}, runs)
+        return harness.alternate({"triad": triad, "forward": run_forward, "backward": run_backward}, runs)
 
+
+def _rows(shape: tuple[int, int, int], dtype: torch.dtype, rounds: list[Seconds]) -> list[harness.Row]:
+    B, T, C = shape
+    tensor_bytes = B * T * C * dtype.itemsize
+    seconds = {name: [sample for measured in rounds for sample in measured[name]] for name in rounds[0]}
     tensors = {"triad": 3, "forward": 3, "backward": 5}
     bandwidth = {name: tensors[name] * tensor_bytes / harness.quartiles(s)[1] for name, s in seconds.items()}
     return [

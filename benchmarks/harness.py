@@ -101,8 +101,21 @@ def _format(value: object) -> str:
     )
 
 
-def save(directory: Path, name: str, rows: list[Row]) -> None:
+def save(directory: Path, name: str, title: str, rows: list[Row]) -> None:
     """Writes `name`.json: where it was measured, and every row with its raw samples."""
     directory.mkdir(parents=True, exist_ok=True)
-    record = {"environment": environment(), "rows": rows}
+    record = {"title": title, "environment": environment(), "rows": rows}
     (directory / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def write_tables(directory: Path, names: list[str]) -> None:
+    """Writes tables.md from the records that the folder has."""
+    sections = []
+    for name in names:
+        path = directory / f"{name}.json"
+        if path.exists():
+            record = json.loads(path.read_text())
+            where = ", ".join(f"{key} {value}" for key, value in record["environment"].items())
+            command = f"python -m benchmarks {name} --results {directory}"
+            sections.append(f"## {record['title']}\n\n{markdown_table(record['rows'])}\n\n`{command}`: {where}.\n")
+    (directory / "tables.md").write_text("\n".join(sections))

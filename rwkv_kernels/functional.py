@@ -1,5 +1,7 @@
 """The public functions: arguments are checked here, once for all backends."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -68,6 +70,32 @@ def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, sha
         fits = False
     if not fits:
         _explain(w, u, k, v, state, shape)
+
+
+@overload
+def wkv(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None = None,
+    *,
+    return_state: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def wkv(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None = None,
+    *,
+    return_state: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def wkv(

@@ -189,7 +189,7 @@ def least_scale(name: str, tensors: Tensors) -> float:
 
 def assert_tensor_close(name: str, found: Tensor, exact: Tensor, allowed: float, least: float = 1e-30) -> None:
     """Fails with the worst place and both values, and with the places where only one of the two is NaN or infinite."""
-    found, exact = found.double(), exact.double()
+    found, exact = found.detach().double(), exact.detach().double()
     assert found.shape == exact.shape, f"{name}: shape {list(found.shape)}, expected {list(exact.shape)}"
     odd = found.isfinite() != exact.isfinite()
     odd |= found.isnan() != exact.isnan()
