@@ -32,7 +32,7 @@ def run(smoke: bool) -> list[harness.Row]:
 
 
 def _inputs(T: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    C = CHANNELS_OF_THE_LONGEST if T == LENGTHS[-1] else CHANNELS
+    C = CHANNELS_OF_THE_LONGEST if LENGTHS[-1] == T else CHANNELS
     draw = torch.Generator().manual_seed(T)
 
     def normal(*shape: int) -> Tensor:
