@@ -100,9 +100,8 @@ template <class Real>
 WKV_HD void read_adjoint(Sums<Real> past, Weights<Real> weights, Real v, Real gy, Sums<Real>& adjoint,
                          StepGradients<Real>& gradients) {
   const Sums<Real> now = mix(past, weights, v);
-  const Real share = Real(1) / now.den;
-  const Real y = now.num * share;
-  const Real h = gy * share;
+  const Real y = now.num / now.den;
+  const Real h = gy / now.den;
   const Real h_present = weights.present * h;
   gradients.gv = gradients.gv + h_present;
   gradients.gu = h_present * (v - y);

@@ -143,6 +143,11 @@ struct Walk {
     return range;
   }
 
+  // A single step has nothing to share, and its exponentials are fewer and closer without.
+  static WKV_INLINE bool shares(const TileRange<Lanes>& range, const ChannelVector& channels, int steps) {
+    return steps > 1 && all(range.fits(channels.channel));
+  }
+
   static WKV_INLINE SharedScale<Lanes> shared_scale(const ChannelVector& channels, const TileRange<Lanes>& range) {
     return {range.reference(channels.channel) * Lanes(Real(kLog2E)), channels.decay, channels.bonus};
   }
@@ -187,7 +192,7 @@ struct Walk {
     Keys widened;
     const auto keys = widened.widen(k, steps);
     const auto range = range_of(keys, steps, channels.channel, state.max);
-    if (__builtin_expect(!all(range.fits(channels.channel)), 0)) {
+    if (__builtin_expect(!shares(range, channels, steps), 0)) {
       const RunningScale<Lanes> scale{channels.channel};
       return apart([=] { return forward_steps<output>(scale, keys, v, y, steps, state); });
     }
@@ -277,7 +282,7 @@ struct Walk {
     Keys widened;
     const auto keys = widened.widen(k, steps);
     const auto range = range_of(keys, steps, channels.channel, state.max);
-    tile.shared = all(range.fits(channels.channel));
+    tile.shared = shares(range, channels, steps);
     if (__builtin_expect(!tile.shared, 0)) {
       const RunningScale<Lanes> scale{channels.channel};
       return apart([=] { return replay_steps(scale, keys, v, steps, state, saved); });
