@@ -13,7 +13,7 @@ SHAPES = [(8, 1024, 768), (1, 16384, 768)]
 BYTES_IN_ROTATION = 256 * 2**20
 
 # Every shape and dtype is measured in several rounds, because a shared machine's clock changes from second to second.
-ROUNDS = 4
+ROUNDS = 8
 
 
 def run(smoke: bool) -> list[harness.Row]:
