@@ -32,7 +32,8 @@ CHANNELS, LAYERS = 192, 3
 BATCH, CONTEXT = 8, 128
 LEARNING_RATE, WARM_UP = 4e-3, 0.03
 LEAST_BYTES, HELD_OUT_BYTES = 100_000, 400_000
-PROMPT = b"def "
+PROMPT = b"\n    def "
+SAMPLES = 3
 LONGEST = 16384  # attention's matrix takes 1 GiB there
 
 console = Console()
@@ -168,8 +169,8 @@ def main() -> None:
     history = train(model, text[:cut], arguments.minutes)
     bits = {"RWKV": evaluate(model, held_out), "zlib -9": zlib_bits(held_out), "order 0": order_0_bits(held_out)}
     error = recurrent_error(model, held_out[:256])
-    generated = model.generate(torch.tensor([list(PROMPT)]), 400, temperature=0.8, top_p=0.95)
-    sample = bytes(generated[0].tolist()).decode(errors="replace")
+    generated = model.generate(torch.tensor([list(PROMPT)] * SAMPLES), 250, top_p=0.95)
+    sample = "\n\n".join(bytes(row).decode(errors="replace").strip("\n") for row in generated.tolist())
     console.rule("generated, byte by byte")
     console.print(sample, markup=False, highlight=False, soft_wrap=True)
     console.rule("held-out text, bits per byte")
