@@ -10,24 +10,27 @@ import rwkv_kernels
 _calls_by_backend: collections.Counter[str] = collections.Counter()
 
 
-@pytest.fixture(params=[info.name for info in rwkv_kernels.backends()])
+NAMES = [info.name for info in rwkv_kernels.backends()]
+
+
+def _name_if_available(name: str) -> str:
+    info = next(info for info in rwkv_kernels.backends() if info.name == name)
+    if not info.available:
+        pytest.skip(f"backend {name}: {info.reason}")
+    _calls_by_backend[name] += 1
+    return name
+
+
+@pytest.fixture(params=NAMES)
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend in turn; one that this machine lacks is a skip with its reason."""
-    info = next(info for info in rwkv_kernels.backends() if info.name == request.param)
-    if not info.available:
-        pytest.skip(f"backend {info.name}: {info.reason}")
-    _calls_by_backend[info.name] += 1
-    return info.name
+    return _name_if_available(request.param)
 
 
-@pytest.fixture(params=[info.name for info in rwkv_kernels.backends() if info.name != "reference"])
+@pytest.fixture(params=[name for name in NAMES if name != "reference"])
 def compiled_backend(request: pytest.FixtureRequest) -> str:
     """Every backend with an operator of its own, as against the oracle in plain torch."""
-    info = next(info for info in rwkv_kernels.backends() if info.name == request.param)
-    if not info.available:
-        pytest.skip(f"backend {info.name}: {info.reason}")
-    _calls_by_backend[info.name] += 1
-    return info.name
+    return _name_if_available(request.param)
 
 
 @pytest.fixture(autouse=True)
