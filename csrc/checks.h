@@ -56,10 +56,6 @@ inline Sequence sequence_of(const at::Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
 }
 
-inline const void* data_or_null(const std::optional<at::Tensor>& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
-}
-
 // The arguments that forward, backward and step share, checked and in the layout that the kernels take.
 struct Arguments {
   DType dtype;

@@ -28,11 +28,8 @@ struct Sequence {
 struct ForwardProblem {
   DType dtype;
   int64_t B, T, C;
-  const void* w;      // state [C], the raw decay: log_decay = -exp(w)
-  const void* u;      // state [C]
   Sequence k, v;      // element [B, T, C]
-  const void* state;  // state [B, 3, C] or null for an empty one
-  void* y;            // element [B, T, C]
+  void* y;            // element [B, T, C] or null for the state alone
   void* state_out;    // state [B, 3, C]
   void* checkpoints;  // state [B, checkpoint_count, 3, C] or null
 };
@@ -40,17 +37,13 @@ struct ForwardProblem {
 struct BackwardProblem {
   DType dtype;
   int64_t B, T, C;
-  const void* w;
-  const void* u;
   Sequence k, v, gy;
-  const void* state;
+  const void* state;        // state [B, 3, C], the first one
   const void* checkpoints;  // as forward left them
-  const void* gstate_out;   // state [B, 3, C] or null for zero
   void* gw;                 // state [C], with respect to the raw decay
   void* gu;                 // state [C]
   void* gk;                 // element [B, T, C]
   void* gv;                 // element [B, T, C]
-  void* gstate;             // state [B, 3, C]
 };
 
 }  // namespace wkv

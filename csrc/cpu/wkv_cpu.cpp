@@ -164,11 +164,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& w, cons
                             arguments.B(),
                             arguments.T(),
                             arguments.C(),
-                            arguments.w.const_data_ptr(),
-                            arguments.u.const_data_ptr(),
                             sequence_of(arguments.k),
                             sequence_of(arguments.v),
-                            data_or_null(arguments.state),
                             y.data_ptr(),
                             state_out.data_ptr(),
                             checkpoint ? checkpoints.data_ptr() : nullptr};
@@ -345,19 +342,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
                                arguments.B(),
                                arguments.T(),
                                arguments.C(),
-                               arguments.w.const_data_ptr(),
-                               arguments.u.const_data_ptr(),
                                sequence_of(arguments.k),
                                sequence_of(arguments.v),
                                sequence_of(gy_rows),
                                first_state.const_data_ptr(),
                                saved.const_data_ptr(),
-                               data_or_null(gstate_after),
                                gw.data_ptr(),
                                gu.data_ptr(),
                                gk.data_ptr(),
-                               gv.data_ptr(),
-                               gstate.data_ptr()};
+                               gv.data_ptr()};
     if (arguments.dtype == DType::float64) {
       backward_as<double>(problem, parameters, plan_for(arguments), first_state, gstate_after, gstate);
     } else {
