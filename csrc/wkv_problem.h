@@ -15,8 +15,11 @@ constexpr int64_t state_bytes(DType dtype) { return dtype == DType::float64 ? 8 
 // Backward replays from a saved state every so many steps: 3 · state_bytes / interval = 12/64 bytes per element.
 constexpr int64_t checkpoint_interval(DType dtype) { return 16 * state_bytes(dtype); }
 
-// The first chunk starts from the given state, so it needs no checkpoint.
-constexpr int64_t checkpoint_count(DType dtype, int64_t T) { return T == 0 ? 0 : (T - 1) / checkpoint_interval(dtype); }
+// The first interval starts from the given state, so it needs no checkpoint. The state after the last step is one,
+// because the gradient that arrives at it is relative to its max.
+constexpr int64_t checkpoint_count(DType dtype, int64_t T) {
+  return (T + checkpoint_interval(dtype) - 1) / checkpoint_interval(dtype);
+}
 
 // A [B, T, C] tensor whose channels are contiguous.
 struct Sequence {

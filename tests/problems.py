@@ -129,13 +129,13 @@ def solve(tensors: Tensors, backend: str, scale_of_state: Tensor | None = None) 
     """Outputs and gradients of Σ y·gy + Σ (num, den)·gstate, by name.
 
     A state is known up to its gauge: it is reported as num/den and log of den·e^max, and its gradient is taken at one
-    scale for everybody, `scale_of_state` [B, C], by default its own max.
+    scale for everybody, e^scale_of_state [B, C], by default its own denominator.
     """
     given = {name: x for name, x in zip(["w", "u", "k", "v", "state"], tensors.inputs, strict=True) if x is not None}
     leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
     y, state = rwkv_kernels.wkv(**leaves, return_state=True, backend=backend)
-    own_scale = state[:, 2].detach()
-    change = torch.exp(own_scale - (own_scale if scale_of_state is None else scale_of_state))
+    own_scale = log_denominator(state.detach()) if scale_of_state is None else scale_of_state
+    change = torch.exp(state[:, 2].detach() - own_scale)
     loss = (y.double() * tensors.gy).sum() + (state[:, :2].double() * (change[:, None] * tensors.gstate[:, :2])).sum()
     gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     results = {"y": y, "state_mean": state[:, 0] / state[:, 1], "state_log_den": log_denominator(state)}

@@ -149,6 +149,11 @@ void join_summaries(const at::Tensor& summaries, const at::Tensor& first, const 
   }
 }
 
+// The walks save the states between intervals; the one after the last step is a checkpoint as well.
+void save_last(const at::Tensor& checkpoints, const at::Tensor& state_out) {
+  if (checkpoints.size(1) > 0) checkpoints.select(1, checkpoints.size(1) - 1).copy_(state_out);
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& w, const at::Tensor& u, const at::Tensor& k,
                                                        const at::Tensor& v, const std::optional<at::Tensor>& state,
                                                        bool checkpoint) {
@@ -176,6 +181,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& w, cons
     Units(plan, problem.B, problem.T, problem.C, 1).for_each([&](const Span& span) {
       kernels.forward(problem, parameters.pointers, span, static_cast<char*>(problem.state_out) + span.b * row_bytes);
     });
+    save_last(checkpoints, state_out);
     return {y, state_out, checkpoints};
   }
 
@@ -200,6 +206,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& w, cons
     kernels.forward(problem, parameters.pointers, span, start_of(span));
   });
   state_out.copy_(starts.select(1, plan.spans - 1));
+  save_last(checkpoints, state_out);
   return {y, state_out, checkpoints};
 }
 

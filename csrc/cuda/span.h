@@ -1,0 +1,216 @@
+// What one thread does with the steps of its span: sum them up, walk them forward, walk them back. The formulas are
+// those of wkv_math.h; this file chooses between the exponent that a whole span shares and the maximum that follows
+// every step, and unrolls.
+#pragma once
+
+#include <type_traits>
+
+#include "block.h"
+
+namespace wkv {
+
+// A lane's column of a staged tile.
+template <class Element>
+struct Column {
+  Element* first;
+
+  WKV_HD Element* at(int step) const { return first + step * Geometry<std::remove_const_t<Element>>::kTileChannels; }
+};
+
+// Calls function(step) for the first `count` of `kSteps` steps. All steps are unrolled, so that arrays over them can
+// be registers; a whole span, which is the rule, asks nothing at each step.
+template <int kSteps, class Function>
+WKV_HD void for_steps(int count, const Function& function) {
+  if (count == kSteps) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) function(step);
+  } else {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (step < count) function(step);
+    }
+  }
+}
+template <int kSteps, class Function>
+WKV_HD void for_steps_back(int count, const Function& function) {
+  if (count == kSteps) {
+#pragma unroll
+    for (int step = kSteps - 1; step >= 0; --step) function(step);
+  } else {
+#pragma unroll
+    for (int step = kSteps - 1; step >= 0; --step) {
+      if (step < count) function(step);
+    }
+  }
+}
+
+// The state after a walk in a shared scale: den is brought to [1, 2) by a power of two, which is exact.
+template <class Lanes>
+WKV_HD State<Lanes> leave_shared_scale(Sums<Lanes> sums, Lanes reference_log2) {
+  const auto of_den = exponent_of(sums.den);
+  return {{sums.num * of_den.inverse_power, sums.den * of_den.inverse_power},
+          (reference_log2 + of_den.exponent) * Lanes(1 / kLog2E)};
+}
+
+template <class Element, int kSteps>
+struct SpanWalk {
+  using Lanes = typename Geometry<Element>::Lanes;
+
+  ChannelLanes<Lanes> channel;
+  int steps;
+
+  WKV_HD Lanes decay_of_steps() const { return Lanes(steps) * channel.channel.log_decay; }
+
+  WKV_HD KeyRange<Lanes> range_of(Column<const Element> k) const {
+    auto range = KeyRange<Lanes>::none();
+    for_steps<kSteps>(steps, [&](int step) { range.add(load_lanes(k.at(step))); });
+    return range;
+  }
+
+  WKV_HD SharedScale<Lanes> shared_scale(const TileRange<Lanes>& range) const {
+    return {range.reference(channel.channel) * Lanes(kLog2E), channel.decay, channel.bonus};
+  }
+
+  template <class Scale>
+  WKV_HD State<Lanes> advance(const Scale& scale, Column<const Element> k, Column<const Element> v,
+                              State<Lanes> state) const {
+    for_steps<kSteps>(steps, [&](int step) {
+      const Lanes kt = scale.logit(load_lanes(k.at(step)));
+      const auto weights = scale.advance_weights(scale.at(state.max, kt), kt);
+      state = {mix(state.sums, weights, load_lanes(v.at(step))), scale.next_max(state.max, kt)};
+    });
+    return state;
+  }
+
+  // What the span alone sums up to.
+  WKV_HD State<Lanes> summary(Column<const Element> k, Column<const Element> v, const KeyRange<Lanes>& keys) const {
+    // Nothing is read on the way, so the bonus has no say.
+    const SpanWalk without_bonus{{{channel.channel.log_decay, Lanes(0)}, channel.decay, Lanes(1)}, steps};
+    const auto range = keys.summed(decay_of_steps());
+    if (all(range.fits(without_bonus.channel.channel))) {
+      const auto scale = without_bonus.shared_scale(range);
+      const auto sums = advance(scale, k, v, empty_state<Lanes>()).sums;
+      return leave_shared_scale(sums, scale.reference_log2);
+    }
+    return advance(RunningScale<Lanes>{channel.channel}, k, v, empty_state<Lanes>());
+  }
+
+  // ---- forward ----
+
+  template <class Scale>
+  WKV_HD State<Lanes> outputs(const Scale& scale, Column<const Element> k, Column<const Element> v, Column<Element> y,
+                              State<Lanes> state) const {
+    for_steps<kSteps>(steps, [&](int step) {
+      const Lanes kt = scale.logit(load_lanes(k.at(step)));
+      const Lanes vt = load_lanes(v.at(step));
+      const Lanes at = scale.at(state.max, kt);
+      const Sums<Lanes> now = mix(state.sums, scale.read_weights(at, kt), vt);
+      store_lanes(y.at(step), now.num / now.den);
+      state = {mix(state.sums, scale.advance_weights(at, kt), vt), scale.next_max(state.max, kt)};
+    });
+    return state;
+  }
+
+  // Writes y, which may lie where k does, and returns the state after the span.
+  WKV_HD State<Lanes> forward(Column<const Element> k, Column<const Element> v, Column<Element> y,
+                              const KeyRange<Lanes>& keys, State<Lanes> state) const {
+    const auto range = keys.entered(state.max, decay_of_steps());
+    if (all(range.fits(channel.channel))) {
+      const auto scale = shared_scale(range);
+      const Lanes enter = scale.weight(state.max);
+      state.sums = {state.sums.num * enter, state.sums.den * enter};
+      return leave_shared_scale(outputs(scale, k, v, y, state).sums, scale.reference_log2);
+    }
+    return outputs(RunningScale<Lanes>{channel.channel}, k, v, y, state);
+  }
+
+  // ---- backward ----
+
+  // The state before a step, in the scale of its span.
+  struct SavedStep {
+    Sums<Lanes> sums;
+    Lanes at;
+  };
+
+  // What the way back needs of the way forward. Sums relative to the max of the state before the span, times `enter`,
+  // are in the span's scale; the true ones are those of the span's scale times e^max_after.
+  struct Replayed {
+    SavedStep saved[kSteps];
+    SharedScale<Lanes> scale;
+    bool shared;
+    Lanes enter;
+    Lanes max_after;
+  };
+
+  template <class Scale>
+  WKV_HD State<Lanes> replay_steps(const Scale& scale, Column<const Element> k, Column<const Element> v,
+                                   State<Lanes> state, SavedStep (&saved)[kSteps]) const {
+    for_steps<kSteps>(steps, [&](int step) {
+      const Lanes kt = scale.logit(load_lanes(k.at(step)));
+      const Lanes at = scale.at(state.max, kt);
+      saved[step] = {state.sums, at};
+      state = {mix(state.sums, scale.advance_weights(at, kt), load_lanes(v.at(step))), scale.next_max(state.max, kt)};
+    });
+    return state;
+  }
+
+  WKV_HD void replay(Column<const Element> k, Column<const Element> v, const KeyRange<Lanes>& keys, State<Lanes> state,
+                     Replayed& replayed) const {
+    const auto range = keys.entered(state.max, decay_of_steps());
+    replayed.shared = all(range.fits(channel.channel));
+    replayed.scale = shared_scale(range);
+    if (replayed.shared) {
+      replayed.enter = replayed.scale.weight(state.max);
+      state.sums = {state.sums.num * replayed.enter, state.sums.den * replayed.enter};
+      replay_steps(replayed.scale, k, v, state, replayed.saved);
+      replayed.max_after = replayed.scale.reference_log2 * Lanes(1 / kLog2E);
+    } else {
+      replayed.enter = Lanes(1);
+      replayed.max_after = replay_steps(RunningScale<Lanes>{channel.channel}, k, v, state, replayed.saved).max;
+    }
+  }
+
+  // The gradients that the way back gathers.
+  struct Gathered {
+    Sums<Lanes> adjoint;
+    Lanes g_log_decay, gu;
+  };
+
+  template <bool writes, class Scale>
+  WKV_HD void reverse_steps(const Scale& scale, Column<const Element> k, Column<const Element> v,
+                            Column<const Element> gy, Column<Element> gk, Column<Element> gv,
+                            const SavedStep (&saved)[kSteps], Gathered& gathered) const {
+    for_steps_back<kSteps>(steps, [&](int step) {
+      const Lanes kt = scale.logit(load_lanes(k.at(step)));
+      const Lanes vt = load_lanes(v.at(step));
+      const SavedStep before = saved[step];
+      StepGradients<Lanes> at_step;
+      advance_adjoint(before.sums, scale.advance_weights(before.at, kt), vt, gathered.adjoint, at_step);
+      read_adjoint(before.sums, scale.read_weights(before.at, kt), vt, load_lanes(gy.at(step)), gathered.adjoint,
+                   at_step);
+      if constexpr (writes) {
+        store_lanes(gk.at(step), at_step.gk);
+        store_lanes(gv.at(step), at_step.gv);
+        gathered.g_log_decay = gathered.g_log_decay + at_step.g_log_decay;
+        gathered.gu = gathered.gu + at_step.gu;
+      }
+    });
+  }
+
+  // Takes the gradient of the state after the span, relative to `max_after`, to that of the state before it, relative
+  // to that state's max. Writes gk and gv, which may lie where k and v do, and adds to the others.
+  template <bool writes>
+  WKV_HD void reverse(Column<const Element> k, Column<const Element> v, Column<const Element> gy, Column<Element> gk,
+                      Column<Element> gv, const Replayed& replayed, Lanes max_after, Gathered& gathered) const {
+    const Lanes leave = exponential(replayed.max_after - max_after);
+    gathered.adjoint = {gathered.adjoint.num * leave, gathered.adjoint.den * leave};
+    if (replayed.shared) {
+      reverse_steps<writes>(replayed.scale, k, v, gy, gk, gv, replayed.saved, gathered);
+    } else {
+      reverse_steps<writes>(RunningScale<Lanes>{channel.channel}, k, v, gy, gk, gv, replayed.saved, gathered);
+    }
+    gathered.adjoint = {gathered.adjoint.num * replayed.enter, gathered.adjoint.den * replayed.enter};
+  }
+};
+
+}  // namespace wkv

@@ -1,0 +1,78 @@
+// The __global__ wrappers of the block programs, and their launch. No torch.
+#include "programs.h"
+#include "wkv_kernels.h"
+
+namespace wkv {
+namespace {
+
+template <class Thread>
+struct DeviceTeam {
+  Thread thread;
+
+  template <class Phase>
+  __device__ __forceinline__ void phase(const Phase& function) {
+    function(thread);
+    __syncthreads();
+  }
+};
+
+template <class Program>
+struct Bounds {
+  static constexpr int kThreads = kMaxThreads, kBlocks = 1;
+};
+template <class Element, bool writes>
+struct Bounds<Backward<Element, writes>> {
+  static constexpr int kThreads = kMaxThreads, kBlocks = 2;
+};
+template <class Real>
+struct Bounds<Reduce<Real>> {
+  static constexpr int kThreads = kReduceLanes * kReduceGroups, kBlocks = 1;
+};
+
+template <class Program>
+__global__ void __launch_bounds__(Bounds<Program>::kThreads, Bounds<Program>::kBlocks)
+    wkv_kernel(const __grid_constant__ typename Program::Arguments arguments) {
+  extern __shared__ __align__(128) char shared[];
+  DeviceTeam<typename Program::Thread> team;
+  team.thread.index = static_cast<int>(threadIdx.x);
+  Program::run(arguments, {blockIdx.x, blockIdx.y, blockIdx.z}, static_cast<int>(blockDim.x), team, shared);
+}
+
+template <class Program>
+cudaError_t launch_program(const Launch& launch, const typename Program::Arguments& arguments, cudaStream_t stream) {
+  // What a kernel may have without asking.
+  constexpr int kSharedByDefault = 48 * 1024;
+  if (launch.shared_bytes > kSharedByDefault) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(wkv_kernel<Program>, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  const dim3 grid(launch.grid.x, launch.grid.y, launch.grid.z), block(launch.block.x, launch.block.y, launch.block.z);
+  wkv_kernel<Program><<<grid, block, launch.shared_bytes, stream>>>(arguments);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+DeviceLimits device_limits(int device) {
+  const auto attribute = [device](cudaDeviceAttr name) {
+    int value = 0;
+    cudaDeviceGetAttribute(&value, name, device);
+    return static_cast<int64_t>(value);
+  };
+  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), attribute(cudaDevAttrMaxThreadsPerMultiProcessor),
+          attribute(cudaDevAttrMaxBlocksPerMultiprocessor)};
+}
+
+cudaError_t launch(const std::vector<Launch>& launches, cudaStream_t stream) {
+  for (const Launch& each : launches) {
+    const cudaError_t error = with_program(each.kernel, each.dtype, [&]<class Program>() {
+      return launch_program<Program>(each, std::get<typename Program::Arguments>(each.arguments), stream);
+    });
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace wkv

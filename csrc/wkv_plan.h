@@ -1,0 +1,113 @@
+// How a GPU's threads are laid over a problem: data, made by pure functions of the problem and the device's limits. No
+// torch, no CUDA calls, no globals, so that a plan can be made, printed and tested anywhere.
+//
+// A block owns `tile_channels` channels of one sequence over one chunk of its steps. It takes the chunk tile by tile:
+// `spans` threads lie along a tile's steps, each with `span_steps` of them, and `lanes` threads along its channels. With
+// one chunk the block carries the state through the whole sequence, which is the serial schedule; with more, chunks are
+// summarised, the summaries carried from one to the next, and every chunk replayed from its true beginning.
+#pragma once
+
+#include <cstdint>
+
+#include "wkv_problem.h"
+
+namespace wkv {
+
+enum class Operation { forward, backward };
+
+struct DeviceLimits {
+  int64_t multiprocessors;
+  int64_t shared_per_block;  // bytes, with the opt-in
+  int64_t shared_per_multiprocessor;
+  int64_t threads_per_multiprocessor;
+  int64_t blocks_per_multiprocessor;
+};
+
+inline constexpr int64_t kMaxGridY = 65535;
+inline constexpr int64_t kMaxGridZ = 65535;
+
+// ---- the geometry of a block, which the kernels are compiled for ----
+
+// A row of a tile is 128 bytes or more, a whole cache line; float64 has half the lanes so that its tiles fit as well.
+constexpr int channels_per_lane(DType dtype) { return dtype == DType::float64 ? 1 : 2; }
+constexpr int lane_count(DType dtype) { return dtype == DType::float64 ? 16 : 32; }
+constexpr int tile_channels(DType dtype) { return lane_count(dtype) * channels_per_lane(dtype); }
+
+// Backward keeps the states of a span in registers: 8 steps of two channels take 48.
+constexpr int span_steps(Operation operation) { return operation == Operation::forward ? 16 : 8; }
+
+constexpr int kMaxThreads = 256;
+constexpr int max_spans(DType dtype) { return kMaxThreads / lane_count(dtype); }
+
+// Backward starts every tile from a checkpoint.
+constexpr int backward_spans(DType dtype) {
+  return static_cast<int>(checkpoint_interval(dtype)) / span_steps(Operation::backward);
+}
+
+// Where things lie in a block's shared memory, in bytes; `states` and everything behind it are per lane.
+struct ForwardLayout {
+  int k, v, summaries, carry, size;
+
+  constexpr ForwardLayout(DType dtype, int spans) {
+    const int row = tile_channels(dtype) * static_cast<int>(element_bytes(dtype));
+    const int tile = spans * span_steps(Operation::forward) * row;
+    const int state = 3 * tile_channels(dtype) * static_cast<int>(state_bytes(dtype));
+    k = 0;
+    v = k + tile;
+    summaries = v + tile;
+    carry = summaries + spans * state;
+    size = carry + state;
+  }
+};
+
+struct BackwardLayout {
+  int k, v, gy, summaries, start, span_max, adjoints, carry, size;
+
+  constexpr BackwardLayout(DType dtype) {
+    const int spans = backward_spans(dtype);
+    const int row = tile_channels(dtype) * static_cast<int>(element_bytes(dtype));
+    const int tile = static_cast<int>(checkpoint_interval(dtype)) * row;
+    const int value = tile_channels(dtype) * static_cast<int>(state_bytes(dtype));
+    k = 0;
+    v = k + tile;
+    gy = v + tile;
+    summaries = gy + tile;
+    start = summaries + spans * 3 * value;
+    span_max = start + 3 * value;
+    adjoints = span_max + (spans + 1) * value;
+    carry = adjoints + spans * 2 * value;
+    size = carry + 2 * value;
+  }
+};
+
+// ---- a plan ----
+
+// What a test or a benchmark may ask for; zero and null leave the choice to the plan.
+struct PlanRequest {
+  const char* schedule = nullptr;  // "serial" or "chunked"
+  int64_t warps = 0;               // spans of a block
+  int64_t chunk_len = 0;
+};
+
+struct Plan {
+  Operation operation;
+  DType dtype;
+  int64_t B, T, C;
+  int spans;
+  int64_t tile_steps;
+  int64_t chunk_len;
+  int64_t chunks;
+  int64_t channel_tiles;
+  int64_t batch_per_launch;
+  int threads;
+  int shared_bytes;
+  int64_t workspace_bytes;  // what the chunks hand to one another, and partial sums of gw and gu
+  const char* schedule;
+  const char* reason;
+};
+
+// Throws std::invalid_argument for a request that no plan can meet, saying what would do.
+Plan make_plan(Operation operation, DType dtype, int64_t B, int64_t T, int64_t C, const DeviceLimits& limits,
+               const PlanRequest& request = {});
+
+}  // namespace wkv

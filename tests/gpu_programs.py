@@ -1,0 +1,271 @@
+"""The GPU kernels without a GPU: what the host would launch, the same plan and the same arguments, run on the CPU.
+
+Two executors run a launch. `Emulator` runs the kernels' C++ phases, compiled by the host compiler; `PtxRunner` runs the
+PTX that nvcc makes of the kernels, by the program that RWKV_KERNELS_PTX_RUNNER names.
+"""
+
+import ctypes
+import importlib.util
+import os
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy
+import torch
+from problems import Tensors, log_denominator, state_dtype
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+KERNELS = (
+    "summarise_states",
+    "carry_states",
+    "forward",
+    "summarise_adjoints",
+    "carry_adjoints",
+    "backward",
+    "reduce",
+    "step",
+)
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+GUARD = 64  # elements before and behind every output, which nothing may touch
+
+Launch = dict[str, Any]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Memory:
+    """The tensors of a call: outputs begin as NaN, between guards, and everything is known by its address."""
+
+    def __init__(self) -> None:
+        self.arrays: list[numpy.ndarray[Any, Any]] = []
+        self._guarded: list[Tensor] = []
+
+    def given(self, tensor: Tensor) -> int:
+        """The address of an input, whose whole storage may be read."""
+        storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+        self.arrays.append(storage.numpy())
+        return tensor.data_ptr()
+
+    def output(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = torch.Size(shape).numel()
+        guarded = torch.full((size + 2 * GUARD,), float("nan"), dtype=dtype)
+        guarded[:GUARD] = guarded[size + GUARD :] = 1.0
+        self._guarded.append(guarded)
+        inner = guarded[GUARD : size + GUARD]
+        self.arrays.append(inner.view(torch.uint8).numpy())
+        return inner.view(shape)
+
+    def assert_guards_hold(self) -> None:
+        for guarded in self._guarded:
+            assert (guarded[:GUARD] == 1).all() and (guarded[-GUARD:] == 1).all(), "an output was overrun"
+
+
+class Executor(Protocol):
+    def run(self, launch: Launch, memory: Memory) -> None: ...
+
+
+def compile_emulator(folder: Path) -> ctypes.CDLL:
+    library = folder / "emulator.so"
+    flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
+    compiler = os.environ.get("CXX", "c++")
+    source = ROOT / "tests" / "emulator.cpp"
+    subprocess.run([compiler, *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@dataclass
+class Emulator:
+    """Threads in order, reversed or shuffled; without the barrier behind phase `dropped_barrier`, if that is given."""
+
+    library: ctypes.CDLL
+    order: str = "forward"
+    seed: int = 0
+    dropped_barrier: int = -1
+
+    def run(self, launch: Launch, memory: Memory) -> None:
+        self.library.emulate(
+            KERNELS.index(launch["kernel"]),
+            DTYPES.index(launch["dtype"]),
+            (ctypes.c_uint * 3)(*launch["grid"]),
+            launch["block"][0],
+            launch["shared_bytes"],
+            launch["arguments"],
+            ("forward", "reversed", "shuffled").index(self.order),
+            ctypes.c_uint64(self.seed),
+            self.dropped_barrier,
+        )
+
+
+def load_ptx_runner() -> Any:
+    """The module that RWKV_KERNELS_PTX_RUNNER names."""
+    specification = importlib.util.spec_from_file_location("run_ptx", os.environ["RWKV_KERNELS_PTX_RUNNER"])
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def symbol(kernel: str, dtype: str) -> str:
+    """Enough of the kernel's mangled name to know it by."""
+    element = {"float32": "f", "float16": "NS_4HalfE", "bfloat16": "NS_8Bfloat16E", "float64": "d"}[dtype]
+    real = "d" if dtype == "float64" else "f"
+    return {
+        "summarise_states": f"7ForwardI{element}Lb0E",
+        "carry_states": f"11CarryStatesI{real}E",
+        "forward": f"7ForwardI{element}Lb1E",
+        "summarise_adjoints": f"8BackwardI{element}Lb0E",
+        "carry_adjoints": f"13CarryAdjointsI{real}E",
+        "backward": f"8BackwardI{element}Lb1E",
+        "reduce": f"6ReduceI{real}E",
+        "step": f"4StepI{element}E",
+    }[kernel]
+
+
+@dataclass
+class PtxRunner:
+    """A module of the runner, and the order in which blocks start and threads are switched."""
+
+    modules: dict[str, Any]  # by symbol
+    order: str = "fwd"
+    seed: int = 0
+    instructions: dict[str, int] = field(default_factory=dict)
+
+    def run(self, launch: Launch, memory: Memory) -> None:
+        name = symbol(launch["kernel"], launch["dtype"])
+        self.modules[name].run(
+            name,
+            [launch["arguments"]],
+            grid=launch["grid"],
+            block=launch["block"],
+            shared=launch["shared_bytes"],
+            extra=memory.arrays,
+            order=self.order,
+            seed=self.seed,
+        )
+
+
+# ---- the host path, as the operators take it, but for the device ----
+
+
+def _sequence(memory: Memory, name: str, tensor: Tensor) -> dict[str, int]:
+    if tensor.stride(2) != 1:
+        tensor = tensor.contiguous()
+    address = memory.given(tensor)
+    return {name: address, f"{name}_batch_stride": tensor.stride(0), f"{name}_time_stride": tensor.stride(1)}
+
+
+def _parameters(memory: Memory, w: Tensor, u: Tensor) -> dict[str, Any]:
+    return {"w": memory.given(w), "u": memory.given(u), "w_dtype": name_of(w.dtype), "u_dtype": name_of(u.dtype)}
+
+
+def _run(executor: Executor, memory: Memory, operation: str, k: Tensor, arguments: dict[str, Any], plan: Any) -> None:
+    from rwkv_kernels import _C
+
+    B, C = k.shape[0], k.shape[-1]
+    T = k.shape[1] if k.dim() == 3 else 1
+    dtype = name_of(k.dtype)
+    if operation != "step":
+        size = _C.plan_cuda(operation, dtype, B, T, C, **plan)["workspace_bytes"]
+        arguments["workspace"] = memory.output((size // 4,), torch.float32).data_ptr()
+    for launch in _C.cuda_launches(operation, dtype, B, T, C, arguments, **plan):
+        executor.run(launch, memory)
+    memory.assert_guards_hold()
+
+
+def forward(executor: Executor, tensors: Tensors, **plan: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state, and the checkpoints."""
+    from rwkv_kernels import _C
+
+    w, u, k, v, state = tensors.inputs
+    assert w is not None and u is not None and k is not None and v is not None
+    B, T, C = k.shape
+    memory = Memory()
+    interval = _C.checkpoint_interval(name_of(k.dtype))
+    y = memory.output((B, T, C), k.dtype)
+    state_out = memory.output((B, 3, C), state_dtype(k.dtype))
+    checkpoints = memory.output((B, -(-T // interval), 3, C), state_dtype(k.dtype))
+    arguments = {
+        **_parameters(memory, w, u),
+        **_sequence(memory, "k", k),
+        **_sequence(memory, "v", v),
+        "y": y.data_ptr(),
+        "state_out": state_out.data_ptr(),
+        "checkpoints": checkpoints.data_ptr(),
+    }
+    if state is not None:
+        arguments["state"] = memory.given(state)
+    _run(executor, memory, "forward", k, arguments, plan)
+    return y, state_out, checkpoints
+
+
+def backward(
+    executor: Executor, tensors: Tensors, checkpoints: Tensor, gstate_out: Tensor | None, **plan: Any
+) -> dict[str, Tensor]:
+    """The gradients by name, for gy of `tensors` and the given gradient of the final state."""
+    w, u, k, v, state = tensors.inputs
+    assert w is not None and u is not None and k is not None and v is not None
+    B, T, C = k.shape
+    memory = Memory()
+    results = {
+        "gw": memory.output((C,), state_dtype(k.dtype)),
+        "gu": memory.output((C,), state_dtype(k.dtype)),
+        "gk": memory.output((B, T, C), k.dtype),
+        "gv": memory.output((B, T, C), k.dtype),
+        "gstate": memory.output((B, 3, C), state_dtype(k.dtype)),
+    }
+    arguments = {
+        **_parameters(memory, w, u),
+        **_sequence(memory, "k", k),
+        **_sequence(memory, "v", v),
+        **_sequence(memory, "gy", tensors.gy),
+        "checkpoints": memory.given(checkpoints),
+        **{name: tensor.data_ptr() for name, tensor in results.items()},
+    }
+    if state is not None:
+        arguments["state"] = memory.given(state)
+    if gstate_out is not None:
+        arguments["gstate_out"] = memory.given(gstate_out)
+    _run(executor, memory, "backward", k, arguments, plan)
+    return results
+
+
+def step(executor: Executor, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Tensor:
+    """y; the state moves on in place."""
+    memory = Memory()
+    y = memory.output(tuple(k.shape), k.dtype)
+    strides = dict(zip(("batch", "row", "channel"), state.stride(), strict=True))
+    arguments = {
+        **_parameters(memory, w, u),
+        "k": memory.given(k),
+        "v": memory.given(v),
+        "k_stride": k.stride(0),
+        "v_stride": v.stride(0),
+        "y": y.data_ptr(),
+        "state": memory.given(state),
+        **{f"state_{name}_stride": stride for name, stride in strides.items()},
+    }
+    _run(executor, memory, "step", k, arguments, {})
+    return y
+
+
+def solve(
+    executor: Executor,
+    tensors: Tensors,
+    forward_plan: dict[str, Any] | None = None,
+    backward_plan: dict[str, Any] | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What problems.solve gives for a backend, and the log of the denominator that its state gradient is relative to."""
+    y, state, checkpoints = forward(executor, tensors, **(forward_plan or {}))
+    scale = log_denominator(state.double())
+    gstate = tensors.gstate.double().clone()
+    gstate[:, :2] *= torch.exp(state[:, 2].double() - scale)[:, None]
+    gradients = backward(executor, tensors, checkpoints, gstate.to(state.dtype), **(backward_plan or {}))
+    if tensors.state is None:
+        del gradients["gstate"]
+    results = {"y": y, "state_mean": state[:, 0] / state[:, 1], "state_log_den": log_denominator(state)}
+    return results | gradients, scale
