@@ -8,14 +8,16 @@ import ctypes
 import importlib.util
 import os
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy
 import torch
-from problems import Tensors, log_denominator, state_dtype
+from problems import state_dtype
 from torch import Tensor
+
+from rwkv_kernels import _C
 
 ROOT = Path(__file__).parent.parent
 KERNELS = (
@@ -44,11 +46,13 @@ class Memory:
     def __init__(self) -> None:
         self.arrays: list[numpy.ndarray[Any, Any]] = []
         self._guarded: list[Tensor] = []
+        self._kept: list[Tensor] = []
 
     def given(self, tensor: Tensor) -> int:
         """The address of an input, whose whole storage may be read."""
         storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
         self.arrays.append(storage.numpy())
+        self._kept.append(tensor)
         return tensor.data_ptr()
 
     def output(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -126,18 +130,26 @@ def symbol(kernel: str, dtype: str) -> str:
     }[kernel]
 
 
-@dataclass
 class PtxRunner:
-    """A module of the runner, and the order in which blocks start and threads are switched."""
+    """The PTX for one architecture; `order` is that in which blocks start and threads are switched."""
 
-    modules: dict[str, Any]  # by symbol
-    order: str = "fwd"
-    seed: int = 0
-    instructions: dict[str, int] = field(default_factory=dict)
+    def __init__(self, folder: Path, architecture: str, order: str = "fwd", seed: int = 0) -> None:
+        self.order = order
+        self.seed = seed
+        self._runner = load_ptx_runner()
+        self._modules: dict[str, Any] = {}
+        ptx = folder / f"{architecture}.ptx"
+        if not ptx.exists():
+            source = ROOT / "csrc" / "cuda" / "wkv_kernels.cu"
+            flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-arch={architecture}", "-ptx"]
+            subprocess.run(["nvcc", *flags, str(source), "-o", str(ptx)], check=True)
+        self._text = ptx.read_text()
 
     def run(self, launch: Launch, memory: Memory) -> None:
         name = symbol(launch["kernel"], launch["dtype"])
-        self.modules[name].run(
+        if name not in self._modules:
+            self._modules[name] = self._runner.Module(self._text, only=name)
+        self._modules[name].run(
             name,
             [launch["arguments"]],
             grid=launch["grid"],
@@ -164,8 +176,6 @@ def _parameters(memory: Memory, w: Tensor, u: Tensor) -> dict[str, Any]:
 
 
 def _run(executor: Executor, memory: Memory, operation: str, k: Tensor, arguments: dict[str, Any], plan: Any) -> None:
-    from rwkv_kernels import _C
-
     B, C = k.shape[0], k.shape[-1]
     T = k.shape[1] if k.dim() == 3 else 1
     dtype = name_of(k.dtype)
@@ -177,38 +187,47 @@ def _run(executor: Executor, memory: Memory, operation: str, k: Tensor, argument
     memory.assert_guards_hold()
 
 
-def forward(executor: Executor, tensors: Tensors, **plan: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and the checkpoints."""
-    from rwkv_kernels import _C
+def _state(memory: Memory, name: str, state: Tensor | None) -> dict[str, int]:
+    return {} if state is None else {name: memory.given(state.contiguous())}
 
-    w, u, k, v, state = tensors.inputs
-    assert w is not None and u is not None and k is not None and v is not None
+
+def forward(
+    executor: Executor, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool, **plan: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state, and the checkpoints."""
     B, T, C = k.shape
     memory = Memory()
     interval = _C.checkpoint_interval(name_of(k.dtype))
     y = memory.output((B, T, C), k.dtype)
     state_out = memory.output((B, 3, C), state_dtype(k.dtype))
-    checkpoints = memory.output((B, -(-T // interval), 3, C), state_dtype(k.dtype))
+    checkpoints = memory.output((B, -(-T // interval) if checkpoint else 0, 3, C), state_dtype(k.dtype))
     arguments = {
         **_parameters(memory, w, u),
         **_sequence(memory, "k", k),
         **_sequence(memory, "v", v),
+        **_state(memory, "state", state),
         "y": y.data_ptr(),
         "state_out": state_out.data_ptr(),
-        "checkpoints": checkpoints.data_ptr(),
     }
-    if state is not None:
-        arguments["state"] = memory.given(state)
+    if checkpoint:
+        arguments["checkpoints"] = checkpoints.data_ptr()
     _run(executor, memory, "forward", k, arguments, plan)
     return y, state_out, checkpoints
 
 
 def backward(
-    executor: Executor, tensors: Tensors, checkpoints: Tensor, gstate_out: Tensor | None, **plan: Any
-) -> dict[str, Tensor]:
-    """The gradients by name, for gy of `tensors` and the given gradient of the final state."""
-    w, u, k, v, state = tensors.inputs
-    assert w is not None and u is not None and k is not None and v is not None
+    executor: Executor,
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None,
+    checkpoints: Tensor,
+    gy: Tensor,
+    gstate_out: Tensor | None,
+    **plan: Any,
+) -> tuple[Tensor, ...]:
+    """gw, gu, gk, gv and gstate."""
     B, T, C = k.shape
     memory = Memory()
     results = {
@@ -222,22 +241,21 @@ def backward(
         **_parameters(memory, w, u),
         **_sequence(memory, "k", k),
         **_sequence(memory, "v", v),
-        **_sequence(memory, "gy", tensors.gy),
-        "checkpoints": memory.given(checkpoints),
+        **_sequence(memory, "gy", gy),
+        **_state(memory, "state", state),
+        **_state(memory, "checkpoints", checkpoints),
+        **_state(memory, "gstate_out", gstate_out),
         **{name: tensor.data_ptr() for name, tensor in results.items()},
     }
-    if state is not None:
-        arguments["state"] = memory.given(state)
-    if gstate_out is not None:
-        arguments["gstate_out"] = memory.given(gstate_out)
     _run(executor, memory, "backward", k, arguments, plan)
-    return results
+    return tuple(results.values())
 
 
 def step(executor: Executor, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Tensor:
     """y; the state moves on in place."""
     memory = Memory()
     y = memory.output(tuple(k.shape), k.dtype)
+    k, v = (x if x.stride(1) == 1 else x.contiguous() for x in (k, v))
     strides = dict(zip(("batch", "row", "channel"), state.stride(), strict=True))
     arguments = {
         **_parameters(memory, w, u),
@@ -251,21 +269,3 @@ def step(executor: Executor, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: 
     }
     _run(executor, memory, "step", k, arguments, {})
     return y
-
-
-def solve(
-    executor: Executor,
-    tensors: Tensors,
-    forward_plan: dict[str, Any] | None = None,
-    backward_plan: dict[str, Any] | None = None,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """What problems.solve gives for a backend, and the log of the denominator that its state gradient is relative to."""
-    y, state, checkpoints = forward(executor, tensors, **(forward_plan or {}))
-    scale = log_denominator(state.double())
-    gstate = tensors.gstate.double().clone()
-    gstate[:, :2] *= torch.exp(state[:, 2].double() - scale)[:, None]
-    gradients = backward(executor, tensors, checkpoints, gstate.to(state.dtype), **(backward_plan or {}))
-    if tensors.state is None:
-        del gradients["gstate"]
-    results = {"y": y, "state_mean": state[:, 0] / state[:, 1], "state_log_den": log_denominator(state)}
-    return results | gradients, scale

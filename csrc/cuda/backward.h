@@ -43,7 +43,6 @@ struct Backward {
     // What lives in registers from one phase to the next.
     ChannelLanes<Lanes> channel;
     KeyRange<Lanes> keys;
-    Lanes first_max;
     typename Walk::Replayed replayed;
     Gathered gathered;
 

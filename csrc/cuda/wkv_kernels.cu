@@ -1,4 +1,6 @@
 // The __global__ wrappers of the block programs, and their launch. No torch.
+#include <type_traits>
+
 #include "programs.h"
 #include "wkv_kernels.h"
 
@@ -20,9 +22,10 @@ template <class Program>
 struct Bounds {
   static constexpr int kThreads = kMaxThreads, kBlocks = 1;
 };
+// Two backward blocks hide each other's latencies; float64 needs the registers of both for one.
 template <class Element, bool writes>
 struct Bounds<Backward<Element, writes>> {
-  static constexpr int kThreads = kMaxThreads, kBlocks = 2;
+  static constexpr int kThreads = kMaxThreads, kBlocks = std::is_same_v<Element, double> ? 1 : 2;
 };
 template <class Real>
 struct Bounds<Reduce<Real>> {

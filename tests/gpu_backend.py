@@ -1,0 +1,101 @@
+"""A backend "emulated" for tests: the GPU kernels by one of the executors of gpu_programs, on CPU tensors.
+
+As a pytest plugin (-p gpu_backend) it lets the whole suite run on them: on the C++ phases, or with
+WKV_TEST_ARCHITECTURE=sm_90 on the PTX of that architecture.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gpu_programs
+import pytest
+import torch
+from torch import Tensor
+
+from rwkv_kernels import _C, autograd, registry
+
+NAME = "emulated"
+
+
+class _Current:
+    executor: gpu_programs.Executor
+    forward_plan: dict[str, Any]
+    backward_plan: dict[str, Any]
+
+
+_library = torch.library.Library("rwkv_kernels_emulated", "FRAGMENT")
+_library.define(
+    "forward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, bool checkpoint) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, Tensor checkpoints, Tensor gy, "
+    "Tensor? gstate_out) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _forward(*arguments: Any) -> Any:
+    if 0 in arguments[2].shape:  # no operator asks its kernels for that
+        return torch.ops.rwkv_kernels.wkv_forward(*arguments)
+    return gpu_programs.forward(_Current.executor, *arguments, **_Current.forward_plan)
+
+
+def _backward(*arguments: Any) -> Any:
+    if 0 in arguments[2].shape:
+        return torch.ops.rwkv_kernels._wkv_backward(*arguments)
+    return gpu_programs.backward(_Current.executor, *arguments, **_Current.backward_plan)
+
+
+def _step(*arguments: Tensor) -> Tensor:
+    return gpu_programs.step(_Current.executor, *arguments)
+
+
+_library.impl("forward", _forward, "CPU")
+_library.impl("backward", _backward, "CPU")
+_ops = torch.ops.rwkv_kernels_emulated
+_differentiable = autograd.attach(
+    _library,
+    _ops.forward.default,
+    _ops.backward.default,
+    lambda dtype: _C.checkpoint_interval(gpu_programs.name_of(dtype)),
+)
+_backend = registry.Backend(NAME, lambda: None, lambda k: None, _differentiable, _step)
+
+
+@contextmanager
+def emulated(
+    executor: gpu_programs.Executor,
+    forward_plan: dict[str, Any] | None = None,
+    backward_plan: dict[str, Any] | None = None,
+) -> Iterator[str]:
+    """The backend's name while it exists; what is asked of the plans, as _C.plan_cuda takes it."""
+    _Current.executor = executor
+    _Current.forward_plan = forward_plan or {}
+    _Current.backward_plan = backward_plan or {}
+    registry.BACKENDS[NAME] = _backend
+    try:
+        yield NAME
+    finally:
+        del registry.BACKENDS[NAME]
+
+
+# ---- the plugin ----
+
+
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Before conftest.py lists the backends."""
+    folder = Path(tempfile.mkdtemp())
+    early_config.add_cleanup(lambda: shutil.rmtree(folder))
+    architecture = os.environ.get("WKV_TEST_ARCHITECTURE")
+    executor: gpu_programs.Executor
+    if architecture is None:
+        executor = gpu_programs.Emulator(gpu_programs.compile_emulator(folder), "shuffled")
+    else:
+        executor = gpu_programs.PtxRunner(folder, architecture, "random")
+    context = emulated(executor)
+    context.__enter__()
+    early_config.add_cleanup(lambda: context.__exit__(None, None, None))
