@@ -90,6 +90,15 @@ def nvcc_flags(architectures: list[str]) -> list[str]:
     return flags
 
 
+def for_cmake(torch_cuda: str | None) -> list[str]:
+    """The toolkit's folder, the architectures as one word, and nvcc's flags; nothing for a build without CUDA."""
+    toolkit = to_build_with(torch_cuda)
+    if toolkit is None:
+        return []
+    architectures = toolkit.architectures()
+    return [str(toolkit.home), ",".join(architectures), *nvcc_flags(architectures)]
+
+
 def _digits(architecture: str) -> str:
     return architecture.removesuffix("+PTX").replace(".", "")
 
