@@ -9,7 +9,7 @@ BENCH ?=
 TEXT ?=
 MINUTES ?= 3.5
 
-EXTENSION_INPUTS := setup.py $(shell find csrc -type f)
+EXTENSION_INPUTS := setup.py tools/cuda_toolkit.py $(shell find csrc -type f)
 
 ifeq ($(VENV),)
 RUN := $(PYTHON)
@@ -36,7 +36,7 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp')
+	clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 doctor: setup
 	$(RUN) -m rwkv_kernels

@@ -12,8 +12,8 @@
 
 namespace wkv {
 
-inline DType dtype_of(const at::Tensor& k) {
-  switch (k.scalar_type()) {
+inline DType dtype_of(const char* name, const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
     case at::kFloat:
       return DType::float32;
     case at::kHalf:
@@ -23,7 +23,7 @@ inline DType dtype_of(const at::Tensor& k) {
     case at::kDouble:
       return DType::float64;
     default:
-      TORCH_CHECK_TYPE(false, "k: expected float32, float16, bfloat16 or float64, got ", k.scalar_type());
+      TORCH_CHECK_TYPE(false, name, ": expected float32, float16, bfloat16 or float64, got ", tensor.scalar_type());
   }
 }
 
@@ -39,12 +39,10 @@ inline void check_like(const char* name, const at::Tensor& tensor, at::IntArrayR
                     tensor.device());
 }
 
-// A per-channel parameter, which may have any floating dtype, as the kernels take it.
+// A per-channel parameter, of a dtype of its own.
 inline at::Tensor channel_parameter(const char* name, const at::Tensor& parameter, const at::Tensor& k) {
-  TORCH_CHECK_TYPE(at::isFloatingType(parameter.scalar_type()), name, ": expected a floating dtype, got ",
-                   parameter.scalar_type());
   check_like(name, parameter, {k.size(-1)}, parameter.scalar_type(), k);
-  return parameter.to(state_type(k)).contiguous();
+  return parameter.contiguous();
 }
 
 // [B, T, C] with contiguous channels: as it is where it can be, else a copy.
@@ -58,13 +56,13 @@ inline Sequence sequence_of(const at::Tensor& tensor) {
 
 // The arguments that forward, backward and step share, checked and in the layout that the kernels take.
 struct Arguments {
-  DType dtype;
+  DType dtype, w_dtype, u_dtype;
   at::Tensor w, u, k, v;
   std::optional<at::Tensor> state;
 
   Arguments(const at::Tensor& w_, const at::Tensor& u_, const at::Tensor& k_, const at::Tensor& v_,
             const std::optional<at::Tensor>& state_)
-      : dtype(dtype_of(k_)) {
+      : dtype(dtype_of("k", k_)), w_dtype(dtype_of("w", w_)), u_dtype(dtype_of("u", u_)) {
     TORCH_CHECK_VALUE(k_.dim() == 3, "k: expected shape [B, T, C], got ", k_.sizes());
     check_like("v", v_, k_.sizes(), k_.scalar_type(), k_);
     w = channel_parameter("w", w_, k_);
@@ -88,6 +86,23 @@ struct Arguments {
   at::Tensor empty_parameter() const { return at::empty({C()}, k.options().dtype(state_type(k))); }
   at::Tensor empty_checkpoints(bool wanted) const {
     return at::empty({B(), wanted ? checkpoint_count(dtype, T()) : 0, 3, C()}, k.options().dtype(state_type(k)));
+  }
+};
+
+// What backward gets besides.
+struct GradientArguments {
+  at::Tensor checkpoints, gy;
+  std::optional<at::Tensor> gstate_out;
+
+  GradientArguments(const Arguments& arguments, const at::Tensor& checkpoints_, const at::Tensor& gy_,
+                    const std::optional<at::Tensor>& gstate_out_) {
+    const at::Tensor& k = arguments.k;
+    check_like("gy", gy_, k.sizes(), k.scalar_type(), k);
+    check_like("checkpoints", checkpoints_,
+               {arguments.B(), checkpoint_count(arguments.dtype, arguments.T()), 3, arguments.C()}, state_type(k), k);
+    checkpoints = checkpoints_.contiguous();
+    gy = with_contiguous_channels(gy_);
+    if (gstate_out_.has_value()) gstate_out = arguments.checked_state("gstate_out", *gstate_out_);
   }
 };
 

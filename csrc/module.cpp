@@ -1,26 +1,28 @@
 // The Python module: what this build is, and the plans that it makes. The operators are reached through torch.ops.
-#include <pybind11/pybind11.h>
+#include "module.h"
+
 #include <torch/version.h>
 
 #include "cpu/wkv_cpu_kernels.h"
 #include "cpu/wkv_cpu_plan.h"
-#include "wkv_problem.h"
 
 namespace py = pybind11;
 
 namespace wkv {
+
 const CpuKernels& selected_cpu_kernels();
-}
 
-namespace {
-
-wkv::DType parse_dtype(const std::string& name) {
-  if (name == "float32") return wkv::DType::float32;
-  if (name == "float16") return wkv::DType::float16;
-  if (name == "bfloat16") return wkv::DType::bfloat16;
-  if (name == "float64") return wkv::DType::float64;
+DType parse_dtype(const std::string& name) {
+  if (name == "float32") return DType::float32;
+  if (name == "float16") return DType::float16;
+  if (name == "bfloat16") return DType::bfloat16;
+  if (name == "float64") return DType::float64;
   throw py::value_error("dtype: expected float32, float16, bfloat16 or float64, got " + name);
 }
+
+}  // namespace wkv
+
+namespace {
 
 py::dict build_info() {
   py::dict info;
@@ -38,12 +40,13 @@ py::dict build_info() {
   }
   info["cpu_instruction_sets"] = py::tuple(built);
   info["cpu_instruction_set"] = wkv::selected_cpu_kernels().name;
-  info["cuda"] = py::none();
+  info["cuda"] = wkv::cuda_version();
+  info["cuda_architectures"] = wkv::cuda_architectures();
   return info;
 }
 
 py::dict plan_cpu(const std::string& dtype, int64_t B, int64_t T, int64_t C, int64_t threads) {
-  const wkv::CpuPlan plan = wkv::plan_cpu(parse_dtype(dtype), B, T, C, threads);
+  const wkv::CpuPlan plan = wkv::plan_cpu(wkv::parse_dtype(dtype), B, T, C, threads);
   py::dict result;
   result["threads"] = plan.threads;
   result["channel_tile"] = plan.channel_tile;
@@ -59,6 +62,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("plan_cpu", &plan_cpu, py::arg("dtype"), py::arg("B"), py::arg("T"), py::arg("C"), py::arg("threads"));
   m.def(
-      "checkpoint_interval", [](const std::string& dtype) { return wkv::checkpoint_interval(parse_dtype(dtype)); },
+      "checkpoint_interval", [](const std::string& dtype) { return wkv::checkpoint_interval(wkv::parse_dtype(dtype)); },
       py::arg("dtype"));
+  wkv::define_cuda(m);
 }

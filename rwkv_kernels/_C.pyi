@@ -7,6 +7,7 @@ class Build(TypedDict):
     cpu_instruction_sets: tuple[str, ...]
     cpu_instruction_set: str
     cuda: str | None
+    cuda_architectures: tuple[str, ...]
 
 class CpuPlan(TypedDict):
     threads: int
@@ -15,6 +16,63 @@ class CpuPlan(TypedDict):
     span_steps: int
     spans: int
 
+class DeviceLimits(TypedDict):
+    multiprocessors: int
+    shared_per_block: int
+    shared_per_multiprocessor: int
+    threads_per_multiprocessor: int
+    blocks_per_multiprocessor: int
+
+class CudaPlan(TypedDict):
+    operation: str
+    dtype: str
+    B: int
+    T: int
+    C: int
+    spans: int
+    tile_steps: int
+    chunk_len: int
+    chunks: int
+    channel_tiles: int
+    batch_per_launch: int
+    threads: int
+    shared_bytes: int
+    workspace_bytes: int
+    schedule: str
+    reason: str
+
+class CudaLaunch(TypedDict):
+    kernel: str
+    dtype: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    arguments: bytes
+
 def build_info() -> Build: ...
 def plan_cpu(dtype: str, B: int, T: int, C: int, threads: int) -> CpuPlan: ...
 def checkpoint_interval(dtype: str) -> int: ...
+def plan_cuda(
+    operation: str,
+    dtype: str,
+    B: int,
+    T: int,
+    C: int,
+    limits: DeviceLimits | int | None = None,
+    schedule: str | None = None,
+    warps: int | None = None,
+    chunk_len: int | None = None,
+) -> CudaPlan: ...
+def cuda_launches(
+    operation: str,
+    dtype: str,
+    B: int,
+    T: int,
+    C: int,
+    arguments: dict[str, int | str],
+    limits: DeviceLimits | int | None = None,
+    schedule: str | None = None,
+    warps: int | None = None,
+    chunk_len: int | None = None,
+) -> list[CudaLaunch]: ...
+def force_cuda_plan(schedule: str | None = None, warps: int | None = None, chunk_len: int | None = None) -> None: ...

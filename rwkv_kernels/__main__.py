@@ -36,6 +36,12 @@ def _cuda_summary() -> str:
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
 
+def _cuda_kernels(build: rwkv_kernels.BuildInfo) -> str:
+    if build.cuda is None:
+        return "none in this build"
+    return f"CUDA {build.cuda}, for {', '.join(build.cuda_architectures)}"
+
+
 def main() -> int:
     build = rwkv_kernels.build_info()
     rows = [
@@ -49,7 +55,7 @@ def main() -> int:
         rows += [
             ("built with", f"torch {build.torch}, {build.compiler}, OpenMP {'on' if build.openmp else 'OFF'}"),
             ("cpu kernels", f"{build.cpu_instruction_set} in use of {', '.join(build.cpu_instruction_sets)}"),
-            ("cuda kernels", build.cuda or "none in this build"),
+            ("cuda kernels", _cuda_kernels(build)),
         ]
     for name, value in rows:
         print(f"{name:14}{value}")
@@ -60,7 +66,7 @@ def main() -> int:
         if not available:
             print(f"  {name:12}not available: {reason}")
             continue
-        error = _self_check(name, "cpu")
+        error = _self_check(name, "cuda" if name == "cuda" else "cpu")
         passed = error < SELF_CHECK_TOLERANCE
         healthy &= passed
         print(f"  {name:12}{'available' if passed else 'WRONG'}: off the float64 oracle by {error:.1e} at most")

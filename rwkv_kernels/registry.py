@@ -1,11 +1,12 @@
 """The backends and the choice among them: explicit, and never a silent fallback."""
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,10 @@ class BackendInfo(NamedTuple):
     reason: str | None
 
 
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Backend:
     """A way to compute the operator.
@@ -39,8 +44,8 @@ class Backend:
     name: str
     why_unavailable: Callable[[], str | None]
     why_not: Callable[[Tensor], str | None]
-    forward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-    step: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    forward: Forward
+    step: Step
 
 
 def _reference_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Tensor:
@@ -52,22 +57,76 @@ def _reference_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -
 REFERENCE = Backend("reference", lambda: None, lambda k: None, reference.wkv, _reference_step)
 
 
+def _constant(function: Callable[..., str | None]) -> Callable[..., str | None]:
+    """Asks once per argument, and lets torch.compile do the same while it traces."""
+    cached = functools.cache(function)
+
+    def ask(*arguments: int) -> str | None:
+        return cached(*arguments)
+
+    # What torch.compiler.assume_constant_result does, which would import the compiler.
+    ask._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    ask.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
+    return ask
+
+
 def _cpu_why_not(k: Tensor) -> str | None:
     # Meta tensors have no data, so the operator's fake kernel serves them.
     return None if k.device.type in ("cpu", "meta") else f"k is on {k.device}, and this backend runs on the CPU"
+
+
+@_constant
+def _cuda_why_unavailable() -> str | None:
+    if extension.module is None:
+        return extension.why_missing
+    if extension.module.build_info()["cuda"] is None:
+        return (
+            "this build has no CUDA kernels (build_info().cuda is None): rebuild where there are nvcc and a torch with "
+            "CUDA; RWKV_KERNELS_CUDA=1 makes the build say what it lacks"
+        )
+    if not torch.cuda.is_available():
+        return f"torch for CUDA {torch.version.cuda} finds no usable GPU: see nvidia-smi and CUDA_VISIBLE_DEVICES"
+    return None
+
+
+def _covers(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code for an architecture such as "9.0", or with its PTX "9.0+PTX", runs on a GPU."""
+    major, minor = (int(part) for part in architecture.removesuffix("+PTX").split("."))
+    return (major == capability[0] and minor <= capability[1]) or (
+        architecture.endswith("+PTX") and (major, minor) <= capability
+    )
+
+
+@_constant
+def _why_uncovered(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    built = extension.module.build_info()["cuda_architectures"] if extension.module is not None else ()
+    if any(_covers(architecture, capability) for architecture in built):
+        return None
+    number = f"{capability[0]}.{capability[1]}"
+    return (
+        f"cuda:{index} has compute capability {number}, and this build is for {', '.join(built)}: rebuild with "
+        f"TORCH_CUDA_ARCH_LIST={number}"
+    )
+
+
+def _cuda_why_not(k: Tensor) -> str | None:
+    if k.device.type != "cuda":
+        return f"k is on {k.device}, and this backend runs on CUDA devices"
+    return _cuda_why_unavailable() or _why_uncovered(k.device.index)
 
 
 # Registrations last as long as this object.
 _library = torch.library.Library("rwkv_kernels", "FRAGMENT")
 
 
-def _cpu_backend() -> Backend:
+def _compiled() -> tuple[Forward, Step]:
     if extension.module is None:
 
-        def missing(*_: Tensor | None) -> tuple[Tensor, Tensor]:
+        def missing(*_: Tensor | None) -> Any:
             raise BackendUnavailable(extension.why_missing)
 
-        return Backend("cpu", lambda: extension.why_missing, _cpu_why_not, missing, missing)  # type: ignore[arg-type]
+        return missing, missing
 
     intervals = {
         dtype: extension.module.checkpoint_interval(str(dtype).removeprefix("torch."))
@@ -80,14 +139,19 @@ def _cpu_backend() -> Backend:
     def fake_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Tensor:
         return torch.empty_like(k, memory_format=torch.contiguous_format)
 
-    return Backend("cpu", lambda: None, _cpu_why_not, forward, ops.wkv_step.default)
+    return forward, ops.wkv_step.default
 
 
-BACKENDS = {backend.name: backend for backend in (_cpu_backend(), REFERENCE)}
+# Kernels of the same operators: torch takes those of the arguments' device.
+_forward, _step = _compiled()
+CUDA = Backend("cuda", _cuda_why_unavailable, _cuda_why_not, _forward, _step)
+CPU = Backend("cpu", lambda: extension.why_missing, _cpu_why_not, _forward, _step)
+
+BACKENDS = {backend.name: backend for backend in (CUDA, CPU, REFERENCE)}
 
 # "auto" takes the first that can. The oracle is not among them: it is orders of magnitude slower, so it must be asked
 # for by name.
-AUTOMATIC = ("cpu",)
+AUTOMATIC = ("cuda", "cpu")
 
 
 class _Choice(threading.local):
@@ -102,6 +166,11 @@ def _check_name(name: str) -> None:
         raise ValueError(f"wkv backend {name!r} is unknown. Known: auto, {', '.join(BACKENDS)}.")
 
 
+def _can(backend: Backend, k: Tensor) -> bool:
+    # In this order, so that no call on the CPU makes torch look for GPUs, which would break processes that fork later.
+    return backend.why_not(k) is None and backend.why_unavailable() is None
+
+
 def _why_not(backend: Backend, k: Tensor) -> str | None:
     return backend.why_unavailable() or backend.why_not(k)
 
@@ -112,7 +181,7 @@ def select(name: str, k: Tensor) -> Backend:
         name = _choice.name
     _check_name(name)
     for candidate in AUTOMATIC if name == "auto" else (name,):
-        if _why_not(BACKENDS[candidate], k) is None:
+        if _can(BACKENDS[candidate], k):
             return BACKENDS[candidate]
     raise _refusal(name, k)
 
@@ -120,7 +189,7 @@ def select(name: str, k: Tensor) -> Backend:
 def _refusal(name: str, k: Tensor) -> BackendUnavailable:
     asked = AUTOMATIC if name == "auto" else (name,)
     reasons = "; ".join(f"{candidate}: {_why_not(BACKENDS[candidate], k)}" for candidate in asked)
-    can = [backend.name for backend in BACKENDS.values() if _why_not(backend, k) is None]
+    can = [backend.name for backend in BACKENDS.values() if _can(backend, k)]
     return BackendUnavailable(f"wkv backend {name!r} refused ({reasons}). Available for this call: {', '.join(can)}.")
 
 

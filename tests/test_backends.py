@@ -5,7 +5,11 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from problems import Problem, make
 
 import rwkv_kernels
 from rwkv_kernels import registry
+from rwkv_kernels._extension import Extension
 
 PACKAGE = Path(rwkv_kernels.__file__).parent
 
@@ -48,7 +53,7 @@ rwkv_kernels.wkv(torch.zeros(3), torch.zeros(3), x, x, backend="reference")
 
 def test_every_backend_is_listed_with_its_reason() -> None:
     listed = rwkv_kernels.backends()
-    assert [info.name for info in listed] == ["cpu", "reference"]
+    assert [info.name for info in listed] == ["cuda", "cpu", "reference"]
     for name, available, reason in listed:
         assert available == (reason is None), name
 
@@ -82,7 +87,7 @@ def test_use_backend_is_undone_by_an_exception_and_unknown_to_other_threads() ->
 
 
 def test_an_unknown_name_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="'tpu' is unknown. Known: auto, cpu, reference"):
+    with pytest.raises(ValueError, match="'tpu' is unknown. Known: auto, cuda, cpu, reference"):
         rwkv_kernels.use_backend("tpu").__enter__()
 
 
@@ -98,23 +103,143 @@ def test_an_unknown_name_in_the_environment_is_refused_by_the_call() -> None:
 
 
 def test_a_refusal_says_what_was_asked_why_not_and_what_can() -> None:
-    class Elsewhere:
-        device = torch.device("cuda:0")
-        dtype = torch.float32
-
-    for name in ("auto", "cpu"):
-        message = (
-            f"wkv backend '{name}' refused (cpu: k is on cuda:0, and this backend runs on the CPU). "
-            "Available for this call: reference."
-        )
+    reasons = {info.name: info.reason for info in rwkv_kernels.backends()}
+    cuda = f"cuda: {reasons['cuda'] or 'k is on xpu:0, and this backend runs on CUDA devices'}"
+    cpu = "cpu: k is on xpu:0, and this backend runs on the CPU"
+    for name, reason in (("auto", f"{cuda}; {cpu}"), ("cuda", cuda), ("cpu", cpu)):
         with pytest.raises(rwkv_kernels.BackendUnavailable) as error:
-            registry.select(name, Elsewhere())  # type: ignore[arg-type]
-        assert str(error.value) == message
+            registry.select(name, _on("xpu:0"))
+        assert str(error.value) == f"wkv backend '{name}' refused ({reason}). Available for this call: reference."
+
+
+def test_the_cuda_backend_refuses_tensors_on_the_cpu_and_names_who_takes_them() -> None:
+    reason = next(info.reason for info in rwkv_kernels.backends() if info.name == "cuda")
+    reason = reason or "k is on cpu, and this backend runs on CUDA devices"
+    x = torch.zeros(1, 2, 3)
+    with pytest.raises(rwkv_kernels.BackendUnavailable) as error:
+        rwkv_kernels.wkv(x[0, 0], x[0, 0], x, x, backend="cuda")
+    assert str(error.value) == f"wkv backend 'cuda' refused (cuda: {reason}). Available for this call: cpu, reference."
+
+
+def _on(device: str) -> Any:
+    """All that the choice reads of k, on a device that need not exist."""
+    return SimpleNamespace(device=torch.device(device), dtype=torch.float32)
+
+
+@dataclass
+class _Module:
+    """What the registry asks of an extension, for builds and machines that are not here."""
+
+    cuda: str | None
+    cuda_architectures: tuple[str, ...] = ()
+
+    def build_info(self) -> dict[str, object]:
+        return vars(self)
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Replaces the build and the GPU, of which there is one, by others."""
+    remembered = (registry._cuda_why_unavailable, registry._why_uncovered)
+
+    def forget() -> None:
+        for answer in remembered:
+            answer.cache_clear()  # type: ignore[attr-defined]
+
+    def replace(module: _Module | None, capability: tuple[int, int] | None = None) -> None:
+        forget()
+        monkeypatch.setattr(registry, "extension", Extension(module, None if module else "not built"))  # type: ignore[arg-type]
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+
+    yield replace
+    forget()
+
+
+@pytest.mark.parametrize(
+    ("module", "capability", "reason"),
+    [
+        (None, None, "not built"),
+        (_Module(None), None, "this build has no CUDA kernels (build_info().cuda is None): rebuild"),
+        (_Module("13.0", ("9.0",)), None, f"torch for CUDA {torch.version.cuda} finds no usable GPU"),
+        (_Module("13.0", ("9.0",)), (9, 0), "None"),
+    ],
+)
+def test_the_cuda_backend_names_the_first_thing_that_is_missing(
+    module: _Module | None, capability: tuple[int, int] | None, reason: str, pretend: Callable[..., None]
+) -> None:
+    pretend(module, capability)
+    assert str(registry._cuda_why_unavailable()).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        (("9.0",), (9, 0), True),
+        (("8.0",), (8, 6), True),
+        (("8.6",), (8, 0), False),
+        (("8.0", "9.0"), (10, 0), False),
+        (("8.0+PTX",), (12, 0), True),
+        (("8.6+PTX",), (8, 0), False),
+        (("7.5", "12.0+PTX"), (9, 0), False),
+        ((), (9, 0), False),
+    ],
+)
+def test_a_gpu_that_the_build_does_not_cover_is_refused_with_what_to_do(
+    built: tuple[str, ...], capability: tuple[int, int], runs: bool, pretend: Callable[..., None]
+) -> None:
+    pretend(_Module("13.0", built), capability)
+    k = _on("cuda:0")
+    if runs:
+        assert registry.select("auto", k).name == registry.select("cuda", k).name == "cuda"
+        return
+    number = "{}.{}".format(*capability)
+    reason = f"cuda:0 has compute capability {number}, and this build is for {', '.join(built)}: rebuild with"
+    for name in ("auto", "cuda"):
+        with pytest.raises(rwkv_kernels.BackendUnavailable) as error:
+            registry.select(name, k)
+        assert f"cuda: {reason} TORCH_CUDA_ARCH_LIST={number}" in str(error.value)
+        assert str(error.value).endswith("Available for this call: reference.")
+
+
+def test_the_device_is_asked_once(pretend: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    pretend(_Module("13.0", ("9.0",)), (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: asked.append(index) or (9, 0))
+    for _ in range(3):
+        registry.select("auto", _on("cuda:0"))
+        registry.select("cuda", _on("cuda:1"))
+    assert asked == [0, 1]
+
+
+def test_torch_compile_takes_what_a_device_said_for_a_constant() -> None:
+    @registry._constant
+    def why_not(index: int | None) -> str | None:
+        torch._dynamo.graph_break()  # as looking for a GPU would
+        return None if index is None else "not the CPU"
+
+    def chosen(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if why_not(x.device.index) is None else x - 1
+
+    assert torch.compile(chosen, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
+
+
+def test_neither_import_nor_a_call_on_the_cpu_looks_for_a_gpu() -> None:
+    code = """
+import torch
+def fail(*arguments): raise AssertionError("somebody looked for a GPU")
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda.get_device_capability = torch.cuda._lazy_init = fail
+import rwkv_kernels
+x = torch.zeros(1, 2, 3)
+with rwkv_kernels.use_backend("auto"):
+    print(rwkv_kernels.wkv(x[0, 0], x[0, 0], x, x).shape)
+"""
+    assert _run(code).strip() == "torch.Size([1, 2, 3])"
 
 
 def test_without_the_extension_the_package_imports_and_says_what_to_do(tmp_path: Path) -> None:
     output = _run(CALL, _copy_without_extension(tmp_path))
-    assert "wkv backend 'auto' refused (cpu: the extension is not built for this Python: run `pip install" in output
+    assert "wkv backend 'auto' refused (cuda: the extension is not built for this Python: run `pip install" in output
     assert "Available for this call: reference." in output
 
 
@@ -160,6 +285,7 @@ def test_build_info_names_the_build() -> None:
         pytest.skip(info.why_missing or "")
     assert info.torch is not None and torch.__version__.startswith(info.torch)
     assert info.cpu_instruction_set in info.cpu_instruction_sets and info.openmp
+    assert (info.cuda is None) == (info.cuda_architectures == ())
 
 
 def test_a_call_uses_the_backend_that_was_chosen() -> None:

@@ -33,7 +33,7 @@ WRONG: dict[str, tuple[Change, type[Exception], str]] = {
     "state_of_other_dtype": (_set("state", torch.zeros(2, 3, 19).double()), TypeError, "state: expected torch.float32"),
     "state_on_another_device": (_set("state", torch.zeros(2, 3, 19, device="meta")), ValueError, "state: .*device cpu"),
     "state_not_a_tensor": (_set("state", 3.0), TypeError, "state: expected a torch.Tensor, got float"),
-    "backend_unknown": (_set("backend", "tpu"), ValueError, "backend 'tpu' is unknown. Known: auto, cpu, reference"),
+    "backend_unknown": (_set("backend", "tpu"), ValueError, "'tpu' is unknown. Known: auto, cuda, cpu, reference"),
 }
 
 

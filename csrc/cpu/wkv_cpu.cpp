@@ -69,7 +69,8 @@ struct ParameterTable {
   at::Tensor table;
   Parameters pointers;
 
-  ParameterTable(const Arguments& arguments) : table(at::empty({4, arguments.C()}, arguments.w.options())) {
+  ParameterTable(const Arguments& arguments)
+      : table(at::empty({4, arguments.C()}, arguments.k.options().dtype(state_type(arguments.k)))) {
     const int64_t C = arguments.C();
     const int64_t row_bytes = C * state_bytes(arguments.dtype);
     char* rows = static_cast<char*>(table.data_ptr());
@@ -87,12 +88,12 @@ struct ParameterTable {
   template <class Real>
   static void fill(const Arguments& arguments, char* rows) {
     const int64_t C = arguments.C();
-    const Real* w = arguments.w.const_data_ptr<Real>();
+    const at::Tensor w = arguments.w.to(state_type(arguments.k)), u = arguments.u.to(state_type(arguments.k));
+    const Real *w_values = w.const_data_ptr<Real>(), *u_values = u.const_data_ptr<Real>();
     Real* log_decay = reinterpret_cast<Real*>(rows);
-    const Real* u = arguments.u.const_data_ptr<Real>();
     for (int64_t c = 0; c < C; ++c) {
-      log_decay[c] = plain(-std::exp(w[c]));
-      log_decay[C + c] = plain(u[c]);
+      log_decay[c] = plain(-std::exp(w_values[c]));
+      log_decay[C + c] = plain(u_values[c]);
     }
   }
 };
@@ -324,21 +325,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const std::optional<at::Tensor>& state, const at::Tensor& checkpoints, const at::Tensor& gy,
     const std::optional<at::Tensor>& gstate_out) {
   const Arguments arguments(w, u, k, v, state);
-  check_like("gy", gy, k.sizes(), k.scalar_type(), k);
-  check_like("checkpoints", checkpoints, arguments.empty_checkpoints(true).sizes(), state_type(k), k);
-  std::optional<at::Tensor> gstate_after;
-  if (gstate_out.has_value()) gstate_after = arguments.checked_state("gstate_out", *gstate_out);
-  const at::Tensor gy_rows = with_contiguous_channels(gy);
-  const at::Tensor saved = checkpoints.contiguous();
-
+  const GradientArguments given(arguments, checkpoints, gy, gstate_out);
   const at::Tensor gw = arguments.empty_parameter(), gu = arguments.empty_parameter();
   const at::Tensor gk = arguments.empty_sequence(), gv = arguments.empty_sequence();
   const at::Tensor gstate = arguments.empty_state();
   if (gk.numel() == 0) {
     gw.zero_();
     gu.zero_();
-    if (gstate_after.has_value()) {
-      gstate.copy_(*gstate_after);
+    if (given.gstate_out.has_value()) {
+      gstate.copy_(*given.gstate_out);
     } else {
       gstate.zero_();
     }
@@ -351,17 +346,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
                                arguments.C(),
                                sequence_of(arguments.k),
                                sequence_of(arguments.v),
-                               sequence_of(gy_rows),
+                               sequence_of(given.gy),
                                first_state.const_data_ptr(),
-                               saved.const_data_ptr(),
+                               given.checkpoints.const_data_ptr(),
                                gw.data_ptr(),
                                gu.data_ptr(),
                                gk.data_ptr(),
                                gv.data_ptr()};
     if (arguments.dtype == DType::float64) {
-      backward_as<double>(problem, parameters, plan_for(arguments), first_state, gstate_after, gstate);
+      backward_as<double>(problem, parameters, plan_for(arguments), first_state, given.gstate_out, gstate);
     } else {
-      backward_as<float>(problem, parameters, plan_for(arguments), first_state, gstate_after, gstate);
+      backward_as<float>(problem, parameters, plan_for(arguments), first_state, given.gstate_out, gstate);
     }
   }
   return {gw.to(w.scalar_type()), gu.to(u.scalar_type()), gk, gv, gstate};

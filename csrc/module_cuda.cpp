@@ -1,0 +1,227 @@
+// The Python module's view of the CUDA kernels: plans and launches as dicts, for tests, benchmarks and the doctor. All
+// of it works in builds without CUDA, but for what asks a device or the operators.
+#include <optional>
+
+#include "module.h"
+#include "wkv_launch.h"
+#include "wkv_plan.h"
+
+#if defined(WKV_CUDA_ARCHITECTURES)
+#include "cuda/wkv_kernels.h"
+#endif
+
+namespace py = pybind11;
+
+namespace wkv {
+
+#if defined(WKV_CUDA_ARCHITECTURES)
+
+void force_cuda_plan(const PlanRequest& request);
+
+py::object cuda_version() {
+  return py::str(std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10));
+}
+
+py::tuple cuda_architectures() { return py::tuple(py::str(WKV_CUDA_ARCHITECTURES).attr("split")(",")); }
+
+#else
+
+namespace {
+[[noreturn]] void no_cuda() { throw std::runtime_error("this build has no CUDA kernels (build_info().cuda is None)"); }
+DeviceLimits device_limits(int) { no_cuda(); }
+void force_cuda_plan(const PlanRequest&) { no_cuda(); }
+}  // namespace
+
+py::object cuda_version() { return py::none(); }
+
+py::tuple cuda_architectures() { return py::tuple(); }
+
+#endif
+
+namespace {
+
+constexpr DeviceLimits kH100 = {.multiprocessors = 132,
+                                .shared_per_block = 232448,
+                                .shared_per_multiprocessor = 233472,
+                                .threads_per_multiprocessor = 2048,
+                                .blocks_per_multiprocessor = 32};
+
+DeviceLimits parse_limits(const py::object& limits) {
+  if (limits.is_none()) return kH100;
+  if (py::isinstance<py::int_>(limits)) return device_limits(limits.cast<int>());
+  const auto get = [&](const char* name) { return limits[name].cast<int64_t>(); };
+  return {.multiprocessors = get("multiprocessors"),
+          .shared_per_block = get("shared_per_block"),
+          .shared_per_multiprocessor = get("shared_per_multiprocessor"),
+          .threads_per_multiprocessor = get("threads_per_multiprocessor"),
+          .blocks_per_multiprocessor = get("blocks_per_multiprocessor")};
+}
+
+Operation parse_operation(const std::string& name) {
+  if (name == "forward") return Operation::forward;
+  if (name == "backward") return Operation::backward;
+  throw py::value_error("operation: expected forward or backward, got " + name);
+}
+
+const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::float32:
+      return "float32";
+    case DType::float16:
+      return "float16";
+    case DType::bfloat16:
+      return "bfloat16";
+    default:
+      return "float64";
+  }
+}
+
+// What was asked of a plan, as Python gives it.
+struct Request {
+  std::optional<std::string> schedule;
+  std::optional<int64_t> warps, chunk_len;
+
+  // Valid as long as this is.
+  PlanRequest view() const {
+    return {.schedule = schedule.has_value() ? schedule->c_str() : nullptr,
+            .warps = warps.value_or(0),
+            .chunk_len = chunk_len.value_or(0)};
+  }
+};
+
+py::dict plan_cuda(const std::string& operation, const std::string& dtype, int64_t B, int64_t T, int64_t C,
+                   const py::object& limits, std::optional<std::string> schedule, std::optional<int64_t> warps,
+                   std::optional<int64_t> chunk_len) {
+  const Request request = {schedule, warps, chunk_len};
+  const Plan plan =
+      make_plan(parse_operation(operation), parse_dtype(dtype), B, T, C, parse_limits(limits), request.view());
+  py::dict result;
+  result["operation"] = operation;
+  result["dtype"] = dtype;
+  result["B"] = plan.B;
+  result["T"] = plan.T;
+  result["C"] = plan.C;
+  result["spans"] = plan.spans;
+  result["tile_steps"] = plan.tile_steps;
+  result["chunk_len"] = plan.chunk_len;
+  result["chunks"] = plan.chunks;
+  result["channel_tiles"] = plan.channel_tiles;
+  result["batch_per_launch"] = plan.batch_per_launch;
+  result["threads"] = plan.threads;
+  result["shared_bytes"] = plan.shared_bytes;
+  result["workspace_bytes"] = plan.workspace_bytes;
+  result["schedule"] = plan.schedule;
+  result["reason"] = plan.reason;
+  return result;
+}
+
+// A kernel's arguments by name: addresses, sizes and strides are integers, dtypes strings; what is absent is null.
+struct NamedArguments {
+  py::dict values;
+
+  int64_t integer(const std::string& name) const { return values[name.c_str()].cast<int64_t>(); }
+  void* pointer(const char* name) const {
+    return values.contains(name) ? reinterpret_cast<void*>(values[name].cast<uintptr_t>()) : nullptr;
+  }
+  DType dtype(const char* name) const { return parse_dtype(values[name].cast<std::string>()); }
+  Sequence sequence(const std::string& name) const {
+    return {pointer(name.c_str()), integer(name + "_batch_stride"), integer(name + "_time_stride")};
+  }
+  ChannelParameters parameters() const { return {pointer("w"), pointer("u"), dtype("w_dtype"), dtype("u_dtype")}; }
+};
+
+std::vector<Launch> launches_of_step(DType dtype, int64_t B, int64_t C, const NamedArguments& named) {
+  return step_launches(dtype, {.parameters = named.parameters(),
+                               .B = B,
+                               .C = C,
+                               .k = named.pointer("k"),
+                               .v = named.pointer("v"),
+                               .k_stride = named.integer("k_stride"),
+                               .v_stride = named.integer("v_stride"),
+                               .y = named.pointer("y"),
+                               .state = named.pointer("state"),
+                               .state_batch_stride = named.integer("state_batch_stride"),
+                               .state_row_stride = named.integer("state_row_stride"),
+                               .state_channel_stride = named.integer("state_channel_stride")});
+}
+
+std::vector<Launch> launches_of_plan(const Plan& plan, const NamedArguments& named) {
+  if (plan.operation == Operation::forward) {
+    const ForwardArguments given = {.parameters = named.parameters(),
+                                    .B = plan.B,
+                                    .T = plan.T,
+                                    .C = plan.C,
+                                    .k = named.sequence("k"),
+                                    .v = named.sequence("v"),
+                                    .state = named.pointer("state"),
+                                    .y = named.pointer("y"),
+                                    .state_out = named.pointer("state_out"),
+                                    .checkpoints = named.pointer("checkpoints")};
+    return forward_launches(plan, given, named.pointer("workspace"));
+  }
+  const BackwardArguments given = {.parameters = named.parameters(),
+                                   .B = plan.B,
+                                   .T = plan.T,
+                                   .C = plan.C,
+                                   .k = named.sequence("k"),
+                                   .v = named.sequence("v"),
+                                   .gy = named.sequence("gy"),
+                                   .state = named.pointer("state"),
+                                   .checkpoints = named.pointer("checkpoints"),
+                                   .gstate_out = named.pointer("gstate_out"),
+                                   .gk = named.pointer("gk"),
+                                   .gv = named.pointer("gv"),
+                                   .gstate = named.pointer("gstate")};
+  return backward_launches(plan, given, named.pointer("gw"), named.pointer("gu"), named.pointer("workspace"));
+}
+
+py::dict describe(const Launch& launch) {
+  const auto sizes = [](Extent extent) { return py::make_tuple(extent.x, extent.y, extent.z); };
+  py::dict result;
+  result["kernel"] = name_of(launch.kernel);
+  result["dtype"] = name_of(launch.dtype);
+  result["grid"] = sizes(launch.grid);
+  result["block"] = sizes(launch.block);
+  result["shared_bytes"] = launch.shared_bytes;
+  result["arguments"] = std::visit(
+      [](const auto& arguments) { return py::bytes(reinterpret_cast<const char*>(&arguments), sizeof arguments); },
+      launch.arguments);
+  return result;
+}
+
+py::list cuda_launches(const std::string& operation, const std::string& dtype, int64_t B, int64_t T, int64_t C,
+                       const py::dict& arguments, const py::object& limits, std::optional<std::string> schedule,
+                       std::optional<int64_t> warps, std::optional<int64_t> chunk_len) {
+  const NamedArguments named = {arguments};
+  const Request request = {schedule, warps, chunk_len};
+  const std::vector<Launch> launches = operation == "step"
+                                           ? launches_of_step(parse_dtype(dtype), B, C, named)
+                                           : launches_of_plan(make_plan(parse_operation(operation), parse_dtype(dtype),
+                                                                        B, T, C, parse_limits(limits), request.view()),
+                                                              named);
+  py::list result;
+  for (const Launch& launch : launches) {
+    result.append(describe(launch));
+  }
+  return result;
+}
+
+}  // namespace
+
+void define_cuda(py::module_& m) {
+  m.def("plan_cuda", &plan_cuda, py::arg("operation"), py::arg("dtype"), py::arg("B"), py::arg("T"), py::arg("C"),
+        py::arg("limits") = py::none(), py::arg("schedule") = py::none(), py::arg("warps") = py::none(),
+        py::arg("chunk_len") = py::none());
+  m.def("cuda_launches", &cuda_launches, py::arg("operation"), py::arg("dtype"), py::arg("B"), py::arg("T"),
+        py::arg("C"), py::arg("arguments"), py::arg("limits") = py::none(), py::arg("schedule") = py::none(),
+        py::arg("warps") = py::none(), py::arg("chunk_len") = py::none());
+  m.def(
+      "force_cuda_plan",
+      [](std::optional<std::string> schedule, std::optional<int64_t> warps, std::optional<int64_t> chunk_len) {
+        const Request request = {schedule, warps, chunk_len};
+        force_cuda_plan(request.view());
+      },
+      py::arg("schedule") = py::none(), py::arg("warps") = py::none(), py::arg("chunk_len") = py::none());
+}
+
+}  // namespace wkv
