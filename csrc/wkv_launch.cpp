@@ -80,15 +80,15 @@ std::vector<Launch> forward_launches(const Plan& plan, ForwardArguments whole, v
     part.checkpoints = after(whole.checkpoints, b * checkpoint_count(dtype, plan.T) * 3 * state_size);
     part.chunk_states = after(whole.chunk_states, b * (plan.chunks - 1) * 3 * state_size);
     if (plan.chunks > 1) {
-      launches.push_back({Kernel::summarise_states, dtype, grid_of(plan, plan.chunks - 1, batch), block,
-                          plan.shared_bytes, part});
-      launches.push_back({Kernel::carry_states,
-                          dtype,
-                          carry_grid(plan, batch),
-                          {kCarryThreads, 1, 1},
-                          0,
-                          CarryStatesArguments{part.parameters, plan.C, part.chunk_states, plan.chunk_len,
-                                               plan.chunks}});
+      launches.push_back(
+          {Kernel::summarise_states, dtype, grid_of(plan, plan.chunks - 1, batch), block, plan.shared_bytes, part});
+      launches.push_back(
+          {Kernel::carry_states,
+           dtype,
+           carry_grid(plan, batch),
+           {kCarryThreads, 1, 1},
+           0,
+           CarryStatesArguments{part.parameters, plan.C, part.chunk_states, plan.chunk_len, plan.chunks}});
     }
     launches.push_back({Kernel::forward, dtype, grid_of(plan, plan.chunks, batch), block, plan.shared_bytes, part});
   });
@@ -121,15 +121,15 @@ std::vector<Launch> backward_launches(const Plan& plan, BackwardArguments whole,
     part.partials = after(whole.partials, b * plan.chunks * 2 * state_size);
     part.chunk_adjoints = after(whole.chunk_adjoints, b * (plan.chunks - 1) * 2 * state_size);
     if (plan.chunks > 1) {
-      launches.push_back({Kernel::summarise_adjoints, dtype, grid_of(plan, plan.chunks - 1, batch), block,
-                          plan.shared_bytes, part});
+      launches.push_back(
+          {Kernel::summarise_adjoints, dtype, grid_of(plan, plan.chunks - 1, batch), block, plan.shared_bytes, part});
       launches.push_back({Kernel::carry_adjoints,
                           dtype,
                           carry_grid(plan, batch),
                           {kCarryThreads, 1, 1},
                           0,
-                          CarryAdjointsArguments{part.parameters, plan.T, plan.C, part.checkpoints,
-                                                 part.chunk_adjoints, plan.chunk_len, plan.chunks}});
+                          CarryAdjointsArguments{part.parameters, plan.T, plan.C, part.checkpoints, part.chunk_adjoints,
+                                                 plan.chunk_len, plan.chunks}});
     }
     launches.push_back({Kernel::backward, dtype, grid_of(plan, plan.chunks, batch), block, plan.shared_bytes, part});
   });

@@ -40,9 +40,9 @@ struct CarryStatesArguments {
   int64_t chunk_len, chunks;
 };
 
-// The kernels "summarise_adjoints" and "backward". `chunk_adjoints` [B, chunks - 1, 2, C] has the gradient of (num, den)
-// after chunk i, once carried; before that, what chunk i + 1 alone gives. `partials` [B, chunks, 2, C] has the gradients
-// of log_decay and u.
+// The kernels "summarise_adjoints" and "backward". `chunk_adjoints` [B, chunks - 1, 2, C] has the gradient of (num,
+// den) after chunk i, once carried; before that, what chunk i + 1 alone gives. `partials` [B, chunks, 2, C] has the
+// gradients of log_decay and u.
 struct BackwardArguments {
   ChannelParameters parameters;
   int64_t B, T, C;
@@ -93,7 +93,16 @@ struct Extent {
   unsigned x, y, z;
 };
 
-enum class Kernel { summarise_states, carry_states, forward, summarise_adjoints, carry_adjoints, backward, reduce, step };
+enum class Kernel {
+  summarise_states,
+  carry_states,
+  forward,
+  summarise_adjoints,
+  carry_adjoints,
+  backward,
+  reduce,
+  step
+};
 
 const char* name_of(Kernel kernel);
 

@@ -47,6 +47,11 @@ WKV_HD double exp_nonpositive(double x) { return std::exp(x); }
 WKV_HD float exp2_clamped(float x) { return std::exp2(x); }
 WKV_HD double exp2_clamped(double x) { return std::exp2(x); }
 
+template <class Real>
+WKV_HD Real reciprocal(Real x) {
+  return Real(1) / x;
+}
+
 // ---- the operator ----
 
 // A NaN in x does not count: it reaches the sums by its own weight and need not spoil the bounds as well.
@@ -100,8 +105,9 @@ template <class Real>
 WKV_HD void read_adjoint(Sums<Real> past, Weights<Real> weights, Real v, Real gy, Sums<Real>& adjoint,
                          StepGradients<Real>& gradients) {
   const Sums<Real> now = mix(past, weights, v);
-  const Real y = now.num / now.den;
-  const Real h = gy / now.den;
+  const Real share = reciprocal(now.den);
+  const Real y = now.num * share;
+  const Real h = gy * share;
   const Real h_present = weights.present * h;
   gradients.gv = gradients.gv + h_present;
   gradients.gu = h_present * (v - y);

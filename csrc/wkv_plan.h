@@ -2,9 +2,9 @@
 // torch, no CUDA calls, no globals, so that a plan can be made, printed and tested anywhere.
 //
 // A block owns `tile_channels` channels of one sequence over one chunk of its steps. It takes the chunk tile by tile:
-// `spans` threads lie along a tile's steps, each with `span_steps` of them, and `lanes` threads along its channels. With
-// one chunk the block carries the state through the whole sequence, which is the serial schedule; with more, chunks are
-// summarised, the summaries carried from one to the next, and every chunk replayed from its true beginning.
+// `spans` threads lie along a tile's steps, each with `span_steps` of them, and `lanes` threads along its channels.
+// With one chunk the block carries the state through the whole sequence, which is the serial schedule; with more,
+// chunks are summarised, the summaries carried from one to the next, and every chunk replayed from its true beginning.
 #pragma once
 
 #include <cstdint>

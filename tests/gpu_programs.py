@@ -84,14 +84,15 @@ def compile_emulator(folder: Path) -> ctypes.CDLL:
 
 @dataclass
 class Emulator:
-    """Threads in order, reversed or shuffled; without the barrier behind phase `dropped_barrier`, if that is given."""
+    """Threads in order, reversed or shuffled; without the barrier behind one phase of a kernel, if that is given."""
 
     library: ctypes.CDLL
     order: str = "forward"
     seed: int = 0
-    dropped_barrier: int = -1
+    dropped_barrier: tuple[str, int] | None = None
 
     def run(self, launch: Launch, memory: Memory) -> None:
+        dropped = self.dropped_barrier
         self.library.emulate(
             KERNELS.index(launch["kernel"]),
             DTYPES.index(launch["dtype"]),
@@ -101,7 +102,7 @@ class Emulator:
             launch["arguments"],
             ("forward", "reversed", "shuffled").index(self.order),
             ctypes.c_uint64(self.seed),
-            self.dropped_barrier,
+            dropped[1] if dropped is not None and dropped[0] == launch["kernel"] else -1,
         )
 
 

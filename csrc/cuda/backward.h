@@ -1,6 +1,7 @@
 // The backward block program: one chunk of one sequence for the channels of a tile, from its end to its beginning, a
 // tile being what lies between two checkpoints. With `writes` it starts from the true gradient of the state after the
-// chunk and writes gk, gv and its part of gw and gu; without, it finds what the chunk alone gives to the state before it.
+// chunk and writes gk, gv and its part of gw and gu; without, it finds what the chunk alone gives to the state before
+// it.
 //
 //   stage      k, v, gy and the checkpoint of a tile come to shared memory
 //   summarise  each span sums up its own steps, forward
@@ -68,8 +69,8 @@ struct Backward {
   // The same for all threads of the block.
   struct Block {
     BackwardArguments arguments;
-    int64_t b, c, chunk, t_begin, t_end;
-    int columns;
+    int64_t b, c, chunk;
+    int tiles, columns;
     Element *k, *v, *gy;
     SharedStates<Lanes> summaries, start;
     Lanes* span_max;
@@ -80,8 +81,6 @@ struct Backward {
           b(block.z),
           c(static_cast<int64_t>(block.x) * Geo::kTileChannels),
           chunk(writes ? block.y : block.y + 1),  // what the first alone gives to the state before it, nobody asks
-          t_begin(chunk * arguments.chunk_len),
-          t_end(chunk + 1 < arguments.chunks ? t_begin + arguments.chunk_len : arguments.T),
           columns(clamp_count(arguments.C - c, Geo::kTileChannels)) {
       constexpr BackwardLayout layout(Geo::dtype);
       k = reinterpret_cast<Element*>(shared + layout.k);
@@ -92,7 +91,11 @@ struct Backward {
       span_max = reinterpret_cast<Lanes*>(shared + layout.span_max);
       adjoints = {reinterpret_cast<Lanes*>(shared + layout.adjoints)};
       carry = {reinterpret_cast<Lanes*>(shared + layout.carry)};
+      const int64_t steps = chunk + 1 < arguments.chunks ? arguments.chunk_len : arguments.T - t_begin();
+      tiles = static_cast<int>((steps + Geo::kInterval - 1) / Geo::kInterval);
     }
+
+    WKV_HD int64_t t_begin() const { return chunk * arguments.chunk_len; }
 
     static constexpr int threads() { return kSpans * Geo::kLanes; }
     WKV_HD int channels_of(const Thread& thread) const {
@@ -167,13 +170,12 @@ struct Backward {
     bring(block.gy, arguments.gy);
     if (thread.span() == 0) {
       const int count = block.channels_of(thread);
-      const State<Lanes> state = t == 0 ? first_state(block, thread)
-                                        : load_state(block.checkpoint_at(t, thread), arguments.C, count, Lanes());
+      const State<Lanes> state =
+          t == 0 ? first_state(block, thread) : load_state(block.checkpoint_at(t, thread), arguments.C, count, Lanes());
       block.start.set(0, thread.lane(), state);
       block.span_max[block.spans_of(rows) * Geo::kLanes + thread.lane()] =
           load_some(block.checkpoint_at(t + rows, thread) + 2 * arguments.C, count);
     }
-    wait_for_copies();
   }
 
   // Needs k and v; leaves `summaries`.
@@ -201,7 +203,7 @@ struct Backward {
     walk.replay(block.column(k, thread), block.column(v, thread), thread.keys, state, replayed);
     Gathered own{{Lanes(0), Lanes(0)}, Lanes(0), Lanes(0)};
     walk.template reverse<false>(block.column(k, thread), block.column(v, thread), block.column(gy, thread), {}, {},
-                                 replayed, replayed.max_after, own);
+                                 replayed, state.max, replayed.max_after, own);
     block.adjoints.set(span, lane, own.adjoint);
   }
 
@@ -223,13 +225,15 @@ struct Backward {
     if (walk.steps == 0) return;
     const Element *k = block.k, *v = block.v, *gy = block.gy;
     thread.gathered.adjoint = joined(block, thread.span() + 1, rows, thread);
+    const auto max_at = [&](int boundary) { return block.span_max[boundary * Geo::kLanes + thread.lane()]; };
     walk.template reverse<true>(block.column(k, thread), block.column(v, thread), block.column(gy, thread),
                                 block.column(block.k, thread), block.column(block.v, thread), thread.replayed,
-                                block.span_max[(thread.span() + 1) * Geo::kLanes + thread.lane()], thread.gathered);
+                                max_at(thread.span()), max_at(thread.span() + 1), thread.gathered);
   }
 
-  // Needs gk and gv; leaves the next `carry`.
-  WKV_HD static void finish_tile(const Block& block, int64_t t, int rows, Thread& thread) {
+  // Needs gk and gv; leaves the next `carry`, and behind the last tile each span's part of the gradients of log_decay
+  // and u in `adjoints`.
+  WKV_HD static void finish_tile(const Block& block, int tile, int64_t t, int rows, Thread& thread) {
     const auto& arguments = block.arguments;
     if constexpr (writes) {
       const auto bring = [&](void* target, const Element* tile) {
@@ -239,14 +243,12 @@ struct Backward {
       bring(arguments.gk, block.k);
       bring(arguments.gv, block.v);
     }
+    if (writes && tile == 0) {
+      block.adjoints.set(thread.span(), thread.lane(), {thread.gathered.g_log_decay, thread.gathered.gu});
+    }
     if (thread.span() != 0) return;
     if (!writes) thread.gathered.adjoint = joined(block, 0, rows, thread);
     block.carry.set(0, thread.lane(), thread.gathered.adjoint);
-  }
-
-  // Leaves each span's part of the gradients of log_decay and u in `adjoints`.
-  WKV_HD static void share_parameter_gradients(const Block& block, Thread& thread) {
-    block.adjoints.set(thread.span(), thread.lane(), {thread.gathered.g_log_decay, thread.gathered.gu});
   }
 
   WKV_HD static void finish_chunk(const Block& block, Thread& thread) {
@@ -278,17 +280,19 @@ struct Backward {
   template <class Team>
   WKV_HD static void run(const Arguments& arguments, BlockIndex index, int, Team& team, char* shared) {
     const Block block(arguments, index, shared);
-    team.phase([=](Thread& thread) { begin(block, thread); });
-    const int64_t last_tile = (block.t_end - 1) / Geo::kInterval * Geo::kInterval;
-    for (int64_t t = last_tile; t >= block.t_begin; t -= Geo::kInterval) {
-      const int rows = clamp_count(block.t_end - t, Geo::kInterval);
-      team.phase([=](Thread& thread) { stage_tile(block, t, rows, thread); });
+    for (int tile = block.tiles - 1; tile >= 0; --tile) {
+      const int64_t t = block.t_begin() + static_cast<int64_t>(tile) * Geo::kInterval;
+      const int rows = clamp_count(arguments.T - t, Geo::kInterval);
+      team.phase([=](Thread& thread) {
+        stage_tile(block, t, rows, thread);
+        if (tile == block.tiles - 1) begin(block, thread);
+        wait_for_copies();
+      });
       team.phase([=](Thread& thread) { summarise(block, rows, thread); });
       team.phase([=](Thread& thread) { replay(block, rows, thread); });
       if (writes) team.phase([=](Thread& thread) { reverse(block, rows, thread); });
-      team.phase([=](Thread& thread) { finish_tile(block, t, rows, thread); });
+      team.phase([=](Thread& thread) { finish_tile(block, tile, t, rows, thread); });
     }
-    if (writes) team.phase([=](Thread& thread) { share_parameter_gradients(block, thread); });
     team.phase([=](Thread& thread) { finish_chunk(block, thread); });
   }
 };

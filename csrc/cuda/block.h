@@ -148,9 +148,10 @@ WKV_HD bool vectors_are_aligned(Rows<Element> rows) {
 // To shared memory; it has landed after `wait_for_copies` of the same thread.
 WKV_HD void copy_vector(void* shared, const void* global) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-               "l"(global)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+      "l"(global)
+      : "memory");
 #else
   *static_cast<Vector*>(shared) = *static_cast<const Vector*>(global);
 #endif
@@ -162,22 +163,39 @@ WKV_HD void wait_for_copies() {
 #endif
 }
 
+// How a block's threads share a tile's rows of 16-byte vectors: each has one column and every so-many-th row.
+template <class Element>
+struct VectorShare {
+  static constexpr int kPerVector = kVectorBytes / sizeof(Element);
+  static constexpr int kVectorsOfRow = Geometry<Element>::kTileChannels / kPerVector;
+  int column, first_row, row_step;
+
+  WKV_HD VectorShare(int thread, int threads)
+      : column(thread % kVectorsOfRow * kPerVector),
+        first_row(thread / kVectorsOfRow),
+        row_step(threads / kVectorsOfRow) {}
+};
+
 // A thread's part of bringing rows × columns to a tile; columns that do not exist become zero, so that no result
 // depends on what shared memory held.
 template <class Element>
 WKV_HD void stage(Element* tile, Rows<const Element> source, int rows, int columns, int thread, int threads) {
   constexpr int kColumns = Geometry<Element>::kTileChannels;
-  constexpr int kPerVector = kVectorBytes / sizeof(Element);
-  const int vectors = vectors_are_aligned(source) ? columns / kPerVector : 0;
-  constexpr int kVectorsOfRow = kColumns / kPerVector;
-  for (int i = thread; i < rows * kVectorsOfRow; i += threads) {
-    const int row = i / kVectorsOfRow, vector = i % kVectorsOfRow;
-    if (vector < vectors) copy_vector(tile + i * kPerVector, source.data + row * source.stride + vector * kPerVector);
+  const VectorShare<Element> share(thread, threads);
+  const int vectored = vectors_are_aligned(source) ? columns - columns % share.kPerVector : 0;
+  if (share.column < vectored) {
+    const Element* from = source.data + share.first_row * source.stride + share.column;
+    Element* to = tile + share.first_row * kColumns + share.column;
+    for (int row = share.first_row; row < rows; row += share.row_step) {
+      copy_vector(to, from);
+      from += share.row_step * source.stride;
+      to += share.row_step * kColumns;
+    }
   }
-  const int single = kColumns - vectors * kPerVector;
+  const int single = kColumns - vectored;
   if (single == 0) return;
   for (int i = thread; i < rows * single; i += threads) {
-    const int row = i / single, column = vectors * kPerVector + i % single;
+    const int row = i / single, column = vectored + i % single;
     tile[row * kColumns + column] = column < columns ? source.data[row * source.stride + column] : Element();
   }
 }
@@ -186,20 +204,21 @@ WKV_HD void stage(Element* tile, Rows<const Element> source, int rows, int colum
 template <class Element>
 WKV_HD void unstage(Rows<Element> target, const Element* tile, int rows, int columns, int thread, int threads) {
   constexpr int kColumns = Geometry<Element>::kTileChannels;
-  constexpr int kPerVector = kVectorBytes / sizeof(Element);
-  const int vectors = vectors_are_aligned(target) ? columns / kPerVector : 0;
-  constexpr int kVectorsOfRow = kColumns / kPerVector;
-  for (int i = thread; i < rows * kVectorsOfRow; i += threads) {
-    const int row = i / kVectorsOfRow, vector = i % kVectorsOfRow;
-    if (vector < vectors) {
-      *reinterpret_cast<Vector*>(target.data + row * target.stride + vector * kPerVector) =
-          *reinterpret_cast<const Vector*>(tile + i * kPerVector);
+  const VectorShare<Element> share(thread, threads);
+  const int vectored = vectors_are_aligned(target) ? columns - columns % share.kPerVector : 0;
+  if (share.column < vectored) {
+    Element* to = target.data + share.first_row * target.stride + share.column;
+    const Element* from = tile + share.first_row * kColumns + share.column;
+    for (int row = share.first_row; row < rows; row += share.row_step) {
+      *reinterpret_cast<Vector*>(to) = *reinterpret_cast<const Vector*>(from);
+      to += share.row_step * target.stride;
+      from += share.row_step * kColumns;
     }
   }
-  const int single = columns - vectors * kPerVector;
+  const int single = columns - vectored;
   if (single == 0) return;
   for (int i = thread; i < rows * single; i += threads) {
-    const int row = i / single, column = vectors * kPerVector + i % single;
+    const int row = i / single, column = vectored + i % single;
     target.data[row * target.stride + column] = tile[row * kColumns + column];
   }
 }

@@ -101,7 +101,6 @@ struct Forward {
           block.threads());
     stage(block.v, rows_from<Element>(arguments.v, block.b, t, block.c), rows, block.columns, thread.index,
           block.threads());
-    wait_for_copies();
   }
 
   // Needs the tile; leaves `summaries`.
@@ -169,11 +168,14 @@ struct Forward {
   template <class Team>
   WKV_HD static void run(const Arguments& arguments, BlockIndex index, int threads, Team& team, char* shared) {
     const Block block(arguments, index, threads, shared);
-    team.phase([=](Thread& thread) { begin(block, thread); });
     const int tile_steps = block.spans * kSteps;
     for (int64_t t = block.t_begin; t < block.t_end; t += tile_steps) {
       const int rows = clamp_count(block.t_end - t, tile_steps);
-      team.phase([=](Thread& thread) { stage_tile(block, t, rows, thread); });
+      team.phase([=](Thread& thread) {
+        stage_tile(block, t, rows, thread);
+        if (t == block.t_begin) begin(block, thread);
+        wait_for_copies();
+      });
       if (!writes || block.spans > 1) team.phase([=](Thread& thread) { summarise(block, rows, thread); });
       if (writes) team.phase([=](Thread& thread) { walk(block, t, rows, thread); });
       team.phase([=](Thread& thread) { finish_tile(block, t, rows, thread); });

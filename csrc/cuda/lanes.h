@@ -77,18 +77,15 @@ struct PairOfBool {
 WKV_HD Pair operator+(Pair a, Pair b) { return {a.x + b.x, a.y + b.y}; }
 WKV_HD Pair operator-(Pair a, Pair b) { return {a.x - b.x, a.y - b.y}; }
 WKV_HD Pair operator*(Pair a, Pair b) { return {a.x * b.x, a.y * b.y}; }
-WKV_HD Pair operator/(Pair a, Pair b) {
-  return {a.x * reciprocal_approximate(b.x), a.y * reciprocal_approximate(b.y)};
-}
+WKV_HD Pair reciprocal(Pair a) { return {reciprocal_approximate(a.x), reciprocal_approximate(a.y)}; }
+WKV_HD Pair operator/(Pair a, Pair b) { return a * reciprocal(b); }
 WKV_HD Pair operator-(Pair a) { return {-a.x, -a.y}; }
 WKV_HD PairOfBool operator<(Pair a, Pair b) { return {a.x < b.x, a.y < b.y}; }
 WKV_HD PairOfBool operator<=(Pair a, Pair b) { return {a.x <= b.x, a.y <= b.y}; }
 WKV_HD PairOfBool operator>=(Pair a, Pair b) { return {a.x >= b.x, a.y >= b.y}; }
 WKV_HD PairOfBool operator==(Pair a, Pair b) { return {a.x == b.x, a.y == b.y}; }
 WKV_HD bool all(PairOfBool condition) { return condition.x && condition.y; }
-WKV_HD Pair select(PairOfBool condition, Pair a, Pair b) {
-  return {condition.x ? a.x : b.x, condition.y ? a.y : b.y};
-}
+WKV_HD Pair select(PairOfBool condition, Pair a, Pair b) { return {condition.x ? a.x : b.x, condition.y ? a.y : b.y}; }
 WKV_HD Pair larger(Pair x, Pair known) { return {larger_float(x.x, known.x), larger_float(x.y, known.y)}; }
 WKV_HD Pair smaller(Pair x, Pair known) { return {smaller_float(x.x, known.x), smaller_float(x.y, known.y)}; }
 WKV_HD Pair abs(Pair a) { return {std::fabs(a.x), std::fabs(a.y)}; }

@@ -132,13 +132,11 @@ struct SpanWalk {
     Lanes at;
   };
 
-  // What the way back needs of the way forward. Sums relative to the max of the state before the span, times `enter`,
-  // are in the span's scale; the true ones are those of the span's scale times e^max_after.
+  // What the way back needs of the way forward; in the span's scale, sums after it are relative to `max_after`.
   struct Replayed {
     SavedStep saved[kSteps];
     SharedScale<Lanes> scale;
     bool shared;
-    Lanes enter;
     Lanes max_after;
   };
 
@@ -160,12 +158,11 @@ struct SpanWalk {
     replayed.shared = all(range.fits(channel.channel));
     replayed.scale = shared_scale(range);
     if (replayed.shared) {
-      replayed.enter = replayed.scale.weight(state.max);
-      state.sums = {state.sums.num * replayed.enter, state.sums.den * replayed.enter};
+      const Lanes enter = replayed.scale.weight(state.max);
+      state.sums = {state.sums.num * enter, state.sums.den * enter};
       replay_steps(replayed.scale, k, v, state, replayed.saved);
       replayed.max_after = replayed.scale.reference_log2 * Lanes(1 / kLog2E);
     } else {
-      replayed.enter = Lanes(1);
       replayed.max_after = replay_steps(RunningScale<Lanes>{channel.channel}, k, v, state, replayed.saved).max;
     }
   }
@@ -198,18 +195,21 @@ struct SpanWalk {
   }
 
   // Takes the gradient of the state after the span, relative to `max_after`, to that of the state before it, relative
-  // to that state's max. Writes gk and gv, which may lie where k and v do, and adds to the others.
+  // to `max_before`, that state's own. Writes gk and gv, which may lie where k and v do, and adds to the others.
   template <bool writes>
   WKV_HD void reverse(Column<const Element> k, Column<const Element> v, Column<const Element> gy, Column<Element> gk,
-                      Column<Element> gv, const Replayed& replayed, Lanes max_after, Gathered& gathered) const {
-    const Lanes leave = exponential(replayed.max_after - max_after);
-    gathered.adjoint = {gathered.adjoint.num * leave, gathered.adjoint.den * leave};
+                      Column<Element> gv, const Replayed& replayed, Lanes max_before, Lanes max_after,
+                      Gathered& gathered) const {
+    const auto rescale = [&](Lanes factor) {
+      gathered.adjoint = {gathered.adjoint.num * factor, gathered.adjoint.den * factor};
+    };
+    rescale(exponential(replayed.max_after - max_after));
     if (replayed.shared) {
       reverse_steps<writes>(replayed.scale, k, v, gy, gk, gv, replayed.saved, gathered);
+      rescale(replayed.scale.weight(max_before));
     } else {
       reverse_steps<writes>(RunningScale<Lanes>{channel.channel}, k, v, gy, gk, gv, replayed.saved, gathered);
     }
-    gathered.adjoint = {gathered.adjoint.num * replayed.enter, gathered.adjoint.den * replayed.enter};
   }
 };
 

@@ -26,8 +26,8 @@ struct Step {
       const Real kt = scale.logit(to_real(static_cast<const Element*>(arguments.k)[b * arguments.k_stride + c]));
       const Real vt = to_real(static_cast<const Element*>(arguments.v)[b * arguments.v_stride + c]);
 
-      Real* num = static_cast<Real*>(arguments.state) + b * arguments.state_batch_stride +
-                  c * arguments.state_channel_stride;
+      Real* num =
+          static_cast<Real*>(arguments.state) + b * arguments.state_batch_stride + c * arguments.state_channel_stride;
       Real* den = num + arguments.state_row_stride;
       Real* max = den + arguments.state_row_stride;
       // den == 0 means empty, whatever the other two say.

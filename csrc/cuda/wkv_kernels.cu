@@ -1,4 +1,6 @@
 // The __global__ wrappers of the block programs, and their launch. No torch.
+#include <map>
+#include <mutex>
 #include <type_traits>
 
 #include "programs.h"
@@ -58,14 +60,20 @@ cudaError_t launch_program(const Launch& launch, const typename Program::Argumen
 }  // namespace
 
 DeviceLimits device_limits(int device) {
+  static std::mutex mutex;
+  static std::map<int, DeviceLimits> asked;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto known = asked.find(device);
+  if (known != asked.end()) return known->second;
   const auto attribute = [device](cudaDeviceAttr name) {
     int value = 0;
     cudaDeviceGetAttribute(&value, name, device);
     return static_cast<int64_t>(value);
   };
-  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), attribute(cudaDevAttrMaxThreadsPerMultiProcessor),
-          attribute(cudaDevAttrMaxBlocksPerMultiprocessor)};
+  return asked[device] = {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                          attribute(cudaDevAttrMaxThreadsPerMultiProcessor),
+                          attribute(cudaDevAttrMaxBlocksPerMultiprocessor)};
 }
 
 cudaError_t launch(const std::vector<Launch>& launches, cudaStream_t stream) {

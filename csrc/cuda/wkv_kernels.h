@@ -10,8 +10,8 @@ namespace wkv {
 // Of one device, asked once.
 DeviceLimits device_limits(int device);
 
-// Puts the launches on a stream of the current device, in order. Returns cudaErrorNoKernelImageForDevice where the build
-// has no code for the device.
+// Puts the launches on a stream of the current device, in order. Returns cudaErrorNoKernelImageForDevice where the
+// build has no code for the device.
 cudaError_t launch(const std::vector<Launch>& launches, cudaStream_t stream);
 
 }  // namespace wkv

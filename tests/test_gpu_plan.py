@@ -1,0 +1,140 @@
+"""The plans of the GPU kernels: pure functions of a problem and a device's limits, so they are tested anywhere."""
+
+import random
+from typing import Any
+
+import pytest
+
+_C = pytest.importorskip("rwkv_kernels._C", reason="the extension is not built")
+
+H100 = {
+    "multiprocessors": 132,
+    "shared_per_block": 232448,
+    "shared_per_multiprocessor": 233472,
+    "threads_per_multiprocessor": 2048,
+    "blocks_per_multiprocessor": 32,
+}
+T4 = {
+    "multiprocessors": 40,
+    "shared_per_block": 65536,
+    "shared_per_multiprocessor": 65536,
+    "threads_per_multiprocessor": 1024,
+    "blocks_per_multiprocessor": 16,
+}
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def _random_request(draw: random.Random, operation: str, dtype: str, limits: dict[str, int]) -> dict[str, Any]:
+    request: dict[str, Any] = {"schedule": draw.choice([None, "serial", "chunked"])}
+    warps = 8 if dtype != "float64" else 16
+    steps = 8 * warps
+    if operation == "forward" and draw.random() < 0.5:
+        # What eight spans of float32 stage needs more shared memory than some devices have.
+        request["warps"] = draw.randint(1, warps if limits["shared_per_block"] > 100_000 else warps // 2)
+        steps = 16 * request["warps"]
+        if request["schedule"] != "serial" and draw.random() < 0.5:
+            request["chunk_len"] = steps * draw.randint(1, 20)
+    if operation == "backward" and request["schedule"] != "serial" and draw.random() < 0.5:
+        request["chunk_len"] = steps * draw.randint(1, 20)
+    return request
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_plan_covers_every_element_once_and_fits_the_device(seed: int) -> None:
+    draw = random.Random(seed)
+    for _ in range(200):
+        operation, dtype = draw.choice(["forward", "backward"]), draw.choice(DTYPES)
+        B, T, C = (int(10 ** draw.uniform(0, limit)) for limit in (6, 8, 5))
+        limits = {**draw.choice([H100, T4]), "multiprocessors": draw.randint(1, 200)}
+        request = _random_request(draw, operation, dtype, limits)
+        plan = _C.plan_cuda(operation, dtype, B, T, C, limits, **request)
+        lanes, channels = (16, 16) if dtype == "float64" else (32, 64)
+        assert (plan["channel_tiles"] - 1) * channels < C <= plan["channel_tiles"] * channels
+        assert (plan["chunks"] - 1) * plan["chunk_len"] < T <= plan["chunks"] * plan["chunk_len"]
+        assert plan["chunk_len"] % plan["tile_steps"] == 0
+        assert plan["tile_steps"] == plan["spans"] * (16 if operation == "forward" else 8)
+        assert plan["threads"] == plan["spans"] * lanes <= 256
+        assert plan["shared_bytes"] <= limits["shared_per_block"]
+        assert plan["chunks"] <= 65535 and plan["channel_tiles"] < 2**31 and plan["batch_per_launch"] <= 65535
+        assert plan["schedule"] == ("serial" if plan["chunks"] == 1 else "chunked")
+        if operation == "backward":
+            assert plan["tile_steps"] == _C.checkpoint_interval(dtype), "a tile starts from a checkpoint"
+        if request.get("warps"):
+            assert plan["spans"] == request["warps"]
+        if request["schedule"] == "serial" and T <= 65535:
+            assert plan["chunks"] == 1
+        if request.get("chunk_len") and T <= 65535:
+            assert plan["chunk_len"] == min(request["chunk_len"], -(-T // plan["tile_steps"]) * plan["tile_steps"])
+
+
+@pytest.mark.parametrize("operation", ["forward", "backward"])
+def test_few_channels_are_split_over_time_and_many_are_not(operation: str) -> None:
+    few = _C.plan_cuda(operation, "bfloat16", 1, 4096, 768)
+    assert few["schedule"] == "chunked" and few["reason"] == "the channels alone leave multiprocessors idle"
+    assert few["chunks"] * few["channel_tiles"] >= 132
+    many = _C.plan_cuda(operation, "bfloat16", 64, 1024, 4096)
+    assert many["schedule"] == "serial" and many["reason"] == "the channels alone keep the device busy"
+    short = _C.plan_cuda(operation, "bfloat16", 1, 5, 768)
+    assert short["schedule"] == "serial" and short["reason"] == "one tile holds the whole sequence"
+
+
+@pytest.mark.parametrize("operation", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_the_chunks_hand_on_is_small(operation: str, dtype: str) -> None:
+    for B, T, C in [(8, 1024, 768), (1, 4096, 768), (1, 65536, 2560), (32, 1024, 2048)]:
+        plan = _C.plan_cuda(operation, dtype, B, T, C)
+        interval = _C.checkpoint_interval(dtype)
+        checkpoints = 3 * (8 if dtype == "float64" else 4) / interval
+        assert plan["workspace_bytes"] / (B * T * C) + checkpoints <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "request_", "message"),
+    [
+        (("forward", "int8", 1, 1, 1), {}, "dtype: expected float32.*got int8"),
+        (("sideways", "float32", 1, 1, 1), {}, "operation: expected forward or backward, got sideways"),
+        (("forward", "float32", 0, 1, 1), {}, "B, T and C of at least 1"),
+        (("forward", "float32", 1, 1, 1), {"schedule": "random"}, "schedule: expected serial or chunked, got random"),
+        (("forward", "float32", 1, 1, 1), {"warps": 9}, "warps: expected 1 to 8, got 9"),
+        (("backward", "float32", 1, 1, 1), {"warps": 4}, "warps: backward has 8 spans"),
+        (("forward", "float32", 1, 99, 1), {"warps": 2, "chunk_len": 48}, "chunk_len: expected a multiple of 32"),
+        (("forward", "float32", 1, 99, 1), {"schedule": "serial", "chunk_len": 64}, "a serial schedule has one chunk"),
+        (
+            ("backward", "float32", 1, 1, 1),
+            {"limits": {**T4, "shared_per_block": 1024}},
+            "needs .* bytes of shared memory, the device has 1024",
+        ),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(arguments: tuple[Any, ...], request_: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _C.plan_cuda(*arguments, **request_)
+
+
+def _launches(operation: str, B: int, T: int, C: int, **request: Any) -> list[dict[str, Any]]:
+    names = ["k", "v", "gy"]
+    arguments: dict[str, Any] = {"w": 0, "u": 0, "w_dtype": "float32", "u_dtype": "float32"}
+    arguments |= {f"{name}_{stride}_stride": 0 for name in names for stride in ("batch", "time")}
+    return _C.cuda_launches(operation, "bfloat16", B, T, C, arguments, **request)  # type: ignore[no-any-return]
+
+
+def test_a_serial_schedule_is_one_launch_and_a_chunked_one_three() -> None:
+    def kernels(operation: str, schedule: str) -> list[str]:
+        return [launch["kernel"] for launch in _launches(operation, 2, 1000, 100, schedule=schedule)]
+
+    assert kernels("forward", "serial") == ["forward"]
+    assert kernels("forward", "chunked") == ["summarise_states", "carry_states", "forward"]
+    assert kernels("backward", "serial") == ["backward", "reduce"]
+    assert kernels("backward", "chunked") == ["summarise_adjoints", "carry_adjoints", "backward", "reduce"]
+
+
+@pytest.mark.parametrize("operation", ["forward", "backward"])
+def test_every_grid_is_within_the_limits(operation: str) -> None:
+    for B, T, C in [(1, 1, 1), (200_000, 1, 1), (1, 10**9, 64), (70_000, 300, 70)]:
+        launches = _launches(operation, B, T, C)
+        for launch in launches:
+            x, y, z = launch["grid"]
+            assert 1 <= x < 2**31 and 1 <= y <= 65535 and 1 <= z <= 65535
+            assert launch["block"][1:] == (1, 1) and 1 <= launch["block"][0] <= 1024
+        main = [launch["grid"][2] for launch in launches if launch["kernel"] == operation]
+        assert sum(main) == B

@@ -1,0 +1,158 @@
+"""The GPU kernels' programs on the host: their phases in any order of threads, without a GPU or a CUDA toolkit."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import DTYPES, PROBLEMS, Problem, assert_close, log_denominator, make, solve
+from torch import Tensor
+
+import rwkv_kernels
+
+gpu_programs = pytest.importorskip("gpu_programs", reason="the extension is not built")
+gpu_backend = pytest.importorskip("gpu_backend")
+
+HERE = Path(__file__).parent
+
+# What is asked of the forward and of the backward plan; backward's tiles are as long as a checkpoint's interval.
+PLANS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "automatic": ({}, {}),
+    "serial": ({"schedule": "serial"}, {"schedule": "serial"}),
+    "serial_single_spans": ({"schedule": "serial", "warps": 1}, {"schedule": "serial"}),
+    "chunked": ({"schedule": "chunked"}, {"schedule": "chunked"}),
+    "chunks_of_three_spans": ({"warps": 3, "chunk_len": 48}, {"schedule": "chunked"}),
+    "chunks_of_several_tiles": ({"warps": 1, "chunk_len": 32}, {"chunk_len": 128}),
+}
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return gpu_programs.compile_emulator(tmp_path_factory.mktemp("emulator"))
+
+
+@contextmanager
+def _emulated(library: Any, plan: str = "automatic", **emulator: Any) -> Iterator[str]:
+    with gpu_backend.emulated(gpu_programs.Emulator(library, **emulator), *PLANS[plan]) as name:
+        yield name
+
+
+def test_the_suite_passes_on_the_emulated_kernels() -> None:
+    files = [str(HERE / f"test_{name}.py") for name in ("operator", "state", "special_values")]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "gpu_backend", *files, "-k", "emulated"],
+        env={**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    assert "skipped" not in result.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=gpu_programs.name_of)
+def test_every_schedule_equals_the_oracle(dtype: torch.dtype, plan: str, library: Any) -> None:
+    for name in ("two_checkpoints_and_one", "slow_decay", "strong_decay", "u_of_plus_50", "k_of_20", "wide"):
+        tensors = make(PROBLEMS[name], dtype)
+        with _emulated(library, plan) as backend:
+            _, final = rwkv_kernels.wkv(*tensors.inputs, return_state=True, backend=backend)
+            expected = solve(tensors.exact(), "reference", scale_of_state=log_denominator(final.double()))
+            assert_close(solve(tensors, backend), expected, tensors, f"{name} ")
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=gpu_programs.name_of)
+def test_the_order_of_threads_changes_no_bit(dtype: torch.dtype, plan: str, library: Any) -> None:
+    tensors = make(Problem(B=2, T=300, C=70, with_state=True), dtype)
+    with _emulated(library, plan) as backend:
+        expected = solve(tensors, backend)
+    for order, seed in [("reversed", 0), ("shuffled", 1), ("shuffled", 2)]:
+        with _emulated(library, plan, order=order, seed=seed) as backend:
+            for name, value in solve(tensors, backend).items():
+                assert torch.equal(value, expected[name]), (order, seed, name)
+
+
+# The barriers of two tiles. Behind the last phase of a program nothing follows; and where nothing is written, the phase
+# that ends a tile touches nothing that the staging of the next one does.
+@pytest.mark.parametrize(
+    ("kernel", "barriers"),
+    [
+        ("forward", [0, 1, 2, 3, 4, 5, 6]),  # stage, summarise, walk, finish; stage, summarise, walk
+        ("summarise_states", [0, 1, 3, 4]),  # stage, summarise; stage, summarise
+        ("backward", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),  # stage, summarise, replay, reverse, finish; and again
+        ("summarise_adjoints", [0, 1, 2, 4, 5, 6]),  # stage, summarise, replay; and again
+        ("reduce", [0]),
+    ],
+)
+def test_a_missing_barrier_is_caught(kernel: str, barriers: list[int], library: Any) -> None:
+    tensors = make(Problem(B=1, T=256, C=64, with_state=True), torch.bfloat16)
+    w, u, k, v, state = tensors.inputs
+    assert k is not None and v is not None
+    # Elsewhere than the outputs in their 16 bytes, so that other threads bring them than take those away.
+    k, v = (torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x) for x in (k, v))
+
+    def run(emulator: Any) -> list[Tensor]:
+        plan = {"chunk_len": 128}
+        y, state_out, checkpoints = gpu_programs.forward(emulator, w, u, k, v, state, True, warps=4, **plan)
+        given = (w, u, k, v, state, checkpoints, tensors.gy, tensors.gstate)
+        return [y, state_out, checkpoints, *gpu_programs.backward(emulator, *given, **plan)]
+
+    expected = run(gpu_programs.Emulator(library))
+    for barrier in barriers:
+        caught = False
+        for order in ("forward", "reversed", "shuffled"):
+            found = run(gpu_programs.Emulator(library, order, dropped_barrier=(kernel, barrier)))
+            caught |= not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert caught, f"nothing changes without barrier {barrier}"
+
+
+def test_a_batch_may_be_larger_than_a_grid(library: Any) -> None:
+    tensors = make(Problem(B=65_540, T=2, C=1, with_state=True))
+    with _emulated(library) as backend:
+        found = solve(tensors, backend)
+    expected = solve(tensors, "cpu")
+    assert_close(found, {name: value.double() for name, value in expected.items()}, tensors)
+
+
+@pytest.mark.parametrize("plan", ["chunked", "chunks_of_several_tiles"])
+def test_many_chunks_are_carried(plan: str, library: Any) -> None:
+    tensors = make(Problem(B=1, T=3000, C=3, log_decay=-1e-3, with_state=True))
+    with _emulated(library, plan) as backend:
+        assert_close(solve(tensors, backend), solve(tensors.exact(), "reference"), tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=gpu_programs.name_of)
+@pytest.mark.parametrize("parameter_dtype", DTYPES, ids=gpu_programs.name_of)
+def test_parameters_may_have_any_dtype(parameter_dtype: torch.dtype, dtype: torch.dtype, library: Any) -> None:
+    w, u, k, v, state = make(Problem(B=1, T=20, C=5, with_state=True), dtype).inputs
+    assert w is not None and u is not None and k is not None and v is not None and state is not None
+    w, u = w.to(parameter_dtype), u.to(parameter_dtype)
+    y, _, _ = gpu_programs.forward(gpu_programs.Emulator(library), w, u, k, v, state, False)
+    exact, _ = rwkv_kernels.reference.wkv(*(x.double() for x in (w, u, k, v, state)))
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=4 * torch.finfo(dtype).eps * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=gpu_programs.name_of)
+def test_a_step_moves_a_state_of_any_layout_in_place(dtype: torch.dtype, layout: str, library: Any) -> None:
+    w, u, k, v, state = make(Problem(B=3, T=6, C=70, with_state=True), dtype).inputs
+    assert w is not None and u is not None and k is not None and v is not None and state is not None
+    state[1, 1] = 0  # empty, whatever num and max say
+    exact, after = rwkv_kernels.reference.wkv(*(x.double() for x in (w, u, k, v, state)))
+    moved = {
+        "contiguous": state.clone(),
+        "transposed": state.transpose(0, 2).contiguous().transpose(0, 2),
+        "sliced": torch.stack((state, state), -1)[..., 0],
+    }[layout]
+    for t in range(6):
+        y = gpu_programs.step(gpu_programs.Emulator(library), w, u, k[:, t], v[:, t], moved)
+        torch.testing.assert_close(
+            y.double(), exact[:, t], rtol=0, atol=8 * torch.finfo(dtype).eps * float(exact.abs().max())
+        )
+    torch.testing.assert_close(log_denominator(moved).double(), log_denominator(after), rtol=1e-5, atol=1e-5)
