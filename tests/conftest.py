@@ -31,8 +31,9 @@ def _start(name: str, request: pytest.FixtureRequest) -> str:
         stop = pytest.fail if name in request.config.getoption("--require-backend") else pytest.skip
         stop(f"backend {name}: {info.reason}")
     _calls_by_backend[name] += 1
-    torch.set_default_device("cuda" if name in GPU_NAMES else "cpu")
-    request.addfinalizer(lambda: torch.set_default_device(None))
+    if name in GPU_NAMES:
+        torch.set_default_device("cuda")
+        request.addfinalizer(lambda: torch.set_default_device(None))
     return name
 
 
