@@ -79,7 +79,7 @@ class Tensors:
 
     def exact(self) -> "Tensors":
         """The same numbers in float64, so that only the operator's own rounding remains between two results."""
-        return self.changed(torch.Tensor.double)
+        return self.changed(Tensor.double)
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> "Tensors":
         """The same with every tensor changed by the function."""
@@ -180,6 +180,14 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tensors:
         output_dtype = k.dtype if name in ("y", "gk", "gv") else state_dtype(k.dtype)
         allowed = tolerance(output_dtype, k.shape[1], logit)
         assert_tensor_close(f"{what}{name}", found[name], exact, allowed, least_scale(name, tensors))
+
+
+def assert_solves(tensors: Tensors, backend: str, exact_backend: str = "reference") -> None:
+    """Outputs and gradients equal the exact ones, which are computed on the CPU."""
+    _, final = rwkv_kernels.wkv(*tensors.inputs, return_state=True, backend=backend)
+    found = {name: x.cpu() for name, x in solve(tensors, backend).items()}
+    on_cpu = tensors.changed(Tensor.cpu)
+    assert_close(found, solve(on_cpu.exact(), exact_backend, final[:, 2].double().cpu()), on_cpu)
 
 
 def least_scale(name: str, tensors: Tensors) -> float:
