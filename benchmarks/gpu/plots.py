@@ -21,7 +21,7 @@ def draw(tables: dict[str, dict[str, Any]], directory: Path) -> None:
 
 
 def _panels(count: int, height: float) -> tuple[Any, Any]:
-    figure, axes = plt.subplots(1, count, figsize=(6 * count, height), squeeze=False)
+    figure, axes = plt.subplots(1, count, figsize=(6 * count, height), squeeze=False, layout="constrained")
     return figure, axes[0]
 
 
@@ -52,9 +52,8 @@ def _bars(rows: list[Row], series: Any, column: str, label: str) -> Any:
             chosen = [row for row in rows if row["operation"] == operation and series(row) == name]
             places = [cases.index((row["shape"], row["dtype"])) + i * thickness for row in chosen]
             axis.barh(places, [row[column] for row in chosen], thickness, label=name)
-        axis.set_yticks(
-            [i + 0.4 for i in range(len(cases))], [f"{shape}\n{dtype}" for shape, dtype in cases], fontsize=7
-        )
+        middles = [i + (len(names) - 1) * thickness / 2 for i in range(len(cases))]
+        axis.set_yticks(middles, [f"{shape}\n{dtype}" for shape, dtype in cases], fontsize=7)
         axis.invert_yaxis()
         axis.set_title(operation)
         axis.set_xlabel(label)
