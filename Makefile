@@ -1,4 +1,4 @@
-# make demo | test | bench | lint: each sets up what it needs first.
+# make demo | test | bench | gpu-check | lint: each sets up what it needs first.
 #
 # By default everything lives in .venv, made by $(PYTHON) from requirements.txt. `make test PYTHON=python3 VENV=` uses the
 # environment that is there instead, installs nothing into it and needs no network: the extension is built in place.
@@ -8,6 +8,8 @@ VENV ?= .venv
 BENCH ?=
 TEXT ?=
 MINUTES ?= 3.5
+DEVICE ?= cuda
+PEERS ?=
 
 EXTENSION_INPUTS := setup.py tools/cuda_toolkit.py $(shell find csrc -type f)
 
@@ -17,11 +19,12 @@ STATE := build/in-place
 else
 RUN := $(abspath $(VENV))/bin/python
 STATE := $(VENV)/state
+REQUIREMENTS := $(STATE)/requirements
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 
-.PHONY: demo test bench lint setup doctor clean
+.PHONY: demo test bench gpu-check lint setup doctor clean
 
 demo: setup
 	$(RUN) examples/train_bytes.py --minutes $(MINUTES) $(if $(TEXT),--text "$(TEXT)")
@@ -31,6 +34,10 @@ test: setup
 
 bench: setup
 	$(RUN) -m benchmarks $(BENCH)
+
+# Builds by itself, for the GPU that is there. PEERS="name=file.py ..." are measured beside it.
+gpu-check: $(REQUIREMENTS)
+	$(RUN) -m benchmarks.gpu_check --device $(DEVICE) $(PEERS:%=--peer %)
 
 lint: setup
 	$(RUN) -m ruff check .
@@ -44,12 +51,12 @@ doctor: setup
 setup: $(STATE)/extension
 
 ifneq ($(VENV),)
-$(STATE)/requirements: requirements.txt
+$(REQUIREMENTS): requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	mkdir -p $(STATE) && touch $@
 
-$(STATE)/extension: $(STATE)/requirements
+$(STATE)/extension: $(REQUIREMENTS)
 endif
 
 $(STATE)/extension: $(EXTENSION_INPUTS)

@@ -3,6 +3,7 @@
 import ctypes
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
@@ -65,17 +66,33 @@ def spread(samples: Sequence[float]) -> float:
 
 def environment() -> dict[str, Any]:
     """What a record must say to be comparable."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     build = rwkv_kernels.build_info()
     return {
         "rwkv_kernels": rwkv_kernels.__version__,
-        "commit": commit,
+        "commit": _output("git", "describe", "--always", "--dirty"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "instruction_set": build.cpu_instruction_set,
+        **(_gpu() if torch.cuda.is_available() else {}),
     }
+
+
+def _gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties()
+    return {
+        "gpu": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "gpu_memory": properties.total_memory,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+        "cuda": torch.version.cuda,
+    }
+
+
+def _output(*command: str) -> str:
+    """What a program prints, nothing if it is not installed."""
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which(command[0]) else ""
 
 
 def processor() -> str:

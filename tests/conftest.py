@@ -11,32 +11,61 @@ _calls_by_backend: collections.Counter[str] = collections.Counter()
 
 
 NAMES = [info.name for info in rwkv_kernels.backends()]
+GPU_NAMES = [name for name in NAMES if name in ("cuda", "triton")]
 
 
-def _name_if_available(name: str) -> str:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-backend",
+        action="append",
+        default=[],
+        choices=NAMES,
+        help="fail, instead of skip, the tests of this backend where it is not available (repeatable)",
+    )
+
+
+def _start(name: str, request: pytest.FixtureRequest) -> str:
+    """The name of an available backend, whose device is from now on torch's default; a skip or failure without it."""
     info = next(info for info in rwkv_kernels.backends() if info.name == name)
     if not info.available:
-        pytest.skip(f"backend {name}: {info.reason}")
+        stop = pytest.fail if name in request.config.getoption("--require-backend") else pytest.skip
+        stop(f"backend {name}: {info.reason}")
     _calls_by_backend[name] += 1
+    if name in GPU_NAMES:
+        torch.set_default_device("cuda")
+        request.addfinalizer(lambda: torch.set_default_device(None))
     return name
 
 
 @pytest.fixture(params=NAMES)
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend in turn; one that this machine lacks is a skip with its reason."""
-    return _name_if_available(request.param)
+    return _start(request.param, request)
 
 
 @pytest.fixture(params=[name for name in NAMES if name != "reference"])
 def compiled_backend(request: pytest.FixtureRequest) -> str:
     """Every backend with an operator of its own, as against the oracle in plain torch."""
-    return _name_if_available(request.param)
+    return _start(request.param, request)
+
+
+@pytest.fixture(params=[name for name in NAMES if name in ("cpu", "cuda")])
+def native_backend(request: pytest.FixtureRequest) -> str:
+    """Every backend behind the operators of torch.ops.rwkv_kernels."""
+    return _start(request.param, request)
+
+
+@pytest.fixture(params=GPU_NAMES)
+def gpu_backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that runs on a GPU."""
+    return _start(request.param, request)
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> collections.abc.Iterator[None]:
     """New tensors start as NaN, so that an element that nothing wrote is seen."""
-    torch.use_deterministic_algorithms(True)
+    # Only the filling is wanted: cuBLAS and others that are not deterministic by themselves may stay so.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)

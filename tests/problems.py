@@ -1,6 +1,7 @@
 """Problems for the operator as data, their exact solutions, and the one rule for how close is close enough."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,8 +79,11 @@ class Tensors:
 
     def exact(self) -> "Tensors":
         """The same numbers in float64, so that only the operator's own rounding remains between two results."""
-        fields = {name: x.double() for name, x in vars(self).items() if x is not None}
-        return replace(self, **fields)
+        return self.changed(Tensor.double)
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "Tensors":
+        """The same with every tensor changed by the function."""
+        return replace(self, **{name: change(x) for name, x in vars(self).items() if x is not None})
 
 
 def _lay_out(x: Tensor, layout: str) -> Tensor:
@@ -100,10 +104,12 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def make(problem: Problem, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensors:
+    """The problem's tensors: the same numbers on every device, and on torch's default one, the backend's in a test."""
     draw = torch.Generator().manual_seed(seed)
+    device = torch.get_default_device()
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=draw, dtype=torch.float64)
+        return torch.randn(shape, generator=draw, dtype=torch.float64, device="cpu").to(device)
 
     B, T, C = problem.B, problem.T, problem.C
     parameter = state_dtype(dtype)
@@ -174,6 +180,14 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tensors:
         output_dtype = k.dtype if name in ("y", "gk", "gv") else state_dtype(k.dtype)
         allowed = tolerance(output_dtype, k.shape[1], logit)
         assert_tensor_close(f"{what}{name}", found[name], exact, allowed, least_scale(name, tensors))
+
+
+def assert_solves(tensors: Tensors, backend: str, exact_backend: str = "reference") -> None:
+    """Outputs and gradients equal the exact ones, which are computed on the CPU."""
+    _, final = rwkv_kernels.wkv(*tensors.inputs, return_state=True, backend=backend)
+    found = {name: x.cpu() for name, x in solve(tensors, backend).items()}
+    on_cpu = tensors.changed(Tensor.cpu)
+    assert_close(found, solve(on_cpu.exact(), exact_backend, log_denominator(final.double()).cpu()), on_cpu)
 
 
 def least_scale(name: str, tensors: Tensors) -> float:

@@ -16,14 +16,16 @@ def _set(name: str, value: Any) -> Change:
     return lambda arguments: arguments.update({name: value})
 
 
+ELSEWHERE = "expected device (cpu|cuda:0) as k, got meta"
+
 WRONG: dict[str, tuple[Change, type[Exception], str]] = {
     "k_of_rank_2": (_set("k", torch.zeros(2, 3)), ValueError, r"k: expected shape \[B, T, C\], got \[2, 3\]"),
     "v_of_other_T": (_set("v", torch.zeros(2, 5, 19)), ValueError, r"v: expected shape .* as k, got \[2, 5, 19\]"),
     "v_of_other_dtype": (_set("v", torch.zeros(2, 37, 19).half()), TypeError, "v: expected torch.float32 as k, got"),
-    "v_on_another_device": (_set("v", torch.zeros(2, 37, 19, device="meta")), ValueError, "v: expected device cpu"),
+    "v_on_another_device": (_set("v", torch.zeros(2, 37, 19, device="meta")), ValueError, f"v: {ELSEWHERE}"),
     "w_of_other_C": (_set("w", torch.zeros(20)), ValueError, r"w: expected shape \[C\] = \[19\], got \[20\]"),
     "w_of_rank_2": (_set("w", torch.zeros(1, 19)), ValueError, r"w: expected shape \[C\]"),
-    "w_on_another_device": (_set("w", torch.zeros(19, device="meta")), ValueError, "w: expected device cpu"),
+    "w_on_another_device": (_set("w", torch.zeros(19, device="meta")), ValueError, f"w: {ELSEWHERE}"),
     "u_of_integers": (_set("u", torch.zeros(19, dtype=torch.int64)), TypeError, "u: expected float32.*got torch.int64"),
     "u_complex": (_set("u", torch.zeros(19, dtype=torch.complex64)), TypeError, "u: expected float32.*complex64"),
     "k_of_integers": (_set("k", torch.zeros(2, 37, 19, dtype=torch.int32)), TypeError, "k: expected float32.*int32"),
@@ -31,9 +33,9 @@ WRONG: dict[str, tuple[Change, type[Exception], str]] = {
     "w_missing": (_set("w", None), TypeError, "w: expected a torch.Tensor, got NoneType"),
     "state_of_other_shape": (_set("state", torch.zeros(2, 19, 3)), ValueError, r"state: expected shape \[B, 3, C\]"),
     "state_of_other_dtype": (_set("state", torch.zeros(2, 3, 19).double()), TypeError, "state: expected torch.float32"),
-    "state_on_another_device": (_set("state", torch.zeros(2, 3, 19, device="meta")), ValueError, "state: .*device cpu"),
+    "state_on_another_device": (_set("state", torch.zeros(2, 3, 19, device="meta")), ValueError, f"state: {ELSEWHERE}"),
     "state_not_a_tensor": (_set("state", 3.0), TypeError, "state: expected a torch.Tensor, got float"),
-    "backend_unknown": (_set("backend", "tpu"), ValueError, "'tpu' is unknown. Known: auto, cuda, cpu, reference"),
+    "backend_unknown": (_set("backend", "tpu"), ValueError, "backend 'tpu' is unknown. Known: auto, .*cpu, reference"),
 }
 
 
@@ -62,6 +64,30 @@ def test_wkv_step_explains_what_is_wrong_and_leaves_the_state(name: str, backend
     with pytest.raises(error, match=message):
         rwkv_kernels.wkv_step(**arguments)
     assert torch.equal(state, before)
+
+
+@pytest.mark.parametrize("name", ["w", "u", "v", "state"])
+def test_tensors_on_two_devices_are_refused(name: str, gpu_backend: str) -> None:
+    w, u, k, v, state = make(Problem(with_state=True)).inputs
+    arguments = {"w": w, "u": u, "k": k, "v": v, "state": state, "backend": gpu_backend}
+    arguments[name] = arguments[name].cpu()
+    with pytest.raises(ValueError, match=f"{name}: expected device cuda:0 as k, got cpu"):
+        rwkv_kernels.wkv(**arguments)
+
+
+def test_tensors_of_the_cpu_are_refused_by_a_backend_of_the_gpu(gpu_backend: str) -> None:
+    w, u, k, v, _ = make(Problem()).changed(torch.Tensor.cpu).inputs
+    reason = (
+        rf"wkv backend '{gpu_backend}' refused \({gpu_backend}: .*cpu.*\)\. Available for this call: cpu, reference"
+    )
+    with pytest.raises(rwkv_kernels.BackendUnavailable, match=reason):
+        rwkv_kernels.wkv(w, u, k, v, backend=gpu_backend)
+
+
+def test_tensors_of_the_gpu_are_refused_by_the_backend_of_the_cpu(gpu_backend: str) -> None:
+    w, u, k, v, _ = make(Problem()).inputs
+    with pytest.raises(rwkv_kernels.BackendUnavailable, match="k is on cuda:0, and this backend runs on the CPU"):
+        rwkv_kernels.wkv(w, u, k, v, backend="cpu")
 
 
 def test_wkv_step_wants_a_state_and_one_token(backend: str) -> None:
@@ -101,9 +127,7 @@ def test_nothing_to_do_is_defined(B: int, T: int, C: int, backend: str) -> None:
         assert w.grad is not None and torch.equal(w.grad, torch.zeros(C))
 
 
-def test_the_operators_check_their_arguments_too() -> None:
-    if rwkv_kernels.build_info().extension is None:
-        pytest.skip("the extension is not built")
+def test_the_operators_check_their_arguments_too(native_backend: str) -> None:
     w, u, k, v, state = make(Problem(with_state=True)).inputs
     ops = torch.ops.rwkv_kernels
     for wrong, error in [

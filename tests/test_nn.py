@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ def _model(dtype: torch.dtype = torch.float32, layers: int = L) -> RWKV:
 
 
 def _tokens(steps: int = T) -> Tensor:
-    return torch.randint(V, (B, steps), generator=torch.Generator().manual_seed(1))
+    """The same tokens on every device, and on torch's default one."""
+    tokens = torch.randint(V, (B, steps), generator=torch.Generator().manual_seed(1), device="cpu")
+    return tokens.to(torch.get_default_device())
 
 
 def _assert_close(name: str, found: Tensor, expected: Tensor, allowed: float) -> None:
@@ -46,11 +49,18 @@ def _states_close(found: RWKVState, expected: RWKVState, allowed: float) -> None
     _assert_close("log den", top + den.log(), top_e + den_e.log(), allowed)
 
 
+@pytest.fixture
+def chosen(compiled_backend: str) -> Iterator[None]:
+    """Every compiled backend in turn, as what "auto" means."""
+    with rwkv_kernels.use_backend(compiled_backend):
+        yield
+
+
 # ---- the same weights, in parallel and token by token ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_steps_in_place_give_the_logits_and_the_state_of_the_whole_sequence(dtype: torch.dtype) -> None:
+def test_steps_in_place_give_the_logits_and_the_state_of_the_whole_sequence(dtype: torch.dtype, chosen: None) -> None:
     model, tokens = _model(dtype), _tokens()
     logits, whole_state = model(tokens)
     state = model.empty_state(B)
@@ -63,7 +73,7 @@ def test_steps_in_place_give_the_logits_and_the_state_of_the_whole_sequence(dtyp
 
 @pytest.mark.parametrize("cuts", [[8, 13], [1] * T, [0, 20, 0, 1]], ids=["two", "every_token", "empty_pieces"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_split_and_resume_equals_whole(dtype: torch.dtype, cuts: list[int]) -> None:
+def test_split_and_resume_equals_whole(dtype: torch.dtype, cuts: list[int], chosen: None) -> None:
     model, tokens = _model(dtype), _tokens()
     logits, whole_state = model(tokens)
     state, pieces = None, []
@@ -393,7 +403,7 @@ def test_every_backend_gives_the_same_logits_and_gradients(compiled_backend: str
     assert torch.equal(generated, expected_tokens)
 
 
-def test_compiles_into_one_graph() -> None:
+def test_compiles_into_one_graph(chosen: None) -> None:
     model, tokens = _model(layers=2), _tokens()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected, state = model(tokens)
@@ -406,10 +416,10 @@ def test_compiles_into_one_graph() -> None:
     _assert_close("resumed", compiled(tokens, state)[0], model(tokens, state)[0], TOLERANCE[torch.float32])
 
 
-def test_autocast_runs_in_bfloat16_close_to_float32() -> None:
+def test_autocast_runs_in_bfloat16_close_to_float32(chosen: None) -> None:
     model, tokens = _model(), _tokens()
     expected, _ = model(tokens)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(tokens.device.type, torch.bfloat16):
         logits, state = model(tokens)
         resumed, _ = model(tokens, state)
         generated = model.generate(tokens, 3)

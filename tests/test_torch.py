@@ -15,12 +15,6 @@ from rwkv_kernels import reference
 ARGUMENTS = (0, 1, 2, 3, 4)
 
 
-def _operator() -> Any:
-    if not any(name == "cpu" and available for name, available, _ in rwkv_kernels.backends()):
-        pytest.skip("the extension is not built")
-    return torch.ops.rwkv_kernels
-
-
 def _double_inputs(**changes: Any) -> tuple[Tensor, ...]:
     tensors = make(Problem(T=70, C=5, with_state=True, **changes)).exact()
     assert tensors.state is not None
@@ -48,8 +42,8 @@ def _assert_all_close(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(with_state: bool, requires_grad: bool) -> None:
-    ops = _operator()
+def test_opcheck(with_state: bool, requires_grad: bool, native_backend: str) -> None:
+    ops = torch.ops.rwkv_kernels
     w, u, k, v, state = (x.requires_grad_(requires_grad) for x in _double_inputs())
     given = state if with_state else None
     for checkpoint in (False, True):
@@ -70,22 +64,22 @@ def test_gradcheck(compiled_backend: str) -> None:
 
 
 @pytest.mark.parametrize("inputs", [4, 5], ids=["without_state", "with_state"])
-def test_compiles_whole_and_differentiates(inputs: int) -> None:
-    _operator()
+def test_compiles_whole_and_differentiates(inputs: int, compiled_backend: str) -> None:
     compiled = torch.compile(_wkv, fullgraph=True)
     given = [x.requires_grad_() for x in _double_inputs()][:inputs]
-    found = torch.autograd.grad(_loss(compiled)(*given), given)
+    with rwkv_kernels.use_backend(compiled_backend):
+        found = torch.autograd.grad(_loss(compiled)(*given), given)
     _assert_all_close(found, torch.autograd.grad(_loss(reference.wkv)(*given), given))
 
 
-def test_compiles_with_dynamic_shapes() -> None:
-    _operator()
+def test_compiles_with_dynamic_shapes(compiled_backend: str) -> None:
     compiled = torch.compile(_wkv, fullgraph=True, dynamic=True)
     w, u, *_ = _double_inputs()
     for B, T in [(2, 70), (3, 200), (2, 33), (5, 64), (5, 65)]:
         tensors = make(Problem(B=B, T=T, C=5), torch.float64)
         given = [w, u, tensors.k.requires_grad_(), tensors.v.requires_grad_()]
-        found = torch.autograd.grad(_loss(compiled)(*given), given[2:])
+        with rwkv_kernels.use_backend(compiled_backend):
+            found = torch.autograd.grad(_loss(compiled)(*given), given[2:])
         _assert_all_close(found, torch.autograd.grad(_loss(reference.wkv)(*given), given[2:]))
 
 
@@ -96,30 +90,29 @@ def test_compiled_code_follows_use_backend() -> None:
         torch.testing.assert_close(compiled(k[:, :3]), reference.wkv(w, u, k[:, :3], v[:, :3])[0])
 
 
-def test_compiles_the_step() -> None:
-    _operator()
+def test_compiles_the_step(compiled_backend: str) -> None:
     w, u, k, v, state = _double_inputs()
     eager, traced = state.clone(), state.clone()
-    expected = rwkv_kernels.wkv_step(w, u, k[:, 0], v[:, 0], eager)
     compiled = torch.compile(rwkv_kernels.wkv_step, fullgraph=True)
-    torch.testing.assert_close(compiled(w, u, k[:, 0], v[:, 0], traced), expected)
+    with rwkv_kernels.use_backend(compiled_backend):
+        expected = rwkv_kernels.wkv_step(w, u, k[:, 0], v[:, 0], eager)
+        torch.testing.assert_close(compiled(w, u, k[:, 0], v[:, 0], traced), expected)
     torch.testing.assert_close(traced, eager)
 
 
-def test_exports_with_dynamic_length() -> None:
-    _operator()
-
+def test_exports_with_dynamic_length(compiled_backend: str) -> None:
     class Module(torch.nn.Module):
         def forward(self, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Any:
             return _wkv(w, u, k, v, state)
 
     inputs = _double_inputs()
     steps = torch.export.Dim("T", min=2, max=4096)
-    program = torch.export.export(Module(), inputs, dynamic_shapes=({}, {}, {1: steps}, {1: steps}, {}))
+    with rwkv_kernels.use_backend(compiled_backend):
+        program = torch.export.export(Module(), inputs, dynamic_shapes=({}, {}, {1: steps}, {1: steps}, {}))
     longer = make(Problem(T=200, C=5)).exact()
     w, u, _, _, state = inputs
     found = program.module()(w, u, longer.k, longer.v, state)
-    _assert_all_close(found, _wkv(w, u, longer.k, longer.v, state))
+    _assert_all_close(found, reference.wkv(w, u, longer.k, longer.v, state))
 
 
 def test_func_grad(compiled_backend: str) -> None:
@@ -225,16 +218,22 @@ def test_autocast_joins_the_dtypes_of_k_and_v(compiled_backend: str) -> None:
     w, u, k, v, _ = tensors.inputs
     narrow = k.bfloat16()
     expected = rwkv_kernels.wkv(w, u, narrow.float(), v, backend=compiled_backend)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(k.device.type, dtype=torch.bfloat16):
         assert torch.equal(rwkv_kernels.wkv(w, u, narrow, v, backend=compiled_backend), expected)
         assert rwkv_kernels.wkv(w, u, narrow, v.bfloat16(), backend=compiled_backend).dtype == torch.bfloat16
-        assert torch.equal(_operator().wkv_forward(w, u, narrow, v, None, False)[0], expected)
     with pytest.raises(TypeError, match="v: expected torch.bfloat16 as k"):
         rwkv_kernels.wkv(w, u, narrow, v, backend=compiled_backend)
 
 
-def test_meta_tensors_have_the_right_shapes() -> None:
-    _operator()
+def test_autocast_joins_the_dtypes_inside_the_operator_too(native_backend: str) -> None:
+    w, u, k, v, _ = make(Problem()).inputs
+    narrow = k.bfloat16()
+    expected = rwkv_kernels.wkv(w, u, narrow.float(), v, backend=native_backend)
+    with torch.autocast(k.device.type, dtype=torch.bfloat16):
+        assert torch.equal(torch.ops.rwkv_kernels.wkv_forward(w, u, narrow, v, None, False)[0], expected)
+
+
+def test_meta_tensors_have_the_right_shapes(native_backend: str) -> None:
     inputs = [x.to("meta") for x in _double_inputs()]
     y, state = _wkv(*inputs)
     assert y.device.type == "meta" and y.shape == (2, 70, 5) and state.shape == (2, 3, 5)

@@ -1,6 +1,6 @@
 """A backend "emulated" for tests: the GPU kernels by one of the executors of gpu_programs, on CPU tensors.
 
-As a pytest plugin (-p gpu_backend) it lets the whole suite run on them: on the C++ phases, or with
+As a pytest plugin (-p emulated_backend) it lets the whole suite run on them: on the C++ phases, or with
 WKV_TEST_ARCHITECTURE=sm_90 on the PTX of that architecture.
 """
 

@@ -1,0 +1,1 @@
+"""Measurements on a GPU, all in one process: `python -m benchmarks.gpu`."""

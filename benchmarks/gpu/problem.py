@@ -1,0 +1,80 @@
+"""A problem of a given size on the device, and the check that a backend solves it before anybody times it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import rwkv_kernels
+
+Shape = tuple[int, int, int]  # B, T, C
+Function = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (w, u, k, v) -> y
+
+NAMES = ("y", "gw", "gu", "gk", "gv")
+
+
+class Problem:
+    """Inputs of the operator on torch's default device, y of a function of them, and the gradients of Σ y·gy."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+        C = shape[-1]
+        torch.manual_seed(0)
+        # Decays from e^-0.0001 to e^-8 per step: those of a trained model and beyond.
+        self.w, self.u = torch.linspace(-9, 2, C).requires_grad_(), torch.randn(C).requires_grad_()
+        self.k, self.v, self.gy = (torch.randn(shape, dtype=dtype) for _ in range(3))
+        self.k.requires_grad_()
+        self.v.requires_grad_()
+        self.bytes = self.k.nbytes
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What gradients are taken of: w, u, k, v."""
+        return self.w, self.u, self.k, self.v
+
+    def forward(self, function: Function) -> Tensor:
+        """The output, where no gradient will be asked for."""
+        with torch.no_grad():
+            return function(*self.leaves)
+
+    def prepare_backward(self, function: Function) -> Callable[[], tuple[Tensor, ...]]:
+        """Runs forward once; the result runs backward as often as it is called."""
+        y = function(*self.leaves)
+        return lambda: torch.autograd.grad(y, self.leaves, self.gy, retain_graph=True)
+
+    def forward_and_backward(self, function: Function) -> tuple[Tensor, ...]:
+        """The output and the gradients of the leaves."""
+        y = function(*self.leaves)
+        return y.detach(), *torch.autograd.grad(y, self.leaves, self.gy)
+
+    def error(self, function: Function) -> float:
+        """The worst error of y and gradients in three channels against float64, relative to the largest element.
+
+        Channels do not know of each other, so three tell of a problem that as a whole would take the CPU too long. The
+        exact results come from the CPU's kernel in float64, which the tests compare with the oracle.
+        """
+        C = self.k.shape[-1]
+        channels = torch.tensor(sorted({0, C // 2, C - 1}), device=self.k.device)
+
+        def exact(x: Tensor) -> Tensor:
+            return x.detach().index_select(-1, channels).double().cpu()
+
+        given = [exact(x).requires_grad_() for x in self.leaves]
+        gy = exact(self.gy)
+        y = rwkv_kernels.wkv(*given, backend="cpu")
+        expected = (y.detach(), *torch.autograd.grad(y, given, gy))
+        found = [exact(x) for x in self.forward_and_backward(function)]
+
+        # Sums over the batch and time cancel, and are rounded relative to their terms.
+        terms = float(gy.abs().max() * given[3].detach().abs().max())
+        errors = []
+        for name, a, b in zip(NAMES, found, expected, strict=True):
+            scale = max(float(b.abs().max()), 0.0 if name == "y" else terms)
+            errors.append((a - b).abs().max() / scale)
+        return float(torch.stack(errors).max())  # which is NaN if one of them is
+
+    def check(self, function: Function) -> float:
+        """The error; raises AssertionError where it is more than roundings explain."""
+        error = self.error(function)
+        allowed = torch.finfo(self.k.dtype).eps + 100 * torch.finfo(torch.float32).eps * self.k.shape[1] ** 0.5
+        assert error <= allowed, f"off by {error:.1e} of the largest element, allowed {allowed:.1e}"
+        return error

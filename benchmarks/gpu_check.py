@@ -1,0 +1,152 @@
+"""`make gpu-check`: everything that a GPU has to show, offline, with the python and torch that are there.
+
+It builds for the present GPU, runs the whole suite on it, its kernels under compute-sanitizer, the stress tests and the
+benchmark, each in a process of its own, so that one that crashes or hangs costs the others nothing. It lies among the
+benchmarks because its record is theirs and more: record.json has the device, the versions, the commit, the outcome of
+every stage and every sample. A CPU runs the same stages as far as it can, on small sizes, which keeps them working.
+
+The aim is less than 9 minutes on an H100 with 16 cores: build 1, suite 2½, sanitizer 1½, stress 1½, benchmark 2.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parent.parent
+PYTEST = [sys.executable, "-m", "pytest", "-q"]
+STRESS = ["tests/test_gpu.py", "tests/test_stress.py"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command, the seconds it may take, and why it cannot run, if it cannot."""
+
+    name: str
+    command: list[str]
+    limit: int
+    environment: dict[str, str] = field(default_factory=dict)
+    why_not: str | None = None
+
+
+def stages(device: str, results: Path, peers: list[str]) -> Iterator[Stage]:
+    """The stages in order. What a stage is told is decided when its turn comes, so that it may rest on the build."""
+    on_gpu = device == "cuda"
+    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    yield Stage("build", build, 180, _architecture() if on_gpu else {})
+
+    required = _required_backends() if on_gpu else []
+    everything_else = [f"--ignore={path}" for path in STRESS]
+    a_few = ["tests/test_operator.py", "-k", "small and cpu"]
+    yield Stage("suite", [*PYTEST, *required, "--durations=10", *(everything_else if on_gpu else a_few)], 300)
+
+    yield _sanitizer("memcheck", on_gpu)
+    yield _sanitizer("racecheck", on_gpu)
+    yield Stage("stress", [*PYTEST, *required, "--durations=10", *STRESS], 150)
+
+    benchmark = [sys.executable, "-m", "benchmarks.gpu", "--device", device, "--results", str(results)]
+    yield Stage("benchmark", benchmark + [f"--peer={peer}" for peer in peers], 180)
+
+
+def _architecture() -> dict[str, str]:
+    major, minor = torch.cuda.get_device_capability()
+    return {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
+
+
+def _required_backends() -> list[str]:
+    """The backends whose skipped tests are failures: of those that the package has, the ones that belong here."""
+    import rwkv_kernels  # not before the build: it loads what the build makes
+
+    names = [info.name for info in rwkv_kernels.backends()]
+    with_triton = "triton" in names and importlib.util.find_spec("triton")
+    return ["--require-backend=cuda", *(["--require-backend=triton"] if with_triton else [])]
+
+
+def _sanitizer(tool: str, on_gpu: bool) -> Stage:
+    toolkit = os.path.join(cpp_extension.CUDA_HOME or "/usr/local/cuda", "bin")
+    program = shutil.which("compute-sanitizer", path=os.environ["PATH"] + os.pathsep + toolkit)
+    why_not = "a CPU has none" if not on_gpu else None if program else "there is no compute-sanitizer"
+    few = "edges and cuda and not float64 and not auto"
+    tests = [*PYTEST, "-x", "--require-backend=cuda", "tests/test_gpu.py", "-k", few]
+    # Within torch's cache of memory a kernel could leave its tensor without leaving what was allocated.
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Stage(tool, [program or "", "--tool", tool, "--error-exitcode", "1", *tests], 90, uncached, why_not)
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    """Runs a stage; its outcome begins with "passed", "failed" or "skipped"."""
+    print(f"\n== {stage.name}: {stage.why_not or ' '.join(stage.command)}", flush=True)
+    started = time.perf_counter()
+    outcome = f"skipped: {stage.why_not}"
+    if stage.why_not is None:
+        # A session of its own, so that the end of its time is the end of its children, too.
+        process = subprocess.Popen(
+            stage.command, cwd=ROOT, env={**os.environ, **stage.environment}, start_new_session=True
+        )
+        try:
+            code = process.wait(stage.limit)
+            outcome = "passed" if code == 0 else f"failed with exit status {code}"
+        except subprocess.TimeoutExpired:
+            outcome = f"failed to end within {stage.limit} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return {"stage": stage.name, "outcome": outcome, "seconds": time.perf_counter() - started}
+
+
+def write_record(results: Path, outcomes: list[dict[str, Any]]) -> None:
+    """Writes record.json: what is known so far, the benchmark's own record included."""
+    from benchmarks import harness  # not before the build: it loads what the build makes
+
+    record: dict[str, Any] = {"environment": harness.environment(), "stages": outcomes}
+    measured = results / "benchmark.json"
+    if measured.exists():
+        record["benchmark"] = json.loads(measured.read_text())
+        measured.unlink()
+    (results / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main() -> int:
+    """Builds, tests, sanitizes, stresses and measures; the exit status is 0 if nothing failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=main.__doc__)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument(
+        "--results", type=Path, default=Path("build/gpu-check"), help="folder of the record and the plots"
+    )
+    parser.add_argument("--peer", action="append", default=[], help="NAME=FILE, see benchmarks/gpu/peers.py")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print(
+            f"no GPU: torch {torch.__version__} sees no CUDA device. DEVICE=cpu runs what a CPU can.", file=sys.stderr
+        )
+        return 2
+
+    results = arguments.results.resolve()
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "benchmark.json").unlink(missing_ok=True)
+    outcomes = []
+    for stage in stages(arguments.device, results, arguments.peer):
+        outcomes.append(run(stage))
+        write_record(results, outcomes)
+
+    from benchmarks import harness
+
+    print(f"\n{harness.markdown_table(outcomes)}\n\n{results / 'record.json'}")
+    return 1 if any(row["outcome"].startswith("failed") for row in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

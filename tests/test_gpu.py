@@ -1,0 +1,321 @@
+"""What only a GPU can show: schedules, streams, graphs, devices, exhausted memory and very large tensors.
+
+The CPU's kernel in float64, which test_operator.py compares with the oracle, takes its place where that is too slow.
+"""
+
+import itertools
+import random
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from problems import Problem, Tensors, assert_solves, make, solve
+from test_stress import random_problem
+from torch import Tensor
+
+import rwkv_kernels
+from benchmarks.plans import SCHEDULES, forced_plan
+from rwkv_kernels._extension import extension
+
+
+@pytest.fixture(params=[None, *SCHEDULES], ids=lambda name: name or "auto")
+def schedule(request: pytest.FixtureRequest, gpu_backend: str) -> Iterator[str | None]:
+    """The plan's own choice, and each schedule by force."""
+    if gpu_backend != "cuda" and request.param is not None:
+        pytest.skip(f"{gpu_backend} has no schedules to choose from")
+    with forced_plan(schedule=request.param):
+        yield request.param
+
+
+def _assert_bitwise(found: dict[str, Tensor], expected: dict[str, Tensor], what: object = "") -> None:
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), (what, name)
+
+
+# ---- schedules ----
+
+EDGES = [
+    Problem(B=B, T=T, C=C, with_state=with_state)
+    for (B, C, with_state), T in itertools.product([(1, 1, True), (2, 33, False), (1, 100, True)], [1, 16, 63, 65, 200])
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("problem", EDGES, ids=lambda p: f"{p.B}-{p.T}-{p.C}")
+def test_edges_of_tiles_and_chunks(
+    problem: Problem, dtype: torch.dtype, schedule: str | None, gpu_backend: str
+) -> None:
+    """This is what the sanitizer runs, too: a few thousand elements and every kernel."""
+    tensors = make(problem, dtype)
+    assert_solves(tensors, gpu_backend, "cpu")
+    w, u, k, v, _ = tensors.inputs
+    state = rwkv_kernels.empty_state(problem.B, problem.C, dtype=w.dtype)
+    y = rwkv_kernels.wkv_step(w, u, k[:, 0], v[:, 0], state, backend=gpu_backend)
+    torch.testing.assert_close(y, v[:, 0])
+
+
+@pytest.mark.parametrize("schedule_by_name", SCHEDULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("B", "T", "C"), [(2, 600, 70), (1, 2100, 33)])
+def test_every_plan_equals_the_cpu(
+    B: int, T: int, C: int, dtype: torch.dtype, schedule_by_name: str, gpu_backend: str
+) -> None:
+    if gpu_backend != "cuda":
+        pytest.skip(f"{gpu_backend} has no plans to choose from")
+    tensors = make(Problem(B=B, T=T, C=C, with_state=True), dtype)
+    ran = []
+    for warps, chunk_len in itertools.product([None, 1, 2, 4, 8, 16, 32], [None, 16, 32, 64, 128, 256, 512, 1024]):
+        choice = {"schedule": schedule_by_name, "warps": warps, "chunk_len": chunk_len}
+        try:
+            for operation in ("forward", "backward"):
+                extension.module.plan_cuda(operation, str(dtype).removeprefix("torch."), B, T, C, device=0, **choice)
+        except ValueError:
+            continue  # no such plan
+        with forced_plan(**choice):
+            assert_solves(tensors, gpu_backend, "cpu")
+        ran.append((warps, chunk_len))
+    assert (None, None) in ran and len(ran) > 1, ran
+
+
+# ---- shapes ----
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_random_large_problem_equals_the_cpu(seed: int, gpu_backend: str) -> None:
+    draw = random.Random(seed)
+    dtype = draw.choice([torch.float32, torch.float16, torch.bfloat16, torch.float64])
+    schedule = draw.choice([None, *SCHEDULES]) if gpu_backend == "cuda" else None
+    with forced_plan(schedule=schedule):
+        assert_solves(make(random_problem(draw, 5000, 1000), dtype, seed), gpu_backend, "cpu")
+
+
+@pytest.mark.parametrize("C", [1, 3, 31, 63, 65, 257, 1023])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_odd_widths(C: int, dtype: torch.dtype, schedule: str | None, gpu_backend: str) -> None:
+    assert_solves(make(Problem(B=3, T=129, C=C, with_state=True), dtype), gpu_backend, "cpu")
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_memory_that_is_not_aligned(offset: int, schedule: str | None, gpu_backend: str) -> None:
+    """Vector loads need more than an element's alignment, and a view does not promise it."""
+
+    def shifted(x: Tensor) -> Tensor:
+        return torch.cat((x.new_zeros(offset), x.flatten()))[offset:].view(x.shape)
+
+    tensors = make(Problem(B=2, T=100, C=64, with_state=True), torch.bfloat16)
+    assert_solves(tensors.changed(shifted), gpu_backend, "cpu")
+
+
+def test_many_sequences_and_many_channels(gpu_backend: str) -> None:
+    """Beyond 65535, where the second and third dimension of a grid end."""
+    assert_solves(make(Problem(B=70000, T=2, C=3)), gpu_backend, "cpu")
+    assert_solves(make(Problem(B=1, T=1, C=70000 * 32)), gpu_backend, "cpu")
+
+
+def test_a_million_steps(schedule: str | None, gpu_backend: str) -> None:
+    assert_solves(make(Problem(B=1, T=2**20, C=3, log_decay=-1e-4, with_state=True)), gpu_backend, "cpu")
+
+
+def _gradients(k: Tensor, v: Tensor, gy: Tensor, state: Tensor | None, backend: str) -> tuple[Tensor, ...]:
+    """y, gk and gv of a sum weighted by gy, with parameters that depend on the channel alone."""
+    C = k.shape[-1]
+    leaves = [x.detach().requires_grad_() for x in (k, v)]
+    y = rwkv_kernels.wkv(torch.linspace(-6, 1, C), torch.linspace(-1, 1, C), *leaves, state, backend=backend)
+    return (y.detach(), *torch.autograd.grad(y, leaves, gy))
+
+
+@pytest.mark.parametrize(("B", "T", "C"), [(9, 2**16, 3648), (1, 2**20, 2052)], ids=["many_sequences", "one_sequence"])
+def test_more_than_2_to_the_31_elements(B: int, T: int, C: int, gpu_backend: str) -> None:
+    """The end of the whole equals the end alone, cut off along the batch or along time, which has fewer."""
+    assert B * T * C > 2**31
+    needed = 12 * B * T * C * torch.bfloat16.itemsize
+    free = torch.cuda.mem_get_info()[0]
+    if free < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory, and {free / 2**30:.0f} are")
+    k, v, gy = (torch.randn(B, T, C, dtype=torch.bfloat16) for _ in range(3))
+    whole = _gradients(k, v, gy, None, gpu_backend)
+    if B > 1:
+        end = (slice(B - 1, B), slice(None))
+        state = None
+    else:
+        end = (slice(None), slice(T // 2, T))
+        w, u = torch.linspace(-6, 1, C), torch.linspace(-1, 1, C)
+        start = (k[:, : T // 2], v[:, : T // 2])
+        y, state = rwkv_kernels.wkv(w, u, *start, return_state=True, backend=gpu_backend)
+        torch.testing.assert_close(whole[0][:, : T // 2], y, rtol=2**-7, atol=1e-3)
+    for found, alone in zip(whole, _gradients(k[end], v[end], gy[end], state, gpu_backend), strict=True):
+        # bfloat16 rounds to 2^-9, and the two ways may round a number between two to either.
+        torch.testing.assert_close(found[end], alone, rtol=2**-7, atol=1e-3)
+
+
+# ---- streams ----
+
+
+def _various_tensors() -> list[Tensors]:
+    shapes = [(1, 4000, 64), (4, 300, 100), (1, 1, 768), (2, 65, 33), (8, 700, 128), (1, 9000, 32)]
+    dtypes = [torch.bfloat16, torch.float32]
+    problems = [Problem(B=B, T=T, C=C, with_state=True) for B, T, C in shapes]
+    return [make(problem, dtypes[i % 2], seed=i) for i, problem in enumerate(problems)]
+
+
+def test_concurrent_streams_give_bitwise_what_one_gives(schedule: str | None, gpu_backend: str) -> None:
+    tensors = _various_tensors()
+    expected = [solve(x, gpu_backend) for x in tensors]
+    streams = [torch.cuda.Stream() for _ in tensors]
+    torch.cuda.synchronize()
+    for run in range(20):
+        found = []
+        for x, stream in zip(tensors, streams, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(solve(x, gpu_backend))
+        torch.cuda.synchronize()
+        for i, results in enumerate(found):
+            _assert_bitwise(results, expected[i], (run, i))
+
+
+def test_concurrent_threads_give_bitwise_what_one_gives(schedule: str | None, gpu_backend: str) -> None:
+    tensors = _various_tensors()
+    expected = [solve(x, gpu_backend) for x in tensors]
+    torch.cuda.synchronize()
+    errors: list[Exception] = []
+
+    def work(i: int) -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for run in range(20):
+                    _assert_bitwise(solve(tensors[i], gpu_backend), expected[i], (run, i))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(tensors))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors[0]
+
+
+def test_work_is_ordered_by_the_current_stream(schedule: str | None, gpu_backend: str) -> None:
+    """A kernel on another stream would read the inputs before the long wait is over."""
+    ready = make(Problem(B=2, T=300, C=64, with_state=True))
+    expected = solve(ready, gpu_backend)
+    late = ready.changed(torch.zeros_like)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)
+        for name, x in vars(ready).items():
+            getattr(late, name).copy_(x)
+        found = solve(late, gpu_backend)
+    torch.cuda.synchronize()
+    _assert_bitwise(found, expected)
+
+
+# ---- graphs ----
+
+
+def _capture(call: Callable[[], dict[str, Tensor]]) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
+@pytest.mark.parametrize(("B", "T", "C"), [(2, 300, 64), (1, 5000, 48), (16, 40, 200)])
+def test_a_graph_replays_forward_and_backward_with_new_inputs(
+    B: int, T: int, C: int, schedule: str | None, gpu_backend: str
+) -> None:
+    problem = Problem(B=B, T=T, C=C, with_state=True)
+    inputs = make(problem, torch.bfloat16)
+    graph, replayed = _capture(lambda: solve(inputs, gpu_backend))
+    for seed in range(1, 6):
+        changed = make(problem, torch.bfloat16, seed)
+        for name, x in vars(changed).items():
+            getattr(inputs, name).copy_(x)
+        graph.replay()
+        _assert_bitwise(replayed, solve(changed, gpu_backend), seed)
+        graph.replay()  # nothing that a replay leaves behind changes the next
+        _assert_bitwise(replayed, solve(changed, gpu_backend), seed)
+
+
+def test_a_graph_of_one_step_decodes_a_sequence(gpu_backend: str) -> None:
+    tensors = make(Problem(B=3, T=50, C=100, with_state=True), torch.bfloat16)
+    w, u, k, v, initial = tensors.inputs
+    assert initial is not None
+    eager = initial.clone()
+    expected = [rwkv_kernels.wkv_step(w, u, k[:, t], v[:, t], eager, backend=gpu_backend) for t in range(50)]
+
+    kt, vt, state = torch.empty_like(k[:, 0]), torch.empty_like(v[:, 0]), initial.clone()
+    graph, replayed = _capture(lambda: {"y": rwkv_kernels.wkv_step(w, u, kt, vt, state, backend=gpu_backend)})
+    state.copy_(initial)  # the rehearsal moved it on
+    for t in range(50):
+        kt.copy_(k[:, t])
+        vt.copy_(v[:, t])
+        graph.replay()
+        assert torch.equal(replayed["y"], expected[t]), t
+    assert torch.equal(state, eager)
+
+
+# ---- devices and memory ----
+
+
+def test_another_device_than_the_current_one(gpu_backend: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    tensors = make(Problem(with_state=True)).changed(lambda x: x.to("cuda:1"))
+    assert torch.cuda.current_device() == 0
+    assert_solves(tensors, gpu_backend, "cpu")
+    assert solve(tensors, gpu_backend)["y"].device == torch.device("cuda:1")
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.fixture
+def no_more_memory() -> Iterator[Callable[[], None]]:
+    """A function after whose call the GPU's allocator has nothing more to give than a few megabytes."""
+    torch.cuda.empty_cache()  # or what the test allocates would lie in larger blocks that have room for more
+
+    def exhaust() -> None:
+        torch.cuda.empty_cache()
+        allowed = torch.cuda.memory_reserved() + 2**24
+        torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
+
+    yield exhaust
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_a_step_without_memory_raises_and_leaves_the_state(
+    no_more_memory: Callable[[], None], gpu_backend: str
+) -> None:
+    B, C = 2**10, 2**16
+    w, u, k = torch.zeros(C), torch.zeros(C), torch.ones(B, C)
+    state = rwkv_kernels.empty_state(B, C)
+    before = state.clone()
+    no_more_memory()
+    with pytest.raises(torch.OutOfMemoryError):
+        rwkv_kernels.wkv_step(w, u, k, k, state, backend=gpu_backend)
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.equal(state, before)
+    assert torch.equal(rwkv_kernels.wkv_step(w, u, k, k, state, backend=gpu_backend), k)
+
+
+def test_forward_and_backward_without_memory_raise_and_work_later(
+    no_more_memory: Callable[[], None], gpu_backend: str
+) -> None:
+    tensors = make(Problem(B=1, T=2048, C=4096))
+    expected = solve(tensors, gpu_backend)
+    leaves = [x.detach().requires_grad_() for x in tensors.inputs if x is not None]
+    torch.cuda.empty_cache()
+    y = rwkv_kernels.wkv(*leaves, backend=gpu_backend)
+    no_more_memory()
+    with pytest.raises(torch.OutOfMemoryError):
+        rwkv_kernels.wkv(*leaves, backend=gpu_backend)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.autograd.grad(y, leaves, tensors.gy)
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    _assert_bitwise(solve(tensors, gpu_backend), expected)
