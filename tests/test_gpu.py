@@ -276,7 +276,7 @@ def test_another_device_than_the_current_one(gpu_backend: str) -> None:
 
 
 @pytest.fixture
-def no_more_memory() -> Iterator[Callable[[], None]]:
+def no_more_memory(gpu_backend: str) -> Iterator[Callable[[], None]]:
     """A function after whose call the GPU's allocator has nothing more to give than a few megabytes."""
     torch.cuda.empty_cache()  # or what the test allocates would lie in larger blocks that have room for more
 

@@ -24,10 +24,16 @@ template <class Program>
 struct Bounds {
   static constexpr int kThreads = kMaxThreads, kBlocks = 1;
 };
-// Two backward blocks hide each other's latencies; float64 needs the registers of both for one.
+// Two backward blocks hide each other's latencies, where shared memory has room for two: not on Turing. A float64 block
+// needs the registers of both.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+inline constexpr int kBackwardBlocks = 1;
+#else
+inline constexpr int kBackwardBlocks = 2;
+#endif
 template <class Element, bool writes>
 struct Bounds<Backward<Element, writes>> {
-  static constexpr int kThreads = kMaxThreads, kBlocks = std::is_same_v<Element, double> ? 1 : 2;
+  static constexpr int kThreads = kMaxThreads, kBlocks = std::is_same_v<Element, double> ? 1 : kBackwardBlocks;
 };
 template <class Real>
 struct Bounds<Reduce<Real>> {
