@@ -107,6 +107,8 @@ py::dict plan_cuda(const std::string& operation, const std::string& dtype, int64
   result["chunks"] = plan.chunks;
   result["channel_tiles"] = plan.channel_tiles;
   result["batch_per_launch"] = plan.batch_per_launch;
+  result["group"] = plan.group;
+  result["signal_count"] = plan.signal_count;
   result["threads"] = plan.threads;
   result["shared_bytes"] = plan.shared_bytes;
   result["workspace_bytes"] = plan.workspace_bytes;

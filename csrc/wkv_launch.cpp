@@ -7,6 +7,7 @@ namespace {
 
 constexpr int kCarryThreads = 128;
 constexpr int kStepThreads = 256;
+constexpr int kClearThreads = 256;
 
 unsigned blocks_for(int64_t items, int64_t per_block) {
   return static_cast<unsigned>((items + per_block - 1) / per_block);
@@ -32,6 +33,28 @@ Extent grid_of(const Plan& plan, int64_t chunks, int64_t batch) {
   return {static_cast<unsigned>(plan.channel_tiles), static_cast<unsigned>(chunks), static_cast<unsigned>(batch)};
 }
 
+bool is_single_pass(const Plan& plan) { return plan.signal_count > 0; }
+
+// The signals lie at the workspace's end.
+HandOver hand_over_of(const Plan& plan, void* workspace) {
+  const int64_t signal_bytes = plan.signal_count * static_cast<int64_t>(sizeof(uint32_t));
+  return {static_cast<uint32_t*>(after(workspace, plan.workspace_bytes - signal_bytes)), plan.group};
+}
+
+// The one launch over all chunks, and what clears its signals.
+template <class Arguments>
+void add_single_pass(const Plan& plan, Kernel kernel, const Arguments& arguments, std::vector<Launch>& launches) {
+  launches.push_back({Kernel::clear,
+                      plan.dtype,
+                      {blocks_for(plan.signal_count, kClearThreads), 1, 1},
+                      {kClearThreads, 1, 1},
+                      0,
+                      ClearArguments{arguments.hand_over.signals, plan.signal_count}});
+  const Extent grid{static_cast<unsigned>(plan.signal_count - 1), 1, 1};
+  launches.push_back(
+      {kernel, plan.dtype, grid, {static_cast<unsigned>(plan.threads), 1, 1}, plan.shared_bytes, arguments});
+}
+
 Extent carry_grid(const Plan& plan, int64_t batch) {
   return {blocks_for(plan.C, kCarryThreads), 1, static_cast<unsigned>(batch)};
 }
@@ -46,14 +69,20 @@ const char* name_of(Kernel kernel) {
       return "carry_states";
     case Kernel::forward:
       return "forward";
+    case Kernel::forward_single_pass:
+      return "forward_single_pass";
     case Kernel::summarise_adjoints:
       return "summarise_adjoints";
     case Kernel::carry_adjoints:
       return "carry_adjoints";
     case Kernel::backward:
       return "backward";
+    case Kernel::backward_single_pass:
+      return "backward_single_pass";
     case Kernel::reduce:
       return "reduce";
+    case Kernel::clear:
+      return "clear";
     default:
       return "step";
   }
@@ -69,6 +98,11 @@ std::vector<Launch> forward_launches(const Plan& plan, ForwardArguments whole, v
   whole.chunk_states = workspace;
 
   std::vector<Launch> launches;
+  if (is_single_pass(plan)) {
+    whole.hand_over = hand_over_of(plan, workspace);
+    add_single_pass(plan, Kernel::forward_single_pass, whole, launches);
+    return launches;
+  }
   for_batches(plan, [&](int64_t b, int64_t batch) {
     ForwardArguments part = whole;
     part.B = batch;
@@ -106,7 +140,7 @@ std::vector<Launch> backward_launches(const Plan& plan, BackwardArguments whole,
   whole.chunk_adjoints = after(workspace, plan.B * plan.chunks * 2 * state_size);
 
   std::vector<Launch> launches;
-  for_batches(plan, [&](int64_t b, int64_t batch) {
+  const auto add_batch = [&](int64_t b, int64_t batch) {
     BackwardArguments part = whole;
     part.B = batch;
     part.k = from_batch(whole.k, b, dtype);
@@ -132,7 +166,13 @@ std::vector<Launch> backward_launches(const Plan& plan, BackwardArguments whole,
                                                  plan.chunk_len, plan.chunks}});
     }
     launches.push_back({Kernel::backward, dtype, grid_of(plan, plan.chunks, batch), block, plan.shared_bytes, part});
-  });
+  };
+  if (is_single_pass(plan)) {
+    whole.hand_over = hand_over_of(plan, workspace);
+    add_single_pass(plan, Kernel::backward_single_pass, whole, launches);
+  } else {
+    for_batches(plan, add_batch);
+  }
   constexpr int kReduceThreads = kReduceLanes * kReduceGroups;
   launches.push_back({Kernel::reduce,
                       dtype,

@@ -19,8 +19,15 @@ struct ChannelParameters {
 
 // ---- what the kernels are given; null pointers where the caller has nothing ----
 
-// The kernels "summarise_states" and "forward". `chunk_states` [B, chunks - 1, 3, C] has the state before chunk i + 1,
-// once carried; before that, what chunk i alone sums up to.
+// In a single pass the blocks of a launch hand states from chunk to chunk: docs/kernels.md.
+struct HandOver {
+  uint32_t*
+      signals;    // a counter of the blocks that have begun, and a flag for each of them; all zero before the launch
+  int64_t group;  // chunks that start from the same state before them
+};
+
+// The kernels "summarise_states", "forward" and "forward_single_pass". `chunk_states` [B, chunks - 1, 3, C] has the
+// state before chunk i + 1, once carried; before that, what chunk i alone sums up to.
 struct ForwardArguments {
   ChannelParameters parameters;
   int64_t B, T, C;
@@ -31,6 +38,7 @@ struct ForwardArguments {
   void* checkpoints;  // or null
   void* chunk_states;
   int64_t chunk_len, chunks;
+  HandOver hand_over;
 };
 
 struct CarryStatesArguments {
@@ -40,9 +48,9 @@ struct CarryStatesArguments {
   int64_t chunk_len, chunks;
 };
 
-// The kernels "summarise_adjoints" and "backward". `chunk_adjoints` [B, chunks - 1, 2, C] has the gradient of (num,
-// den) after chunk i, once carried; before that, what chunk i + 1 alone gives. `partials` [B, chunks, 2, C] has the
-// gradients of log_decay and u.
+// The kernels "summarise_adjoints", "backward" and "backward_single_pass". `chunk_adjoints` [B, chunks - 1, 2, C] has
+// the gradient of (num, den) after chunk i, once carried; before that, what chunk i + 1 alone gives. `partials` [B,
+// chunks, 2, C] has the gradients of log_decay and u.
 struct BackwardArguments {
   ChannelParameters parameters;
   int64_t B, T, C;
@@ -56,6 +64,7 @@ struct BackwardArguments {
   void* chunk_adjoints;
   void* partials;
   int64_t chunk_len, chunks;
+  HandOver hand_over;
 };
 
 struct CarryAdjointsArguments {
@@ -73,6 +82,11 @@ struct ReduceArguments {
   int64_t rows;  // B · chunks
   void* gw;
   void* gu;
+};
+
+struct ClearArguments {
+  uint32_t* words;
+  int64_t count;
 };
 
 struct StepArguments {
@@ -97,10 +111,13 @@ enum class Kernel {
   summarise_states,
   carry_states,
   forward,
+  forward_single_pass,
   summarise_adjoints,
   carry_adjoints,
   backward,
+  backward_single_pass,
   reduce,
+  clear,
   step
 };
 
@@ -112,7 +129,7 @@ struct Launch {
   Extent grid, block;
   int shared_bytes;
   std::variant<ForwardArguments, CarryStatesArguments, BackwardArguments, CarryAdjointsArguments, ReduceArguments,
-               StepArguments>
+               ClearArguments, StepArguments>
       arguments;
 };
 

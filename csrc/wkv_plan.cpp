@@ -22,26 +22,96 @@ constexpr int64_t kBlocksForSingleSpans = 16;
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
-int choose_spans(Operation operation, DType dtype, int64_t T, int64_t blocks, const DeviceLimits& limits,
-                 int64_t warps) {
-  const int most = max_spans(dtype);
-  if (operation == Operation::backward) {
-    const int spans = backward_spans(dtype);
-    if (warps != 0 && warps != spans) {
+int choose_spans(const Plan& plan, const DeviceLimits& limits, const PlanRequest& request) {
+  const int most = max_spans(plan.dtype);
+  if (plan.operation == Operation::backward) {
+    const int spans = backward_spans(plan.dtype);
+    if (request.warps != 0 && request.warps != spans) {
       refuse("warps: backward has " + std::to_string(spans) + " spans for this dtype, one tile for a checkpoint; got " +
-             std::to_string(warps));
+             std::to_string(request.warps));
     }
     return spans;
   }
-  if (warps != 0) {
-    if (warps < 1 || warps > most) {
-      refuse("warps: expected 1 to " + std::to_string(most) + ", got " + std::to_string(warps));
+  if (request.warps != 0) {
+    if (request.warps < 1 || request.warps > most) {
+      refuse("warps: expected 1 to " + std::to_string(most) + ", got " + std::to_string(request.warps));
     }
-    return static_cast<int>(warps);
+    return static_cast<int>(request.warps);
   }
+  const int64_t useful = ceil_div(plan.T, span_steps(plan.operation));
+  if (std::strcmp(plan.schedule, "single_pass") == 0) {
+    // The longer a tile, the fewer chunks hand over; two blocks shall fit a multiprocessor.
+    int spans = most;
+    while (spans > 4 && 2 * ForwardLayout(plan.dtype, spans).size > limits.shared_per_multiprocessor) spans /= 2;
+    return static_cast<int>(std::min<int64_t>(useful, spans));
+  }
+  const int64_t blocks = plan.B * plan.channel_tiles;
   if (blocks >= kBlocksForSingleSpans * limits.multiprocessors) return 1;
-  const int64_t useful = ceil_div(T, span_steps(operation));
   return static_cast<int>(std::min<int64_t>({useful, 4, most}));
+}
+
+// How many chunks the device can use at once.
+int64_t wanted_chunks(const Plan& plan, const DeviceLimits& limits) {
+  const int64_t per_multiprocessor =
+      plan.operation == Operation::forward ? kForwardBlocksPerMultiprocessor : kBackwardBlocksPerMultiprocessor;
+  return ceil_div(per_multiprocessor * limits.multiprocessors, plan.B * plan.channel_tiles);
+}
+
+// Why a single pass cannot be, or null.
+const char* why_no_single_pass(const Plan& plan) {
+  if (lane_count(plan.dtype) < 32) return "a single pass needs a warp for the lanes of a span, and float64 has half";
+  const int64_t tiles = ceil_div(
+      plan.T, plan.operation == Operation::forward ? span_steps(plan.operation) : checkpoint_interval(plan.dtype));
+  if (tiles >= kMaxGridX / (plan.B * plan.channel_tiles)) return "a single pass has more blocks than a grid";
+  return nullptr;
+}
+
+void choose_schedule(Plan& plan, const DeviceLimits& limits, const PlanRequest& request) {
+  const std::string asked = request.schedule == nullptr ? "" : request.schedule;
+  const char* why_not = why_no_single_pass(plan);
+  const int64_t least_tile =
+      plan.operation == Operation::forward ? 4 * span_steps(plan.operation) : checkpoint_interval(plan.dtype);
+  if (asked == "serial") {
+    plan.schedule = "serial";
+    plan.reason = "serial was asked for";
+  } else if (asked == "chunked") {
+    plan.schedule = "chunked";
+    plan.reason = "chunked was asked for";
+  } else if (asked == "single_pass") {
+    if (why_not != nullptr) refuse(std::string("schedule: ") + why_not);
+    plan.schedule = "single_pass";
+    plan.reason = "single_pass was asked for";
+  } else if (!asked.empty()) {
+    refuse("schedule: expected serial, chunked or single_pass, got " + asked);
+  } else if (request.chunk_len != 0) {
+    plan.schedule = "chunked";
+    plan.reason = "chunk_len was asked for";
+  } else if (wanted_chunks(plan, limits) == 1) {
+    plan.schedule = "serial";
+    plan.reason = "the channels alone keep the device busy";
+  } else if (plan.T <= least_tile) {
+    plan.schedule = "serial";
+    plan.reason = "one tile holds the whole sequence";
+  } else {
+    plan.schedule = why_not == nullptr ? "single_pass" : "chunked";
+    plan.reason = why_not == nullptr ? "the channels alone leave multiprocessors idle" : why_not;
+  }
+}
+
+int64_t choose_tiles_per_chunk(const Plan& plan, int64_t tiles, const DeviceLimits& limits,
+                               const PlanRequest& request) {
+  const std::string schedule = plan.schedule;
+  if (request.chunk_len != 0) {
+    if (schedule != "chunked") refuse("chunk_len: a " + schedule + " schedule has no choice of it");
+    if (request.chunk_len < 0 || request.chunk_len % plan.tile_steps != 0) {
+      refuse("chunk_len: expected a multiple of " + std::to_string(plan.tile_steps) + " steps, a tile, got " +
+             std::to_string(request.chunk_len));
+    }
+    return std::min(tiles, request.chunk_len / plan.tile_steps);
+  }
+  if (schedule == "serial") return tiles;
+  if (schedule == "single_pass") return 1;
+  return std::max(ceil_div(tiles, std::max<int64_t>(wanted_chunks(plan, limits), 2)), ceil_div(tiles, kMaxGridY));
 }
 
 }  // namespace
@@ -49,12 +119,6 @@ int choose_spans(Operation operation, DType dtype, int64_t T, int64_t blocks, co
 Plan make_plan(Operation operation, DType dtype, int64_t B, int64_t T, int64_t C, const DeviceLimits& limits,
                const PlanRequest& request) {
   if (B < 1 || T < 1 || C < 1) refuse("plan: expected B, T and C of at least 1");
-  const bool forward = operation == Operation::forward;
-  const std::string schedule = request.schedule == nullptr ? "" : request.schedule;
-  if (!schedule.empty() && schedule != "serial" && schedule != "chunked") {
-    refuse("schedule: expected serial or chunked, got " + schedule);
-  }
-
   Plan plan = {};
   plan.operation = operation;
   plan.dtype = dtype;
@@ -63,10 +127,11 @@ Plan make_plan(Operation operation, DType dtype, int64_t B, int64_t T, int64_t C
   plan.C = C;
   plan.channel_tiles = ceil_div(C, tile_channels(dtype));
   plan.batch_per_launch = std::min(B, kMaxGridZ);
-  const int64_t blocks = B * plan.channel_tiles;
-  plan.spans = choose_spans(operation, dtype, T, blocks, limits, request.warps);
+  choose_schedule(plan, limits, request);
+  plan.spans = choose_spans(plan, limits, request);
   plan.tile_steps = plan.spans * span_steps(operation);
   plan.threads = plan.spans * lane_count(dtype);
+  const bool forward = operation == Operation::forward;
   plan.shared_bytes = forward ? ForwardLayout(dtype, plan.spans).size : BackwardLayout(dtype).size;
   if (plan.shared_bytes > limits.shared_per_block) {
     refuse("plan: a block needs " + std::to_string(plan.shared_bytes) + " bytes of shared memory, the device has " +
@@ -74,39 +139,19 @@ Plan make_plan(Operation operation, DType dtype, int64_t B, int64_t T, int64_t C
   }
 
   const int64_t tiles = ceil_div(T, plan.tile_steps);
-  int64_t tiles_per_chunk = tiles;
-  if (request.chunk_len != 0) {
-    if (schedule == "serial") refuse("chunk_len: a serial schedule has one chunk");
-    if (request.chunk_len < 0 || request.chunk_len % plan.tile_steps != 0) {
-      refuse("chunk_len: expected a multiple of " + std::to_string(plan.tile_steps) + " steps, a tile, got " +
-             std::to_string(request.chunk_len));
-    }
-    tiles_per_chunk = std::min(tiles, request.chunk_len / plan.tile_steps);
-    plan.reason = "chunk_len was asked for";
-  } else if (schedule == "serial") {
-    plan.reason = "serial was asked for";
-  } else {
-    const int64_t per_multiprocessor = forward ? kForwardBlocksPerMultiprocessor : kBackwardBlocksPerMultiprocessor;
-    const int64_t wanted = ceil_div(per_multiprocessor * limits.multiprocessors, blocks);
-    if (schedule == "chunked") {
-      tiles_per_chunk = ceil_div(tiles, std::max<int64_t>(wanted, 2));
-      plan.reason = "chunked was asked for";
-    } else if (wanted == 1) {
-      plan.reason = "the channels alone keep the device busy";
-    } else if (tiles == 1) {
-      plan.reason = "one tile holds the whole sequence";
-    } else {
-      tiles_per_chunk = ceil_div(tiles, wanted);
-      plan.reason = "the channels alone leave multiprocessors idle";
-    }
-  }
-  tiles_per_chunk = std::max(tiles_per_chunk, ceil_div(tiles, kMaxGridY));
+  const int64_t tiles_per_chunk = choose_tiles_per_chunk(plan, tiles, limits, request);
   plan.chunk_len = tiles_per_chunk * plan.tile_steps;
   plan.chunks = ceil_div(tiles, tiles_per_chunk);
-  plan.schedule = plan.chunks == 1 ? "serial" : "chunked";
+  if (plan.chunks == 1) plan.schedule = "serial";
 
   const int64_t value = C * state_bytes(dtype);
   plan.workspace_bytes = B * value * (forward ? 3 * (plan.chunks - 1) : 2 * (plan.chunks - 1) + 2 * plan.chunks);
+  if (std::strcmp(plan.schedule, "single_pass") == 0) {
+    // The more chunks hand over together, the fewer wait in a row, and the more each has to join: one warp awaits them.
+    plan.group = plan.chunks <= 64 ? 32 : 16;
+    plan.signal_count = 1 + plan.chunks * B * plan.channel_tiles;
+    plan.workspace_bytes += plan.signal_count * static_cast<int64_t>(sizeof(uint32_t));
+  }
   return plan;
 }
 

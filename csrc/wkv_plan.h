@@ -23,6 +23,7 @@ struct DeviceLimits {
   int64_t blocks_per_multiprocessor;
 };
 
+inline constexpr int64_t kMaxGridX = 2147483647;
 inline constexpr int64_t kMaxGridY = 65535;
 inline constexpr int64_t kMaxGridZ = 65535;
 
@@ -44,9 +45,13 @@ constexpr int backward_spans(DType dtype) {
   return static_cast<int>(checkpoint_interval(dtype)) / span_steps(Operation::backward);
 }
 
-// Where things lie in a block's shared memory, in bytes; `states` and everything behind it are per lane.
+// Of each channel: log-decay, u, decay and bonus. Of the block: its place in the problem.
+constexpr int kChannelValues = 4;
+constexpr int kPlaceBytes = 16;
+
+// Where things lie in a block's shared memory, in bytes.
 struct ForwardLayout {
-  int k, v, summaries, carry, size;
+  int k, v, summaries, carry, channels, heard, place, size;
 
   constexpr ForwardLayout(DType dtype, int spans) {
     const int row = tile_channels(dtype) * static_cast<int>(element_bytes(dtype));
@@ -56,12 +61,15 @@ struct ForwardLayout {
     v = k + tile;
     summaries = v + tile;
     carry = summaries + spans * state;
-    size = carry + state;
+    channels = carry + state;
+    heard = channels + kChannelValues * tile_channels(dtype) * static_cast<int>(state_bytes(dtype));
+    place = heard + spans * state;
+    size = place + kPlaceBytes;
   }
 };
 
 struct BackwardLayout {
-  int k, v, gy, summaries, start, span_max, adjoints, carry, size;
+  int k, v, gy, summaries, start, span_max, adjoints, carry, channels, heard, place, size;
 
   constexpr BackwardLayout(DType dtype) {
     const int spans = backward_spans(dtype);
@@ -76,7 +84,10 @@ struct BackwardLayout {
     span_max = start + 3 * value;
     adjoints = span_max + (spans + 1) * value;
     carry = adjoints + spans * 2 * value;
-    size = carry + 2 * value;
+    channels = carry + 2 * value;
+    heard = summaries;  // which are of no use any more when the chunk listens
+    place = channels + kChannelValues * value;
+    size = place + kPlaceBytes;
   }
 };
 
@@ -84,7 +95,7 @@ struct BackwardLayout {
 
 // What a test or a benchmark may ask for; zero and null leave the choice to the plan.
 struct PlanRequest {
-  const char* schedule = nullptr;  // "serial" or "chunked"
+  const char* schedule = nullptr;  // "serial", "chunked" for three launches, or "single_pass"
   int64_t warps = 0;               // spans of a block
   int64_t chunk_len = 0;
 };
@@ -99,9 +110,10 @@ struct Plan {
   int64_t chunks;
   int64_t channel_tiles;
   int64_t batch_per_launch;
+  int64_t group, signal_count;  // of a single pass: chunks that hand over together, and words that signal it
   int threads;
   int shared_bytes;
-  int64_t workspace_bytes;  // what the chunks hand to one another, and partial sums of gw and gu
+  int64_t workspace_bytes;  // what the chunks hand to one another, partial sums of gw and gu, and signals
   const char* schedule;
   const char* reason;
 };

@@ -35,6 +35,8 @@ class CudaPlan(TypedDict):
     chunks: int
     channel_tiles: int
     batch_per_launch: int
+    group: int
+    signal_count: int
     threads: int
     shared_bytes: int
     workspace_bytes: int

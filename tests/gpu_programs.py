@@ -24,10 +24,13 @@ KERNELS = (
     "summarise_states",
     "carry_states",
     "forward",
+    "forward_single_pass",
     "summarise_adjoints",
     "carry_adjoints",
     "backward",
+    "backward_single_pass",
     "reduce",
+    "clear",
     "step",
 )
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -119,14 +122,22 @@ def symbol(kernel: str, dtype: str) -> str:
     """Enough of the kernel's mangled name to know it by."""
     element = {"float32": "f", "float16": "NS_4HalfE", "bfloat16": "NS_8Bfloat16E", "float64": "d"}[dtype]
     real = "d" if dtype == "float64" else "f"
+    passes = {"summarise": 0, "replay": 1, "single": 2}
+
+    def walk(program: str, name: str) -> str:
+        return f"{len(program)}{program}I{element}LNS_4PassE{passes[name]}E"
+
     return {
-        "summarise_states": f"7ForwardI{element}Lb0E",
+        "summarise_states": walk("Forward", "summarise"),
         "carry_states": f"11CarryStatesI{real}E",
-        "forward": f"7ForwardI{element}Lb1E",
-        "summarise_adjoints": f"8BackwardI{element}Lb0E",
+        "forward": walk("Forward", "replay"),
+        "forward_single_pass": walk("Forward", "single"),
+        "summarise_adjoints": walk("Backward", "summarise"),
         "carry_adjoints": f"13CarryAdjointsI{real}E",
-        "backward": f"8BackwardI{element}Lb1E",
+        "backward": walk("Backward", "replay"),
+        "backward_single_pass": walk("Backward", "single"),
         "reduce": f"6ReduceI{real}E",
+        "clear": "5ClearE",
         "step": f"4StepI{element}E",
     }[kernel]
 

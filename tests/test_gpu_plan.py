@@ -25,16 +25,17 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def _random_request(draw: random.Random, operation: str, dtype: str, limits: dict[str, int]) -> dict[str, Any]:
-    request: dict[str, Any] = {"schedule": draw.choice([None, "serial", "chunked"])}
+    schedules = [None, "serial", "chunked"] if dtype == "float64" else [None, "serial", "chunked", "single_pass"]
+    request: dict[str, Any] = {"schedule": draw.choice(schedules)}
     warps = 8 if dtype != "float64" else 16
     steps = 8 * warps
     if operation == "forward" and draw.random() < 0.5:
         # What eight spans of float32 stage needs more shared memory than some devices have.
         request["warps"] = draw.randint(1, warps if limits["shared_per_block"] > 100_000 else warps // 2)
         steps = 16 * request["warps"]
-        if request["schedule"] != "serial" and draw.random() < 0.5:
+        if request["schedule"] in (None, "chunked") and draw.random() < 0.5:
             request["chunk_len"] = steps * draw.randint(1, 20)
-    if operation == "backward" and request["schedule"] != "serial" and draw.random() < 0.5:
+    if operation == "backward" and request["schedule"] in (None, "chunked") and draw.random() < 0.5:
         request["chunk_len"] = steps * draw.randint(1, 20)
     return request
 
@@ -44,7 +45,7 @@ def test_the_plan_covers_every_element_once_and_fits_the_device(seed: int) -> No
     draw = random.Random(seed)
     for _ in range(200):
         operation, dtype = draw.choice(["forward", "backward"]), draw.choice(DTYPES)
-        B, T, C = (int(10 ** draw.uniform(0, limit)) for limit in (6, 8, 5))
+        B, T, C = (int(10 ** draw.uniform(0, limit)) for limit in (3, 6, 4))
         limits = {**draw.choice([H100, T4]), "multiprocessors": draw.randint(1, 200)}
         request = _random_request(draw, operation, dtype, limits)
         plan = _C.plan_cuda(operation, dtype, B, T, C, limits, **request)
@@ -55,8 +56,13 @@ def test_the_plan_covers_every_element_once_and_fits_the_device(seed: int) -> No
         assert plan["tile_steps"] == plan["spans"] * (16 if operation == "forward" else 8)
         assert plan["threads"] == plan["spans"] * lanes <= 256
         assert plan["shared_bytes"] <= limits["shared_per_block"]
-        assert plan["chunks"] <= 65535 and plan["channel_tiles"] < 2**31 and plan["batch_per_launch"] <= 65535
-        assert plan["schedule"] == ("serial" if plan["chunks"] == 1 else "chunked")
+        assert plan["channel_tiles"] < 2**31 and plan["batch_per_launch"] <= 65535
+        assert plan["chunks"] <= 65535 or plan["schedule"] == "single_pass"
+        assert (plan["schedule"] == "serial") == (plan["chunks"] == 1)
+        assert request["schedule"] in (None, plan["schedule"]) or plan["chunks"] == 1
+        if plan["schedule"] == "single_pass":
+            assert plan["chunk_len"] == plan["tile_steps"] and 1 <= plan["group"] <= 32
+            assert plan["signal_count"] == 1 + plan["chunks"] * B * plan["channel_tiles"] < 2**31
         if operation == "backward":
             assert plan["tile_steps"] == _C.checkpoint_interval(dtype), "a tile starts from a checkpoint"
         if request.get("warps"):
@@ -70,10 +76,12 @@ def test_the_plan_covers_every_element_once_and_fits_the_device(seed: int) -> No
 @pytest.mark.parametrize("operation", ["forward", "backward"])
 def test_few_channels_are_split_over_time_and_many_are_not(operation: str) -> None:
     few = _C.plan_cuda(operation, "bfloat16", 1, 4096, 768)
-    assert few["schedule"] == "chunked" and few["reason"] == "the channels alone leave multiprocessors idle"
+    assert few["schedule"] == "single_pass" and few["reason"] == "the channels alone leave multiprocessors idle"
     assert few["chunks"] * few["channel_tiles"] >= 132
     many = _C.plan_cuda(operation, "bfloat16", 64, 1024, 4096)
     assert many["schedule"] == "serial" and many["reason"] == "the channels alone keep the device busy"
+    double = _C.plan_cuda(operation, "float64", 1, 4096, 768)
+    assert double["schedule"] == "chunked" and "single pass needs a warp" in double["reason"]
     short = _C.plan_cuda(operation, "bfloat16", 1, 5, 768)
     assert short["schedule"] == "serial" and short["reason"] == "one tile holds the whole sequence"
 
@@ -94,11 +102,13 @@ def test_what_the_chunks_hand_on_is_small(operation: str, dtype: str) -> None:
         (("forward", "int8", 1, 1, 1), {}, "dtype: expected float32.*got int8"),
         (("sideways", "float32", 1, 1, 1), {}, "operation: expected forward or backward, got sideways"),
         (("forward", "float32", 0, 1, 1), {}, "B, T and C of at least 1"),
-        (("forward", "float32", 1, 1, 1), {"schedule": "random"}, "schedule: expected serial or chunked, got random"),
+        (("forward", "float32", 1, 1, 1), {"schedule": "random"}, "schedule: expected serial, .*single_pass, got random"),
+        (("forward", "float64", 1, 99, 1), {"schedule": "single_pass"}, "schedule: a single pass needs a warp"),
+        (("backward", "float32", 10**6, 10**6, 1), {"schedule": "single_pass"}, "more blocks than a grid"),
         (("forward", "float32", 1, 1, 1), {"warps": 9}, "warps: expected 1 to 8, got 9"),
         (("backward", "float32", 1, 1, 1), {"warps": 4}, "warps: backward has 8 spans"),
         (("forward", "float32", 1, 99, 1), {"warps": 2, "chunk_len": 48}, "chunk_len: expected a multiple of 32"),
-        (("forward", "float32", 1, 99, 1), {"schedule": "serial", "chunk_len": 64}, "a serial schedule has one chunk"),
+        (("forward", "float32", 1, 99, 1), {"schedule": "serial", "chunk_len": 64}, "chunk_len: a serial schedule has no choice"),
         (
             ("backward", "float32", 1, 1, 1),
             {"limits": {**T4, "shared_per_block": 1024}},
@@ -118,13 +128,15 @@ def _launches(operation: str, B: int, T: int, C: int, **request: Any) -> list[di
     return _C.cuda_launches(operation, "bfloat16", B, T, C, arguments, **request)  # type: ignore[no-any-return]
 
 
-def test_a_serial_schedule_is_one_launch_and_a_chunked_one_three() -> None:
+def test_each_schedule_has_its_launches() -> None:
     def kernels(operation: str, schedule: str) -> list[str]:
         return [launch["kernel"] for launch in _launches(operation, 2, 1000, 100, schedule=schedule)]
 
     assert kernels("forward", "serial") == ["forward"]
     assert kernels("forward", "chunked") == ["summarise_states", "carry_states", "forward"]
     assert kernels("backward", "serial") == ["backward", "reduce"]
+    assert kernels("forward", "single_pass") == ["clear", "forward_single_pass"]
+    assert kernels("backward", "single_pass") == ["clear", "backward_single_pass", "reduce"]
     assert kernels("backward", "chunked") == ["summarise_adjoints", "carry_adjoints", "backward", "reduce"]
 
 
@@ -136,5 +148,5 @@ def test_every_grid_is_within_the_limits(operation: str) -> None:
             x, y, z = launch["grid"]
             assert 1 <= x < 2**31 and 1 <= y <= 65535 and 1 <= z <= 65535
             assert launch["block"][1:] == (1, 1) and 1 <= launch["block"][0] <= 1024
-        main = [launch["grid"][2] for launch in launches if launch["kernel"] == operation]
-        assert sum(main) == B
+        main = [launch["grid"] for launch in launches if launch["kernel"].startswith(operation)]
+        assert sum(z for _, _, z in main) == B or main == [[B * -(-C // 64) * main[0][0] // (B * -(-C // 64)), 1, 1]]

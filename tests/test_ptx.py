@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from problems import DTYPES, PROBLEMS, Problem, assert_solves, make, solve
-from test_gpu_programs import PLANS
+from test_gpu_programs import PLANS, plans_for
 
 gpu_programs = pytest.importorskip("gpu_programs", reason="the extension is not built")
 emulated_backend = pytest.importorskip("emulated_backend")
@@ -57,9 +57,9 @@ def test_the_suite_passes_on_the_ptx() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=gpu_programs.name_of)
 def test_the_order_of_threads_and_blocks_changes_no_bit(dtype: torch.dtype, folder: Path) -> None:
     tensors = make(Problem(B=2, T=300, C=70, with_state=True), dtype)
-    for plan in PLANS.values():
+    for plan in plans_for(dtype):
         runner = gpu_programs.PtxRunner(folder, SUITE_ARCHITECTURE)
-        with emulated_backend.emulated(runner, *plan) as backend:
+        with emulated_backend.emulated(runner, *PLANS[plan]) as backend:
             assert_solves(tensors, backend)
             expected = solve(tensors, backend)
             for runner.order, runner.seed in [("rev", 0), ("random", 1), ("random", 2)]:
@@ -71,7 +71,7 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(dtype: torch.dtype, fold
 def test_the_oldest_architecture_equals_the_oracle(dtype: torch.dtype, folder: Path) -> None:
     for order in ("fwd", "rev", "random"):
         runner = gpu_programs.PtxRunner(folder, OLDEST_ARCHITECTURE, order)
-        for plan in ("serial", "chunked"):
+        for plan in ("serial", "chunked", "single_pass"):
             with emulated_backend.emulated(runner, *PLANS[plan]) as backend:
                 for name in ("two_checkpoints_and_one", "wide", "k_of_1000", "u_of_plus_50", "time_major"):
                     assert_solves(make(PROBLEMS[name], dtype), backend)

@@ -7,15 +7,17 @@
 //   summarise  each span sums up its own steps, forward
 //   replay     each span joins the checkpoint with the spans before it, walks forward keeping its states, and then back
 //              from a gradient of zero, for what the span alone gives
+//   speak and listen, take   in a single pass: the chunk hands over and is handed what it starts from
 //   reverse    each span joins the carried gradient with the spans behind it and walks back from there, gk and gv
 //              taking the places of k and v
-//   unstage    gk and gv go to memory, and the gradient of the tile's first state becomes the carried one
+//   finish     gk and gv go to memory, and the gradient of the tile's first state becomes the carried one
 //
 // The gradient of a state's (num, den) is relative to that state's max, which therefore goes along: `span_max`.
 #pragma once
 
 #include <type_traits>
 
+#include "hand_over.h"
 #include "span.h"
 
 namespace wkv {
@@ -28,9 +30,10 @@ WKV_HD Sums<Lanes> join_adjoint(Sums<Lanes> behind, Lanes decay, Sums<Lanes> own
   return {own.num + factor * behind.num, own.den + factor * behind.den};
 }
 
-template <class Element, bool writes>
+template <class Element, Pass pass>
 struct Backward {
   using Arguments = BackwardArguments;
+  static constexpr bool writes = pass != Pass::summarise;
   using Geo = Geometry<Element>;
   using Lanes = typename Geo::Lanes;
   using Real = typename Geo::Real;
@@ -42,7 +45,6 @@ struct Backward {
   struct Thread {
     int index;
     // What lives in registers from one phase to the next.
-    ChannelLanes<Lanes> channel;
     KeyRange<Lanes> keys;
     typename Walk::Replayed replayed;
     Gathered gathered;
@@ -72,25 +74,28 @@ struct Backward {
     int64_t b, c, chunk;
     int tiles, columns;
     Element *k, *v, *gy;
-    SharedStates<Lanes> summaries, start;
+    SharedStates<Lanes, Geo::kLanes> summaries, start, heard;  // heard: sums and log-decay over the part
+    SharedChannels<Lanes, Geo::kLanes> channels;
     Lanes* span_max;
     SharedAdjoints adjoints, carry;
 
-    WKV_HD Block(const BackwardArguments& arguments, BlockIndex block, char* shared)
+    WKV_HD Block(const BackwardArguments& arguments, int64_t b, int64_t chunk, int64_t tile, char* shared)
         : arguments(arguments),
-          b(block.z),
-          c(static_cast<int64_t>(block.x) * Geo::kTileChannels),
-          chunk(writes ? block.y : block.y + 1),  // what the first alone gives to the state before it, nobody asks
+          b(b),
+          c(tile * Geo::kTileChannels),
+          chunk(chunk),
           columns(clamp_count(arguments.C - c, Geo::kTileChannels)) {
       constexpr BackwardLayout layout(Geo::dtype);
       k = reinterpret_cast<Element*>(shared + layout.k);
       v = reinterpret_cast<Element*>(shared + layout.v);
       gy = reinterpret_cast<Element*>(shared + layout.gy);
-      summaries = {reinterpret_cast<Lanes*>(shared + layout.summaries), Geo::kLanes};
-      start = {reinterpret_cast<Lanes*>(shared + layout.start), Geo::kLanes};
+      summaries = {reinterpret_cast<Lanes*>(shared + layout.summaries)};
+      start = {reinterpret_cast<Lanes*>(shared + layout.start)};
       span_max = reinterpret_cast<Lanes*>(shared + layout.span_max);
       adjoints = {reinterpret_cast<Lanes*>(shared + layout.adjoints)};
       carry = {reinterpret_cast<Lanes*>(shared + layout.carry)};
+      channels = {reinterpret_cast<Lanes*>(shared + layout.channels)};
+      heard = {reinterpret_cast<Lanes*>(shared + layout.heard)};
       const int64_t steps = chunk + 1 < arguments.chunks ? arguments.chunk_len : arguments.T - t_begin();
       tiles = static_cast<int>((steps + Geo::kInterval - 1) / Geo::kInterval);
     }
@@ -137,23 +142,37 @@ struct Backward {
     store_some(values + C, adjoint.den, count);
   }
 
+  // What chunk i gave to those before it.
+  WKV_HD static Sums<Lanes> load_chunk_adjoint(const Block& block, int64_t i, const Thread& thread) {
+    const auto& arguments = block.arguments;
+    const int64_t row = block.b * (arguments.chunks - 1) + i - 1;
+    return load_adjoint(block.values_at(arguments.chunk_adjoints, row, 2, thread), arguments.C,
+                        block.channels_of(thread));
+  }
+  WKV_HD static void store_chunk_adjoint(const Block& block, const Thread& thread, Sums<Lanes> adjoint) {
+    const auto& arguments = block.arguments;
+    const int64_t row = block.b * (arguments.chunks - 1) + block.chunk - 1;
+    store_adjoint(block.values_at(arguments.chunk_adjoints, row, 2, thread), arguments.C, block.channels_of(thread),
+                  adjoint);
+  }
+
   // ---- the phases ----
 
-  // Leaves the gradient of the state after the chunk in `carry`.
+  // Leaves `channels`, and in `carry` the gradient of the state after the chunk, as far as it is known.
   WKV_HD static void begin(const Block& block, Thread& thread) {
     const auto& arguments = block.arguments;
-    const int count = block.channels_of(thread);
-    thread.channel = ChannelLanes<Lanes>::load(arguments.parameters, block.channel_of(thread), count);
     thread.gathered = {{Lanes(0), Lanes(0)}, Lanes(0), Lanes(0)};
     if (thread.span() != 0) return;
+    const int count = block.channels_of(thread);
+    const auto& parameters = arguments.parameters;
+    block.channels.set(thread.lane(), ChannelLanes<Lanes>::load(parameters, block.channel_of(thread), count));
     Sums<Lanes> adjoint{Lanes(0), Lanes(0)};
     if (block.chunk == arguments.chunks - 1) {
       if (arguments.gstate_out != nullptr) {
         adjoint = load_adjoint(block.values_at(arguments.gstate_out, block.b, 3, thread), arguments.C, count);
       }
-    } else if (writes) {
-      const int64_t row = block.b * (arguments.chunks - 1) + block.chunk;
-      adjoint = load_adjoint(block.values_at(arguments.chunk_adjoints, row, 2, thread), arguments.C, count);
+    } else if (pass == Pass::replay) {
+      adjoint = load_chunk_adjoint(block, block.chunk + 1, thread);
     }
     block.carry.set(0, thread.lane(), adjoint);
   }
@@ -180,7 +199,7 @@ struct Backward {
 
   // Needs k and v; leaves `summaries`.
   WKV_HD static void summarise(const Block& block, int rows, Thread& thread) {
-    const Walk walk{thread.channel, block.steps_of(thread.span(), rows)};
+    const Walk walk{block.channels.get(thread.lane()), block.steps_of(thread.span(), rows)};
     const Element *k = block.k, *v = block.v;
     thread.keys = walk.range_of(block.column(k, thread));
     if (thread.span() + 1 >= block.spans_of(rows)) return;
@@ -191,11 +210,11 @@ struct Backward {
   // Needs the tile, `start` and `summaries`; leaves `span_max` and `adjoints`.
   WKV_HD static void replay(const Block& block, int rows, Thread& thread) {
     const int span = thread.span(), lane = thread.lane();
-    const Walk walk{thread.channel, block.steps_of(span, rows)};
+    const Walk walk{block.channels.get(thread.lane()), block.steps_of(span, rows)};
     if (walk.steps == 0) return;
     State<Lanes> state = block.start.get(0, lane);
     for (int before = 0; before < span; ++before) {
-      state = join(state, Lanes(kSteps) * thread.channel.channel.log_decay, block.summaries.get(before, lane));
+      state = join(state, Lanes(kSteps) * block.channels.log_decay(lane), block.summaries.get(before, lane));
     }
     block.span_max[span * Geo::kLanes + lane] = state.max;
     const Element *k = block.k, *v = block.v, *gy = block.gy;
@@ -207,24 +226,89 @@ struct Backward {
     block.adjoints.set(span, lane, own.adjoint);
   }
 
-  // The carried gradient joined with the spans behind `begin`: that of the state before `begin`.
-  WKV_HD static Sums<Lanes> joined(const Block& block, int begin, int rows, const Thread& thread) {
-    const int lane = thread.lane();
-    Sums<Lanes> adjoint = block.carry.get(0, lane);
+  // The gradient of the state after the tile, joined with the spans behind `begin`: that of the state before `begin`.
+  WKV_HD static Sums<Lanes> joined(const Block& block, Sums<Lanes> adjoint, int begin, int rows, int lane) {
     for (int span = block.spans_of(rows) - 1; span >= begin; --span) {
-      const Lanes decay = Lanes(block.steps_of(span, rows)) * thread.channel.channel.log_decay +
+      const Lanes decay = Lanes(block.steps_of(span, rows)) * block.channels.log_decay(lane) +
                           block.span_max[span * Geo::kLanes + lane] - block.span_max[(span + 1) * Geo::kLanes + lane];
       adjoint = join_adjoint(adjoint, decay, block.adjoints.get(span, lane));
     }
     return adjoint;
   }
+  WKV_HD static Sums<Lanes> carried_to(const Block& block, int begin, int rows, int lane) {
+    return joined(block, block.carry.get(0, lane), begin, rows, lane);
+  }
+
+  // What the chunk alone gives to the state before it; the last one knows what is behind it.
+  WKV_HD static Sums<Lanes> own(const Block& block, int rows, int lane) {
+    const bool last = block.chunk == block.arguments.chunks - 1;
+    return last ? carried_to(block, 0, rows, lane) : joined(block, {Lanes(0), Lanes(0)}, 0, rows, lane);
+  }
+
+  // The log-decay over chunks, of which each is a tile, with the change of max.
+  WKV_HD static Lanes decay_of_chunks(const Block& block, int64_t begin, int64_t end, const Thread& thread) {
+    const auto max_before = [&](int64_t chunk) {
+      return load_some(block.checkpoint_at(chunk * Geo::kInterval, thread) + 2 * block.arguments.C,
+                       block.channels_of(thread));
+    };
+    const Lanes log_decay = block.channels.log_decay(thread.lane());
+    return Lanes(static_cast<double>((end - begin) * Geo::kInterval)) * log_decay + max_before(begin) - max_before(end);
+  }
+
+  // Needs `span_max` and `adjoints`; leaves what each span heard in `heard`. Positions go from the last chunk to the
+  // first.
+  WKV_HD static void speak_and_listen(const Block& block, const Neighbours& neighbours, int rows, Thread& thread) {
+    const int lane = thread.lane();
+    if (thread.span() == 0 && neighbours.gives_own()) {
+      store_chunk_adjoint(block, thread, own(block, rows, lane));
+      neighbours.speak(lane);
+    }
+    const auto part = neighbours.heard_by(thread.span(), kSpans);
+    if (part.begin == part.end) return;
+    neighbours.listen(part, lane);
+    const int64_t last = block.arguments.chunks - 1;
+    struct Given {
+      Sums<Lanes> own;
+      Lanes decay;
+    };
+    const Sums<Lanes> heard = fold<kHandOverBatch>(
+        part.begin + 1, part.end, load_chunk_adjoint(block, last - part.begin, thread),
+        [&](int64_t position) {
+          const int64_t chunk = last - position;
+          return Given{load_chunk_adjoint(block, chunk, thread), decay_of_chunks(block, chunk, chunk + 1, thread)};
+        },
+        [&](int64_t, Sums<Lanes> adjoint, const Given& given) {
+          return join_adjoint(adjoint, given.decay, given.own);
+        });
+    const Lanes decay =
+        part.begin == 0 ? Lanes(0) : decay_of_chunks(block, last - part.end + 1, last - part.begin + 1, thread);
+    block.heard.set(thread.span(), lane, State<Lanes>{heard, decay});
+  }
+
+  // Needs `heard`; leaves `carry`.
+  WKV_HD static void take(const Block& block, const Neighbours& neighbours, int rows, Thread& thread) {
+    if (thread.span() != 0 || neighbours.place.position == 0) return;
+    const int lane = thread.lane();
+    Sums<Lanes> carried{Lanes(0), Lanes(0)};
+    for (int span = 0; span < kSpans; ++span) {
+      const auto part = neighbours.heard_by(span, kSpans);
+      if (part.begin == part.end) continue;
+      const State<Lanes> heard = block.heard.get(span, lane);
+      carried = join_adjoint(carried, heard.max, heard.sums);
+    }
+    block.carry.set(0, lane, carried);
+    if (neighbours.gives_all()) {
+      store_chunk_adjoint(block, thread, carried_to(block, 0, rows, lane));
+      neighbours.speak(lane);
+    }
+  }
 
   // Needs the tile, `carry`, `span_max` and `adjoints`; leaves gk and gv where k and v were.
   WKV_HD static void reverse(const Block& block, int rows, Thread& thread) {
-    const Walk walk{thread.channel, block.steps_of(thread.span(), rows)};
+    const Walk walk{block.channels.get(thread.lane()), block.steps_of(thread.span(), rows)};
     if (walk.steps == 0) return;
     const Element *k = block.k, *v = block.v, *gy = block.gy;
-    thread.gathered.adjoint = joined(block, thread.span() + 1, rows, thread);
+    thread.gathered.adjoint = carried_to(block, thread.span() + 1, rows, thread.lane());
     const auto max_at = [&](int boundary) { return block.span_max[boundary * Geo::kLanes + thread.lane()]; };
     walk.template reverse<true>(block.column(k, thread), block.column(v, thread), block.column(gy, thread),
                                 block.column(block.k, thread), block.column(block.v, thread), thread.replayed,
@@ -247,7 +331,7 @@ struct Backward {
       block.adjoints.set(thread.span(), thread.lane(), {thread.gathered.g_log_decay, thread.gathered.gu});
     }
     if (thread.span() != 0) return;
-    if (!writes) thread.gathered.adjoint = joined(block, 0, rows, thread);
+    if (!writes) thread.gathered.adjoint = carried_to(block, 0, rows, thread.lane());
     block.carry.set(0, thread.lane(), thread.gathered.adjoint);
   }
 
@@ -272,27 +356,57 @@ struct Backward {
                     State<Lanes>{adjoint, of_max});
       }
     } else {
-      const int64_t row = block.b * (arguments.chunks - 1) + block.chunk - 1;
-      store_adjoint(block.values_at(arguments.chunk_adjoints, row, 2, thread), arguments.C, count, adjoint);
+      store_chunk_adjoint(block, thread, adjoint);
     }
   }
 
   template <class Team>
-  WKV_HD static void run(const Arguments& arguments, BlockIndex index, int, Team& team, char* shared) {
-    const Block block(arguments, index, shared);
-    for (int tile = block.tiles - 1; tile >= 0; --tile) {
-      const int64_t t = block.t_begin() + static_cast<int64_t>(tile) * Geo::kInterval;
-      const int rows = clamp_count(arguments.T - t, Geo::kInterval);
-      team.phase([=](Thread& thread) {
-        stage_tile(block, t, rows, thread);
-        if (tile == block.tiles - 1) begin(block, thread);
-        wait_for_copies();
-      });
-      team.phase([=](Thread& thread) { summarise(block, rows, thread); });
-      team.phase([=](Thread& thread) { replay(block, rows, thread); });
-      if (writes) team.phase([=](Thread& thread) { reverse(block, rows, thread); });
-      team.phase([=](Thread& thread) { finish_tile(block, tile, t, rows, thread); });
+  WKV_HD static void run(const Arguments& arguments, BlockIndex index, int threads, Team& team, char* shared) {
+    if constexpr (pass == Pass::single) {
+      run_single_pass(arguments, team, shared);
+    } else {
+      // What the first chunk alone gives to the state before it, nobody asks.
+      const Block block(arguments, index.z, writes ? index.y : index.y + 1, index.x, shared);
+      for (int tile = block.tiles - 1; tile >= 0; --tile) {
+        const int64_t t = block.t_begin() + static_cast<int64_t>(tile) * Geo::kInterval;
+        const int rows = clamp_count(arguments.T - t, Geo::kInterval);
+        team.phase([=](Thread& thread) {
+          stage_tile(block, t, rows, thread);
+          if (tile == block.tiles - 1) begin(block, thread);
+          wait_for_copies();
+        });
+        team.phase([=](Thread& thread) { summarise(block, rows, thread); });
+        team.phase([=](Thread& thread) { replay(block, rows, thread); });
+        if (writes) team.phase([=](Thread& thread) { reverse(block, rows, thread); });
+        team.phase([=](Thread& thread) { finish_tile(block, tile, t, rows, thread); });
+      }
+      team.phase([=](Thread& thread) { finish_chunk(block, thread); });
     }
+  }
+
+  template <class Team>
+  WKV_HD static void run_single_pass(const Arguments& arguments, Team& team, char* shared) {
+    const Signals signals{arguments.hand_over.signals};
+    const int64_t tiles = (arguments.C + Geo::kTileChannels - 1) / Geo::kTileChannels;
+    Place* place = reinterpret_cast<Place*>(shared + BackwardLayout(Geo::dtype).place);
+    team.phase([=](Thread& thread) {
+      if (thread.index == 0) *place = Place::of(signals.take_number(), arguments.B, tiles);
+    });
+    const Block block(arguments, place->b, arguments.chunks - 1 - place->position, place->tile, shared);
+    const Neighbours neighbours{signals, *place, arguments.B * tiles, arguments.hand_over.group, arguments.chunks};
+    const int64_t t = block.t_begin();
+    const int rows = clamp_count(arguments.T - t, Geo::kInterval);
+    team.phase([=](Thread& thread) {
+      stage_tile(block, t, rows, thread);
+      begin(block, thread);
+      wait_for_copies();
+    });
+    team.phase([=](Thread& thread) { summarise(block, rows, thread); });
+    team.phase([=](Thread& thread) { replay(block, rows, thread); });
+    team.phase([=](Thread& thread) { speak_and_listen(block, neighbours, rows, thread); });
+    team.phase([=](Thread& thread) { take(block, neighbours, rows, thread); });
+    team.phase([=](Thread& thread) { reverse(block, rows, thread); });
+    team.phase([=](Thread& thread) { finish_tile(block, 0, t, rows, thread); });
     team.phase([=](Thread& thread) { finish_chunk(block, thread); });
   }
 };

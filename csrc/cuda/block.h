@@ -67,6 +67,23 @@ struct ChannelLanes {
   }
 };
 
+// The channels of a block, in shared memory.
+template <class Lanes, int lanes>
+struct SharedChannels {
+  Lanes* rows;
+
+  WKV_HD void set(int lane, const ChannelLanes<Lanes>& value) const {
+    rows[lane] = value.channel.log_decay;
+    rows[lanes + lane] = value.channel.u;
+    rows[2 * lanes + lane] = value.decay;
+    rows[3 * lanes + lane] = value.bonus;
+  }
+  WKV_HD ChannelLanes<Lanes> get(int lane) const {
+    return {{rows[lane], rows[lanes + lane]}, rows[2 * lanes + lane], rows[3 * lanes + lane]};
+  }
+  WKV_HD Lanes log_decay(int lane) const { return rows[lane]; }
+};
+
 template <class Lanes>
 WKV_HD State<Lanes> empty_state() {
   return {{Lanes(0), Lanes(0)}, Lanes(kEmptyMax)};
@@ -96,10 +113,9 @@ WKV_HD State<Lanes> load_first_state(const Real* state, int64_t C, int count, La
 }
 
 // States in shared memory, a row of lanes for each of their parts.
-template <class Lanes>
+template <class Lanes, int lanes>
 struct SharedStates {
   Lanes* rows;
-  int lanes;
 
   WKV_HD State<Lanes> get(int i, int lane) const {
     const Lanes* at = rows + 3 * i * lanes + lane;
@@ -221,6 +237,24 @@ WKV_HD void unstage(Rows<Element> target, const Element* tile, int rows, int col
     const int row = i / single, column = vectored + i % single;
     target.data[row * target.stride + column] = tile[row * kColumns + column];
   }
+}
+
+// Takes `carried` from `begin` to `end`: take(i, carried, own) for each i in order, own being load(i). Loads do not
+// wait for what is carried, so `kBatch` are asked for at once.
+template <int kBatch, class Carried, class Load, class Take>
+WKV_HD Carried fold(int64_t begin, int64_t end, Carried carried, const Load& load, const Take& take) {
+  for (int64_t first = begin; first < end; first += kBatch) {
+    decltype(load(begin)) own[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + i < end) own[i] = load(first + i);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + i < end) carried = take(first + i, carried, own[i]);
+    }
+  }
+  return carried;
 }
 
 WKV_HD int clamp_count(int64_t count, int limit) {

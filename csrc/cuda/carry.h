@@ -7,7 +7,6 @@
 
 namespace wkv {
 
-// Loads do not wait for the joins, so several chunks are asked for at once.
 inline constexpr int kCarryBatch = 8;
 
 template <class Real>
@@ -27,24 +26,18 @@ struct CarryStates {
       const auto& parameters = arguments.parameters;
       const Real decay =
           Real(arguments.chunk_len) * -std::exp(load_parameter<Real>(parameters.w, parameters.w_dtype, c));
-      State<Real> carried{{states[0], states[C]}, states[2 * C]};
-      for (int64_t first = 1; first < slots; first += kCarryBatch) {
-        State<Real> own[kCarryBatch];
-#pragma unroll
-        for (int i = 0; i < kCarryBatch; ++i) {
-          const Real* slot = states + (first + i) * 3 * C;
-          if (first + i < slots) own[i] = {{slot[0], slot[C]}, slot[2 * C]};
-        }
-#pragma unroll
-        for (int i = 0; i < kCarryBatch; ++i) {
-          if (first + i >= slots) break;
-          carried = join(carried, decay, own[i]);
-          Real* slot = states + (first + i) * 3 * C;
-          slot[0] = carried.sums.num;
-          slot[C] = carried.sums.den;
-          slot[2 * C] = carried.max;
-        }
-      }
+      const auto load = [=](int64_t i) {
+        const Real* slot = states + i * 3 * C;
+        return State<Real>{{slot[0], slot[C]}, slot[2 * C]};
+      };
+      fold<kCarryBatch>(1, slots, load(0), load, [=](int64_t i, State<Real> carried, State<Real> own) {
+        const State<Real> state = join(carried, decay, own);
+        Real* slot = states + i * 3 * C;
+        slot[0] = state.sums.num;
+        slot[C] = state.sums.den;
+        slot[2 * C] = state.max;
+        return state;
+      });
     });
   }
 };
@@ -55,6 +48,10 @@ struct CarryAdjoints {
   static constexpr int64_t kInterval = checkpoint_interval(ElementTraits<Real>::dtype);
   struct Thread {
     int index;
+  };
+  struct Given {
+    Sums<Real> own;
+    Real change_of_max;
   };
 
   template <class Team>
@@ -71,27 +68,21 @@ struct CarryAdjoints {
       const auto& parameters = arguments.parameters;
       const Real decay =
           Real(arguments.chunk_len) * -std::exp(load_parameter<Real>(parameters.w, parameters.w_dtype, c));
-      // Slot i lies behind chunk i; the last one is true already.
-      Sums<Real> carried{adjoints[(slots - 1) * 2 * C], adjoints[(slots - 1) * 2 * C + C]};
-      for (int64_t last = slots - 2; last >= 0; last -= kCarryBatch) {
-        Sums<Real> own[kCarryBatch];
-        Real change[kCarryBatch];
-#pragma unroll
-        for (int i = 0; i < kCarryBatch; ++i) {
-          if (last < i) break;
-          const Real* slot = adjoints + (last - i) * 2 * C;
-          own[i] = {slot[0], slot[C]};
-          change[i] = max_after(last - i) - max_after(last - i + 1);
-        }
-#pragma unroll
-        for (int i = 0; i < kCarryBatch; ++i) {
-          if (last < i) break;
-          carried = join_adjoint(carried, decay + change[i], own[i]);
-          Real* slot = adjoints + (last - i) * 2 * C;
-          slot[0] = carried.num;
-          slot[C] = carried.den;
-        }
-      }
+      // Slot i lies behind chunk i; the last one is true already, and the way goes from there to the first.
+      const auto slot_at = [=](int64_t i) { return adjoints + (slots - 1 - i) * 2 * C; };
+      const Sums<Real> true_one{slot_at(0)[0], slot_at(0)[C]};
+      fold<kCarryBatch>(
+          1, slots, true_one,
+          [=](int64_t i) {
+            const Real* slot = slot_at(i);
+            return Given{{slot[0], slot[C]}, max_after(slots - 1 - i) - max_after(slots - i)};
+          },
+          [=](int64_t i, Sums<Real> carried, const Given& given) {
+            const Sums<Real> adjoint = join_adjoint(carried, decay + given.change_of_max, given.own);
+            slot_at(i)[0] = adjoint.num;
+            slot_at(i)[C] = adjoint.den;
+            return adjoint;
+          });
     });
   }
 };
@@ -135,6 +126,22 @@ struct Reduce {
       const double log_decay = -std::exp(load_parameter<Real>(parameters.w, parameters.w_dtype, c));
       static_cast<Real*>(arguments.gw)[c] = static_cast<Real>(total.num * log_decay);
       static_cast<Real*>(arguments.gu)[c] = static_cast<Real>(total.den);
+    });
+  }
+};
+
+// Zeros, for the signals of a single pass.
+struct Clear {
+  using Arguments = ClearArguments;
+  struct Thread {
+    int index;
+  };
+
+  template <class Team>
+  WKV_HD static void run(const Arguments& arguments, BlockIndex block, int threads, Team& team, char*) {
+    team.phase([=](Thread& thread) {
+      const int64_t i = static_cast<int64_t>(block.x) * threads + thread.index;
+      if (i < arguments.count) arguments.words[i] = 0;
     });
   }
 };

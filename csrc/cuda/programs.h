@@ -10,23 +10,33 @@
 
 namespace wkv {
 
+// A single pass needs a warp for the lanes of a span, which float64 does not have; no plan asks it for one.
+template <class Element>
+inline constexpr Pass kSingle = lane_count(ElementTraits<Element>::dtype) == 32 ? Pass::single : Pass::replay;
+
 // Calls function.operator()<Program>().
 template <class Element, class Function>
 auto with_program_of(Kernel kernel, const Function& function) {
   using Real = typename ElementTraits<Element>::Real;
   switch (kernel) {
     case Kernel::summarise_states:
-      return function.template operator()<Forward<Element, false>>();
+      return function.template operator()<Forward<Element, Pass::summarise>>();
     case Kernel::carry_states:
       return function.template operator()<CarryStates<Real>>();
     case Kernel::forward:
-      return function.template operator()<Forward<Element, true>>();
+      return function.template operator()<Forward<Element, Pass::replay>>();
+    case Kernel::forward_single_pass:
+      return function.template operator()<Forward<Element, kSingle<Element>>>();
     case Kernel::summarise_adjoints:
-      return function.template operator()<Backward<Element, false>>();
+      return function.template operator()<Backward<Element, Pass::summarise>>();
     case Kernel::carry_adjoints:
       return function.template operator()<CarryAdjoints<Real>>();
     case Kernel::backward:
-      return function.template operator()<Backward<Element, true>>();
+      return function.template operator()<Backward<Element, Pass::replay>>();
+    case Kernel::backward_single_pass:
+      return function.template operator()<Backward<Element, kSingle<Element>>>();
+    case Kernel::clear:
+      return function.template operator()<Clear>();
     case Kernel::reduce:
       return function.template operator()<Reduce<Real>>();
     default:

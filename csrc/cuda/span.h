@@ -9,6 +9,9 @@
 
 namespace wkv {
 
+// What a launch does with its chunks.
+enum class Pass { summarise, replay, single };
+
 // A lane's column of a staged tile.
 template <class Element>
 struct Column {

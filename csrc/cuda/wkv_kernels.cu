@@ -31,8 +31,8 @@ inline constexpr int kBackwardBlocks = 1;
 #else
 inline constexpr int kBackwardBlocks = 2;
 #endif
-template <class Element, bool writes>
-struct Bounds<Backward<Element, writes>> {
+template <class Element, Pass pass>
+struct Bounds<Backward<Element, pass>> {
   static constexpr int kThreads = kMaxThreads, kBlocks = std::is_same_v<Element, double> ? 1 : kBackwardBlocks;
 };
 template <class Real>
