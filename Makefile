@@ -67,11 +67,10 @@ $(STATE)/extension: $(EXTENSION_INPUTS)
 
 # A CUDA build beside the other one, in an environment of its own with a CUDA torch; needs a toolkit and no GPU.
 CUDA_RUN := PATH=$(abspath $(CUDA_VENV))/bin:$$PATH python
-BUILD_TOOLS := $(shell grep -E '^(setuptools|ninja|pybind11|numpy)==' requirements.txt)
 
 cuda-build:
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_RUN) -m pip install --quiet --disable-pip-version-check "$(CUDA_TORCH)" $(BUILD_TOOLS)
+	$(CUDA_RUN) -m pip install --quiet --disable-pip-version-check "$(CUDA_TORCH)" numpy "setuptools>=77" ninja pybind11
 	RWKV_KERNELS_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 $(CUDA_RUN) setup.py --quiet build -b build/cuda --build-lib build/cuda/lib
 	PYTHONPATH=build/cuda/lib $(CUDA_RUN) tools/check_cuda_build.py 9.0
 

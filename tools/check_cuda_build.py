@@ -12,11 +12,13 @@ from rwkv_kernels import __main__ as doctor
 
 
 def require(condition: bool, what: str) -> None:
+    """Ends the program with what is wrong unless the condition holds."""
     if not condition:
         sys.exit(f"cuda build: {what}")
 
 
 def main(architectures: tuple[str, ...]) -> None:
+    """All checks, the cheapest first."""
     build = rwkv_kernels.build_info()
     require(build.cuda is not None, f"no CUDA kernels: {build}")
     require(build.cuda_architectures == architectures, f"made for {build.cuda_architectures}, expected {architectures}")
