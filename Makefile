@@ -1,4 +1,4 @@
-# make demo | test | bench | gpu-check | lint | cuda-build: each sets up what it needs first.
+# make demo | test | bench | gpu-check | lint | cuda-build | kernel-report: each sets up what it needs first.
 #
 # By default everything lives in .venv, made by $(PYTHON) from requirements.txt. `make test PYTHON=python3 VENV=` uses the
 # environment that is there instead, installs nothing into it and needs no network: the extension is built in place.
@@ -26,7 +26,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 
-.PHONY: demo test bench gpu-check lint setup doctor cuda-build clean
+.PHONY: demo test bench gpu-check lint setup doctor cuda-build kernel-report clean
 
 demo: setup
 	$(RUN) examples/train_bytes.py --minutes $(MINUTES) $(if $(TEXT),--text "$(TEXT)")
@@ -73,6 +73,9 @@ cuda-build:
 	$(CUDA_RUN) -m pip install --quiet --disable-pip-version-check "$(CUDA_TORCH)" numpy "setuptools>=77" ninja pybind11
 	RWKV_KERNELS_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 $(CUDA_RUN) setup.py --quiet build -b build/cuda --build-lib build/cuda/lib
 	PYTHONPATH=build/cuda/lib $(CUDA_RUN) tools/check_cuda_build.py 9.0
+
+kernel-report: setup
+	$(RUN) tools/kernel_report.py
 
 clean:
 	rm -rf build dist demo *.egg-info rwkv_kernels/_C.*.so rwkv_kernels/_built_for.txt $(STATE)/extension
