@@ -1,4 +1,4 @@
-# make demo | test | bench | gpu-check | lint: each sets up what it needs first.
+# make demo | test | bench | gpu-check | lint | cuda-build | kernel-report: each sets up what it needs first.
 #
 # By default everything lives in .venv, made by $(PYTHON) from requirements.txt. `make test PYTHON=python3 VENV=` uses the
 # environment that is there instead, installs nothing into it and needs no network: the extension is built in place.
@@ -10,6 +10,8 @@ TEXT ?=
 MINUTES ?= 3.5
 DEVICE ?= cuda
 PEERS ?=
+CUDA_VENV ?= .venv-cuda
+CUDA_TORCH ?= torch
 
 EXTENSION_INPUTS := setup.py tools/cuda_toolkit.py $(shell find csrc -type f)
 
@@ -24,7 +26,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 
-.PHONY: demo test bench gpu-check lint setup doctor clean
+.PHONY: demo test bench gpu-check lint setup doctor cuda-build kernel-report clean
 
 demo: setup
 	$(RUN) examples/train_bytes.py --minutes $(MINUTES) $(if $(TEXT),--text "$(TEXT)")
@@ -62,6 +64,18 @@ endif
 $(STATE)/extension: $(EXTENSION_INPUTS)
 	$(RUN) setup.py --quiet build_ext --inplace
 	mkdir -p $(STATE) && touch $@
+
+# A CUDA build beside the other one, in an environment of its own with a CUDA torch; needs a toolkit and no GPU.
+CUDA_RUN := PATH=$(abspath $(CUDA_VENV))/bin:$$PATH python
+
+cuda-build:
+	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_RUN) -m pip install --quiet --disable-pip-version-check "$(CUDA_TORCH)" numpy "setuptools>=77" ninja pybind11
+	RWKV_KERNELS_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 $(CUDA_RUN) setup.py --quiet build -b build/cuda --build-lib build/cuda/lib
+	PYTHONPATH=build/cuda/lib $(CUDA_RUN) tools/check_cuda_build.py 9.0
+
+kernel-report: setup
+	$(RUN) tools/kernel_report.py
 
 clean:
 	rm -rf build dist demo *.egg-info rwkv_kernels/_C.*.so rwkv_kernels/_built_for.txt $(STATE)/extension

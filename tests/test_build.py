@@ -1,0 +1,156 @@
+"""How the CUDA toolkit is found, when CUDA kernels are built, and how machine code is counted."""
+
+import os
+import stat
+from pathlib import Path
+
+import cuda_toolkit
+import pytest
+import sass
+
+NVCC = """#!/bin/sh
+case "$*" in
+  *--version*) echo 'Cuda compilation tools, release 13.0, V13.0.88' ;;
+  *--list-gpu-arch*) printf 'compute_75\\ncompute_80\\ncompute_90\\ncompute_100\\n' ;;
+  *--dryrun*) echo '#$ TOP={home}/bin/..' >&2 ;;
+esac
+"""
+
+
+def _script(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A toolkit that is on the PATH by a wrapper script only."""
+    home = tmp_path / "toolkit"
+    _script(home / "bin" / "nvcc", NVCC.replace("{home}", str(home)))
+    _script(tmp_path / "wrapper" / "bin" / "nvcc", f'#!/bin/sh\nexec {home}/bin/nvcc "$@"\n')
+    (home / "include").mkdir()
+    (home / "include" / "cuda_runtime.h").touch()
+    monkeypatch.setenv("PATH", f"{tmp_path}/wrapper/bin:{os.environ['PATH']}")
+    for name in ("CUDA_HOME", "CUDA_PATH", "RWKV_KERNELS_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    return home
+
+
+def test_the_toolkit_is_found_behind_a_wrapper(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toolkit = cuda_toolkit.find_toolkit()
+    assert toolkit is not None and (toolkit.home, toolkit.version) == (home, "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    assert cuda_toolkit.find_toolkit() == cuda_toolkit.Toolkit(home, home / "bin" / "nvcc", "13.0")
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (None, ["7.5", "8.0", "9.0", "10.0+PTX"]),
+        ("9.0", ["9.0"]),
+        ("8.0 9.0a+PTX", ["8.0", "9.0+PTX"]),
+        ("8.6;12.0;", ["8.6", "12.0"]),
+    ],
+)
+def test_the_architectures_are_those_asked_for_or_all_that_nvcc_knows(
+    asked: str | None, expected: list[str], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if asked is not None:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    toolkit = cuda_toolkit.find_toolkit()
+    assert toolkit is not None and toolkit.architectures() == expected
+    flags = cuda_toolkit.nvcc_flags(expected)
+    assert ("-gencode=arch=compute_90,code=sm_90" in flags) == any(item.startswith("9.0") for item in expected)
+    assert ("-gencode=arch=compute_90,code=compute_90" in flags) == ("9.0+PTX" in expected)
+
+
+def test_an_architecture_that_is_no_number_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: expected numbers .* got 'Hopper'"):
+        cuda_toolkit.to_build_with("13.0")
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "reason"),
+    [
+        (None, "this torch is built without CUDA"),
+        ("12.8", "torch is built with CUDA 12.8, and the toolkit in .*toolkit is 13.0"),
+        ("13.2", None),
+    ],
+)
+def test_cuda_is_built_where_it_can_be_and_insisting_is_an_error_elsewhere(
+    torch_cuda: str | None, reason: str | None, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (cuda_toolkit.to_build_with(torch_cuda) is None) == (reason is not None)
+    monkeypatch.setenv("RWKV_KERNELS_CUDA", "1")
+    if reason is None:
+        assert cuda_toolkit.to_build_with(torch_cuda) is not None
+    else:
+        with pytest.raises(SystemExit, match=f"RWKV_KERNELS_CUDA=1, but {reason}"):
+            cuda_toolkit.to_build_with(torch_cuda)
+    monkeypatch.setenv("RWKV_KERNELS_CUDA", "0")
+    assert cuda_toolkit.to_build_with(torch_cuda) is None
+
+
+def test_insisting_without_a_toolkit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_toolkit, "find_toolkit", lambda: None)
+    monkeypatch.setenv("RWKV_KERNELS_CUDA", "1")
+    with pytest.raises(SystemExit, match="RWKV_KERNELS_CUDA=1, but there is no CUDA toolkit: nvcc is neither"):
+        cuda_toolkit.to_build_with("13.0")
+
+
+# A tile loop: a copy of two vectors a turn, a tail for single elements, then a span in one of three ways.
+LISTING = """
+//--------------------- .text._kernel --------------------------
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_0:
+        /*0010*/                   ISETP.NE.AND P0, PT, R0, RZ, PT ;
+        /*0020*/               @P0 BRA `(.L_x_2) ;
+.L_x_1:
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+        /*0040*/               @P1 LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+        /*0050*/              @!P1 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0060*/               @P2 BRA `(.L_x_3) ;
+        /*0070*/                   LDG.E.U16 R3, desc[UR4][R2.64] ;
+        /*0080*/                   STS.U16 [R1], R3 ;
+.L_x_3:
+        /*0090*/               @P3 BRA `(.L_x_6) ;
+        /*00a0*/               @P4 BRA `(.L_x_5) ;
+        /*00b0*/               @P5 BRA `(.L_x_4) ;
+        /*00c0*/                   LDS R4, [R1] ;
+        /*00d0*/                   MUFU.EX2 R5, R4 ;
+        /*00e0*/                   STS [R1], R5 ;
+        /*00f0*/                   BRA `(.L_x_6) ;
+.L_x_4:
+        /*0100*/                   LDS R4, [R1] ;
+        /*0110*/               @P6 BRA `(.L_x_6) ;
+        /*0120*/                   MUFU.EX2 R5, R4 ;
+        /*0130*/                   STS [R1], R5 ;
+        /*0140*/                   BRA `(.L_x_6) ;
+.L_x_5:
+        /*0150*/                   LDS R4, [R1] ;
+        /*0160*/                   MUFU.EX2 R5, R4 ;
+        /*0170*/                   MUFU.EX2 R6, R4 ;
+        /*0180*/                   FMUL R5, R5, R6 ;
+        /*0190*/                   FMUL R5, R5, R6 ;
+        /*01a0*/                   STS [R1], R5 ;
+.L_x_6:
+        /*01b0*/               @P0 BRA `(.L_x_0) ;
+        /*01c0*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(("vectors", "turns"), [(2, 1), (3, 2), (4, 2), (7, 4)])
+def test_a_full_tile_copies_its_vectors_and_takes_the_shortest_way_that_leaves_nothing_out(
+    vectors: int, turns: int
+) -> None:
+    ((name, code),) = sass.kernels(LISTING)
+    assert name == "_kernel" and code.cost == (29, 4)
+    assert code.of_full_tile(vectors, widths=(4, 8)) == (2 + 3 * turns + 1 + 3 + 4 + 1, 1)
+
+
+def test_a_kernel_without_a_tile_loop_has_no_full_tile() -> None:
+    ((_, code),) = sass.kernels("//--- .text._kernel ---\n        /*0000*/      LDG.E.128 R0, [R2] ;\n")
+    assert code.of_full_tile(1, widths=(4,)) is None and code.accesses == {("LDG", 16): 1}

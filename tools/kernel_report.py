@@ -1,0 +1,250 @@
+"""What the compiler makes of the CUDA kernels: `make kernel-report` writes docs/kernel-report.md; no GPU is needed.
+
+Registers and occupancy for every architecture; for two of them instructions and memory accesses, in the whole kernel
+and per element of a full tile, as sass.py counts them. Fails if a kernel spills registers or has a stack frame.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import cuda_toolkit
+import sass
+
+from rwkv_kernels import _C
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "csrc" / "cuda" / "wkv_kernels.cu"
+REPORT = ROOT / "docs" / "kernel-report.md"
+
+COMPILERS = 2  # at a time
+
+# Of these the instructions are counted.
+DISASSEMBLED = ("8.0", "9.0")
+
+# A problem whose plans have every kernel; what a block is like does not depend on much more than the dtype.
+PROBLEM = (8, 1024, 768)
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What bounds the blocks on a multiprocessor: CUDA C++ Programming Guide, table of compute capabilities."""
+
+    threads: int
+    blocks: int
+    shared_bytes: int
+    reserved_bytes: int = 1024  # of shared memory for each block
+    registers: int = 65536
+
+    def blocks_that_fit(self, threads: int, registers: int, shared_bytes: int) -> int:
+        """Of one kernel, at the same time."""
+        registers_of_warp = -(-registers * 32 // 256) * 256
+        warps = self.registers // registers_of_warp // 4 * 4  # each of four schedulers has registers of its own
+        shared_of_block = shared_bytes + self.reserved_bytes
+        return min(
+            self.blocks,
+            self.threads // threads,
+            warps // -(-threads // 32),
+            self.shared_bytes // shared_of_block if shared_of_block else self.blocks,
+        )
+
+
+MULTIPROCESSORS = {
+    "7.5": Multiprocessor(1024, 16, 64 * 1024, reserved_bytes=0),
+    "8.0": Multiprocessor(2048, 32, 164 * 1024),
+    "8.6": Multiprocessor(1536, 16, 100 * 1024),
+    "8.9": Multiprocessor(1536, 24, 100 * 1024),
+    "9.0": Multiprocessor(2048, 32, 228 * 1024),
+    "10.0": Multiprocessor(2048, 32, 228 * 1024),
+    "12.0": Multiprocessor(1536, 24, 100 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel; the names are those of the launches."""
+
+    name: str
+    dtype: str
+    registers: int
+    stack_bytes: int
+    spilled_bytes: int
+    code: sass.Code | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """How the operators launch a kernel, and how much of the problem one thread has of a full tile."""
+
+    threads: int
+    shared_bytes: int
+    elements: int
+    vectors: int  # of 16 bytes, for each tensor
+
+
+NAMES = {
+    ("Forward", "0"): "summarise_states",
+    ("Forward", "1"): "forward",
+    ("CarryStates", None): "carry_states",
+    ("Backward", "0"): "summarise_adjoints",
+    ("Backward", "1"): "backward",
+    ("CarryAdjoints", None): "carry_adjoints",
+    ("Reduce", None): "reduce",
+    ("Step", None): "step",
+}
+DTYPES = {"f": "float32", "NS_4HalfE": "float16", "NS_8Bfloat16E": "bfloat16", "d": "float64"}
+ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+RESOURCES = re.compile(
+    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.DOTALL
+)
+MANGLED = re.compile(r"wkv_kernelINS_\d+([A-Z][A-Za-z]*)I(f|d|NS_4HalfE|NS_8Bfloat16E)(?:Lb([01])E)?E")
+
+
+def identity(mangled: str) -> tuple[str, str]:
+    """Name and dtype of a kernel."""
+    match = MANGLED.search(mangled)
+    if match is None:
+        sys.exit(f"kernel report: which kernel is {mangled}?")
+    program, element, flag = match.groups()
+    return NAMES[program, flag], DTYPES[element]
+
+
+def compile_for(architecture: str, toolkit: cuda_toolkit.Toolkit, nvdisasm: Path, folder: Path) -> list[Kernel]:
+    """The kernels of one architecture, compiled as the extension compiles them."""
+    cubin = folder / f"{architecture}.cubin"
+    flags = [f for f in cuda_toolkit.nvcc_flags([architecture]) if not f.startswith("-gencode")]
+    target = f"-arch=sm_{architecture.replace('.', '')}"
+    command: list[str | Path] = [toolkit.nvcc, *flags, target, "-cubin", "-Xptxas", "-v", SOURCE, "-o", cubin]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        sys.exit(f"kernel report: nvcc fails for {architecture}\n{result.stderr}")
+    codes: dict[str, sass.Code] = {}
+    if architecture in DISASSEMBLED:
+        listing = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True).stdout
+        codes = dict(sass.kernels(listing))
+    return list(_resources(result.stderr, codes))
+
+
+def _resources(log: str, codes: dict[str, sass.Code]) -> Iterator[Kernel]:
+    for part in log.split("Compiling entry function '")[1:]:
+        mangled = part.split("'")[0]
+        stack, stores, loads = map(
+            int,
+            re.search(  # type: ignore[union-attr]
+                r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
+            ).groups(),
+        )
+        registers = int(re.search(r"Used (\d+) registers", part)[1])  # type: ignore[index]
+        yield Kernel(*identity(mangled), registers, stack, stores + loads, codes.get(mangled))
+
+
+def blocks() -> dict[tuple[str, str], Block]:
+    """The blocks that the operators launch, by kernel and dtype."""
+    sizes = [f"{name}_{axis}_stride" for name in ("k", "v", "gy") for axis in ("batch", "time")]
+    sizes += ["k_stride", "v_stride", *(f"state_{axis}_stride" for axis in ("batch", "row", "channel"))]
+    nowhere: dict[str, int | str] = {**dict.fromkeys(sizes, 0), "w_dtype": "float32", "u_dtype": "float32"}
+    found = {}
+    for dtype, size in ELEMENT_BYTES.items():
+        for operation in ("forward", "backward", "step"):
+            tile = 0
+            if operation != "step":
+                plan = _C.plan_cuda(operation, dtype, *PROBLEM)
+                tile = plan["tile_steps"] * -(-PROBLEM[2] // plan["channel_tiles"])
+            for launch in _C.cuda_launches(operation, dtype, *PROBLEM, nowhere):
+                threads = launch["block"][0]
+                elements = tile // threads
+                found[launch["kernel"], dtype] = Block(threads, launch["shared_bytes"], elements, elements * size // 16)
+    return found
+
+
+COLUMNS = ("kernel", "dtype", "registers", "stack", "spilled", "shared", "threads", "blocks")
+CODE_COLUMNS = ("kernel", "dtype", "instructions", "MUFU", "instructions / element", "MUFU / element", "accesses")
+
+PREFACE = """# What the compiler makes of the CUDA kernels
+
+`make kernel-report`, nvcc {version}. Bytes are of a thread's stack frame and spilled registers and of a block's shared
+memory; blocks are those that fit on a multiprocessor. Threads and shared memory are those of the launches for B, T, C =
+{problem} on an H100.
+
+Accesses are counted in the code, which has full and partial spans, the shared exponent and the running maximum. "Per
+element" counts what a thread executes of it for a full tile, state summaries included, and divides by its elements;
+`tools/sass.py` says how. It is left out for float64, whose exponentials are subroutines.
+"""
+
+
+def report(compiled: dict[str, list[Kernel]], version: str) -> str:
+    """All tables as Markdown."""
+    launched = blocks()
+    parts = [PREFACE.format(version=version, problem=", ".join(map(str, PROBLEM)))]
+    for architecture, kernels in compiled.items():
+        ordered = sorted(kernels, key=lambda kernel: (list(NAMES.values()).index(kernel.name), kernel.dtype))
+        blocks_of = [(kernel, launched[kernel.name, kernel.dtype]) for kernel in ordered]
+        rows = [_resource_row(kernel, block, MULTIPROCESSORS[architecture]) for kernel, block in blocks_of]
+        parts.append(f"## {architecture}\n\n{_markdown(COLUMNS, rows)}\n")
+        if architecture in DISASSEMBLED:
+            rows = [_code_row(kernel, kernel.code, block) for kernel, block in blocks_of if kernel.code is not None]
+            parts.append(f"{_markdown(CODE_COLUMNS, rows)}\n")
+    return "\n".join(parts)
+
+
+def _resource_row(kernel: Kernel, block: Block, multiprocessor: Multiprocessor) -> tuple[object, ...]:
+    fit = multiprocessor.blocks_that_fit(block.threads, kernel.registers, block.shared_bytes)
+    resources = (kernel.registers, kernel.stack_bytes, kernel.spilled_bytes, block.shared_bytes, block.threads, fit)
+    return (kernel.name, kernel.dtype, *resources)
+
+
+def _code_row(kernel: Kernel, code: sass.Code, block: Block) -> tuple[object, ...]:
+    # By lanes of channels and, where these are smaller, by pairs of float32 for states.
+    widths = (min(2 * ELEMENT_BYTES[kernel.dtype], 8), 8)
+    executed = None if kernel.dtype == "float64" else code.of_full_tile(block.vectors, widths)
+    per_element = ("", "") if executed is None else tuple(f"{count / block.elements:.1f}" for count in executed)
+    accesses = (f"{count} {access.instruction}.{8 * access.width}" for access, count in sorted(code.accesses.items()))
+    return (kernel.name, kernel.dtype, *code.cost, *per_element, ", ".join(accesses))
+
+
+def _markdown(names: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+    lines = [names, ("---",) * len(names), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def find_nvdisasm() -> Path:
+    """The disassembler, which is a package of requirements.txt and not part of every toolkit."""
+    try:
+        files = metadata.files("nvidia-cuda-nvdisasm") or []
+    except metadata.PackageNotFoundError:
+        sys.exit("kernel report: the package nvidia-cuda-nvdisasm is missing")
+    return next(Path(str(file.locate())) for file in files if file.name == "nvdisasm")
+
+
+def main() -> None:
+    """Compiles, writes the report and complains."""
+    toolkit = cuda_toolkit.find_toolkit()
+    if toolkit is None:
+        print("kernel report: nvcc is neither in CUDA_HOME nor on the PATH, so there is nothing to report")
+        return
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(COMPILERS) as pool:
+        work = partial(compile_for, toolkit=toolkit, nvdisasm=find_nvdisasm(), folder=Path(folder))
+        compiled = dict(zip(MULTIPROCESSORS, pool.map(work, MULTIPROCESSORS), strict=True))
+    text = report(compiled, toolkit.version)
+    REPORT.write_text(text)
+    print(text)
+    bad = [
+        f"{kernel.name} {kernel.dtype} for {architecture}: {kernel.spilled_bytes} bytes spilled, stack frame of "
+        f"{kernel.stack_bytes} bytes"
+        for architecture, kernels in compiled.items()
+        for kernel in kernels
+        if kernel.spilled_bytes or kernel.stack_bytes
+    ]
+    if bad:
+        sys.exit("kernel report: these keep values in local memory\n" + "\n".join(bad))
+
+
+if __name__ == "__main__":
+    main()
