@@ -47,9 +47,14 @@ WKV_HD double exp_nonpositive(double x) { return std::exp(x); }
 WKV_HD float exp2_clamped(float x) { return std::exp2(x); }
 WKV_HD double exp2_clamped(double x) { return std::exp2(x); }
 
+// Two numbers divided by the same one.
 template <class Real>
-WKV_HD Real reciprocal(Real x) {
-  return Real(1) / x;
+struct Quotients {
+  Real first, second;
+};
+template <class Real>
+WKV_HD Quotients<Real> divide(Real first, Real second, Real by) {
+  return {first / by, second / by};
 }
 
 // ---- the operator ----
@@ -105,9 +110,7 @@ template <class Real>
 WKV_HD void read_adjoint(Sums<Real> past, Weights<Real> weights, Real v, Real gy, Sums<Real>& adjoint,
                          StepGradients<Real>& gradients) {
   const Sums<Real> now = mix(past, weights, v);
-  const Real share = reciprocal(now.den);
-  const Real y = now.num * share;
-  const Real h = gy * share;
+  const auto [y, h] = divide(now.num, gy, now.den);
   const Real h_present = weights.present * h;
   gradients.gv = gradients.gv + h_present;
   gradients.gu = h_present * (v - y);

@@ -102,13 +102,21 @@ def test_what_the_chunks_hand_on_is_small(operation: str, dtype: str) -> None:
         (("forward", "int8", 1, 1, 1), {}, "dtype: expected float32.*got int8"),
         (("sideways", "float32", 1, 1, 1), {}, "operation: expected forward or backward, got sideways"),
         (("forward", "float32", 0, 1, 1), {}, "B, T and C of at least 1"),
-        (("forward", "float32", 1, 1, 1), {"schedule": "random"}, "schedule: expected serial, .*single_pass, got random"),
+        (
+            ("forward", "float32", 1, 1, 1),
+            {"schedule": "random"},
+            "schedule: expected serial, .*single_pass, got random",
+        ),
         (("forward", "float64", 1, 99, 1), {"schedule": "single_pass"}, "schedule: a single pass needs a warp"),
         (("backward", "float32", 10**6, 10**6, 1), {"schedule": "single_pass"}, "more blocks than a grid"),
         (("forward", "float32", 1, 1, 1), {"warps": 9}, "warps: expected 1 to 8, got 9"),
         (("backward", "float32", 1, 1, 1), {"warps": 4}, "warps: backward has 8 spans"),
         (("forward", "float32", 1, 99, 1), {"warps": 2, "chunk_len": 48}, "chunk_len: expected a multiple of 32"),
-        (("forward", "float32", 1, 99, 1), {"schedule": "serial", "chunk_len": 64}, "chunk_len: a serial schedule has no choice"),
+        (
+            ("forward", "float32", 1, 99, 1),
+            {"schedule": "serial", "chunk_len": 64},
+            "chunk_len: a serial schedule has no choice",
+        ),
         (
             ("backward", "float32", 1, 1, 1),
             {"limits": {**T4, "shared_per_block": 1024}},

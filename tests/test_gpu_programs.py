@@ -39,7 +39,9 @@ def plans_for(dtype: torch.dtype) -> list[str]:
 
 
 PLANS_AND_DTYPES = [
-    pytest.param(plan, dtype, id=f"{plan}-{gpu_programs.name_of(dtype)}") for dtype in DTYPES for plan in plans_for(dtype)
+    pytest.param(plan, dtype, id=f"{plan}-{gpu_programs.name_of(dtype)}")
+    for dtype in DTYPES
+    for plan in plans_for(dtype)
 ]
 
 

@@ -1,9 +1,10 @@
 """What the compiler makes of the CUDA kernels: `make kernel-report` writes docs/kernel-report.md; no GPU is needed.
 
-Registers and occupancy for every architecture; for two of them instructions and memory accesses, in the whole kernel
-and per element of a full tile, as sass.py counts them. Fails if a kernel spills registers or has a stack frame.
+Registers and occupancy for every architecture; for two of them memory accesses, and the instructions for each element of
+a full tile. Fails if a kernel spills registers or has a stack frame.
 """
 
+import itertools
 import re
 import subprocess
 import sys
@@ -29,8 +30,9 @@ COMPILERS = 2  # at a time
 # Of these the instructions are counted.
 DISASSEMBLED = ("8.0", "9.0")
 
-# A problem whose plans have every kernel; what a block is like does not depend on much more than the dtype.
+# What a block is like does not depend on much more than the dtype.
 PROBLEM = (8, 1024, 768)
+SCHEDULES = ("chunked", "single_pass")
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Kernel:
     stack_bytes: int
     spilled_bytes: int
     code: sass.Code | None
+    code_of_full_tile: sass.Code | None
 
 
 @dataclass(frozen=True)
@@ -86,25 +89,29 @@ class Block:
     threads: int
     shared_bytes: int
     elements: int
-    vectors: int  # of 16 bytes, for each tensor
 
 
 NAMES = {
     ("Forward", "0"): "summarise_states",
     ("Forward", "1"): "forward",
+    ("Forward", "2"): "forward_single_pass",
     ("CarryStates", None): "carry_states",
     ("Backward", "0"): "summarise_adjoints",
     ("Backward", "1"): "backward",
+    ("Backward", "2"): "backward_single_pass",
     ("CarryAdjoints", None): "carry_adjoints",
     ("Reduce", None): "reduce",
+    ("Clear", None): "clear",
     ("Step", None): "step",
 }
+WALKS = ("forward", "backward", "summarise")
 DTYPES = {"f": "float32", "NS_4HalfE": "float16", "NS_8Bfloat16E": "bfloat16", "d": "float64"}
-ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 RESOURCES = re.compile(
     r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.DOTALL
 )
-MANGLED = re.compile(r"wkv_kernelINS_\d+([A-Z][A-Za-z]*)I(f|d|NS_4HalfE|NS_8Bfloat16E)(?:Lb([01])E)?E")
+MANGLED = re.compile(
+    r"wkv_kernelINS_\d+(Clear|[A-Z][A-Za-z]*(?=I))(?:I(f|d|NS_4HalfE|NS_8Bfloat16E)(?:LNS_4PassE([012])E)?E)?"
+)
 
 
 def identity(mangled: str) -> tuple[str, str]:
@@ -113,7 +120,7 @@ def identity(mangled: str) -> tuple[str, str]:
     if match is None:
         sys.exit(f"kernel report: which kernel is {mangled}?")
     program, element, flag = match.groups()
-    return NAMES[program, flag], DTYPES[element]
+    return NAMES[program, flag], DTYPES[element or "f"]
 
 
 def compile_for(architecture: str, toolkit: cuda_toolkit.Toolkit, nvdisasm: Path, folder: Path) -> list[Kernel]:
@@ -125,14 +132,23 @@ def compile_for(architecture: str, toolkit: cuda_toolkit.Toolkit, nvdisasm: Path
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         sys.exit(f"kernel report: nvcc fails for {architecture}\n{result.stderr}")
-    codes: dict[str, sass.Code] = {}
+    codes = full_tiles = {}
     if architecture in DISASSEMBLED:
-        listing = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True).stdout
-        codes = dict(sass.kernels(listing))
-    return list(_resources(result.stderr, codes))
+        codes = _disassemble(cubin, nvdisasm)
+        subprocess.run([*command, "-DWKV_FULL_TILES_ONLY"], capture_output=True, check=True)
+        full_tiles = _disassemble(cubin, nvdisasm)
+    return list(_resources(result.stderr, codes, full_tiles))
 
 
-def _resources(log: str, codes: dict[str, sass.Code]) -> Iterator[Kernel]:
+def _disassemble(cubin: Path, nvdisasm: Path) -> dict[tuple[str, str], sass.Code]:
+    listing = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    return {identity(mangled): code for mangled, code in sass.kernels(listing)}
+
+
+Codes = dict[tuple[str, str], sass.Code]
+
+
+def _resources(log: str, codes: Codes, full_tiles: Codes) -> Iterator[Kernel]:
     for part in log.split("Compiling entry function '")[1:]:
         mangled = part.split("'")[0]
         stack, stores, loads = map(
@@ -142,7 +158,8 @@ def _resources(log: str, codes: dict[str, sass.Code]) -> Iterator[Kernel]:
             ).groups(),
         )
         registers = int(re.search(r"Used (\d+) registers", part)[1])  # type: ignore[index]
-        yield Kernel(*identity(mangled), registers, stack, stores + loads, codes.get(mangled))
+        key = identity(mangled)
+        yield Kernel(*key, registers, stack, stores + loads, codes.get(key), full_tiles.get(key))
 
 
 def blocks() -> dict[tuple[str, str], Block]:
@@ -151,16 +168,16 @@ def blocks() -> dict[tuple[str, str], Block]:
     sizes += ["k_stride", "v_stride", *(f"state_{axis}_stride" for axis in ("batch", "row", "channel"))]
     nowhere: dict[str, int | str] = {**dict.fromkeys(sizes, 0), "w_dtype": "float32", "u_dtype": "float32"}
     found = {}
-    for dtype, size in ELEMENT_BYTES.items():
-        for operation in ("forward", "backward", "step"):
+    for dtype in DTYPES.values():
+        schedules = SCHEDULES if dtype != "float64" else SCHEDULES[:1]
+        for operation, schedule in itertools.product(("forward", "backward", "step"), schedules):
             tile = 0
             if operation != "step":
-                plan = _C.plan_cuda(operation, dtype, *PROBLEM)
+                plan = _C.plan_cuda(operation, dtype, *PROBLEM, schedule=schedule)
                 tile = plan["tile_steps"] * -(-PROBLEM[2] // plan["channel_tiles"])
-            for launch in _C.cuda_launches(operation, dtype, *PROBLEM, nowhere):
+            for launch in _C.cuda_launches(operation, dtype, *PROBLEM, nowhere, schedule=schedule):
                 threads = launch["block"][0]
-                elements = tile // threads
-                found[launch["kernel"], dtype] = Block(threads, launch["shared_bytes"], elements, elements * size // 16)
+                found[launch["kernel"], dtype] = Block(threads, launch["shared_bytes"], tile // threads)
     return found
 
 
@@ -173,9 +190,9 @@ PREFACE = """# What the compiler makes of the CUDA kernels
 memory; blocks are those that fit on a multiprocessor. Threads and shared memory are those of the launches for B, T, C =
 {problem} on an H100.
 
-Accesses are counted in the code, which has full and partial spans, the shared exponent and the running maximum. "Per
-element" counts what a thread executes of it for a full tile, state summaries included, and divides by its elements;
-`tools/sass.py` says how. It is left out for float64, whose exponentials are subroutines.
+Accesses are counted in the code, which has full and partial spans, the shared exponent and the running maximum. For
+"per element" the kernels are compiled once more for full tiles that share an exponent, and all instructions of that
+code, the block's beginning and end and one turn of each loop included, are divided by a thread's elements of a tile.
 """
 
 
@@ -201,12 +218,12 @@ def _resource_row(kernel: Kernel, block: Block, multiprocessor: Multiprocessor) 
 
 
 def _code_row(kernel: Kernel, code: sass.Code, block: Block) -> tuple[object, ...]:
-    # By lanes of channels and, where these are smaller, by pairs of float32 for states.
-    widths = (min(2 * ELEMENT_BYTES[kernel.dtype], 8), 8)
-    executed = None if kernel.dtype == "float64" else code.of_full_tile(block.vectors, widths)
-    per_element = ("", "") if executed is None else tuple(f"{count / block.elements:.1f}" for count in executed)
+    per_element: tuple[object, object] = ("", "")
+    if kernel.code_of_full_tile is not None and kernel.name.startswith(WALKS):
+        full = kernel.code_of_full_tile
+        per_element = (f"{full.instructions / block.elements:.1f}", f"{full.mufu / block.elements:.1f}")
     accesses = (f"{count} {access.instruction}.{8 * access.width}" for access, count in sorted(code.accesses.items()))
-    return (kernel.name, kernel.dtype, *code.cost, *per_element, ", ".join(accesses))
+    return (kernel.name, kernel.dtype, code.instructions, code.mufu, *per_element, ", ".join(accesses))
 
 
 def _markdown(names: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:

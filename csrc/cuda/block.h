@@ -11,6 +11,14 @@
 
 namespace wkv {
 
+// The kernel report counts the instructions of what a full tile takes: whole spans that share an exponent, moved by
+// vectors. It compiles that alone.
+#if defined(WKV_FULL_TILES_ONLY)
+inline constexpr bool kFullTilesOnly = true;
+#else
+inline constexpr bool kFullTilesOnly = false;
+#endif
+
 struct BlockIndex {
   unsigned x, y, z;
 };
@@ -157,6 +165,7 @@ struct alignas(kVectorBytes) Vector {
 
 template <class Element>
 WKV_HD bool vectors_are_aligned(Rows<Element> rows) {
+  if (kFullTilesOnly) return true;
   const auto address = reinterpret_cast<uintptr_t>(rows.data);
   return ((address | static_cast<uintptr_t>(rows.stride * static_cast<int64_t>(sizeof(Element)))) % kVectorBytes) == 0;
 }
@@ -202,6 +211,7 @@ WKV_HD void stage(Element* tile, Rows<const Element> source, int rows, int colum
   if (share.column < vectored) {
     const Element* from = source.data + share.first_row * source.stride + share.column;
     Element* to = tile + share.first_row * kColumns + share.column;
+#pragma unroll 4
     for (int row = share.first_row; row < rows; row += share.row_step) {
       copy_vector(to, from);
       from += share.row_step * source.stride;
@@ -209,7 +219,7 @@ WKV_HD void stage(Element* tile, Rows<const Element> source, int rows, int colum
     }
   }
   const int single = kColumns - vectored;
-  if (single == 0) return;
+  if (kFullTilesOnly || single == 0) return;
   for (int i = thread; i < rows * single; i += threads) {
     const int row = i / single, column = vectored + i % single;
     tile[row * kColumns + column] = column < columns ? source.data[row * source.stride + column] : Element();
@@ -225,6 +235,7 @@ WKV_HD void unstage(Rows<Element> target, const Element* tile, int rows, int col
   if (share.column < vectored) {
     Element* to = target.data + share.first_row * target.stride + share.column;
     const Element* from = tile + share.first_row * kColumns + share.column;
+#pragma unroll 4
     for (int row = share.first_row; row < rows; row += share.row_step) {
       *reinterpret_cast<Vector*>(to) = *reinterpret_cast<const Vector*>(from);
       to += share.row_step * target.stride;
@@ -232,7 +243,7 @@ WKV_HD void unstage(Rows<Element> target, const Element* tile, int rows, int col
     }
   }
   const int single = columns - vectored;
-  if (single == 0) return;
+  if (kFullTilesOnly || single == 0) return;
   for (int i = thread; i < rows * single; i += threads) {
     const int row = i / single, column = vectored + i % single;
     target.data[row * target.stride + column] = tile[row * kColumns + column];

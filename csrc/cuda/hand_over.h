@@ -63,8 +63,8 @@ struct Place {
   }
 };
 
-// How many chunks' gifts a thread asks for at once; backward has few registers left.
-inline constexpr int kHandOverBatch = 2;
+// How many chunks a thread asks for at once; backward has few registers left.
+inline constexpr int kHandOverBatch = 1;
 
 // What one chunk has to do with the others. All threads of a warp use it together.
 struct Neighbours {

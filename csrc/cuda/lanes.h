@@ -79,6 +79,10 @@ WKV_HD Pair operator-(Pair a, Pair b) { return {a.x - b.x, a.y - b.y}; }
 WKV_HD Pair operator*(Pair a, Pair b) { return {a.x * b.x, a.y * b.y}; }
 WKV_HD Pair reciprocal(Pair a) { return {reciprocal_approximate(a.x), reciprocal_approximate(a.y)}; }
 WKV_HD Pair operator/(Pair a, Pair b) { return a * reciprocal(b); }
+WKV_HD Quotients<Pair> divide(Pair first, Pair second, Pair by) {
+  const Pair factor = reciprocal(by);
+  return {first * factor, second * factor};
+}
 WKV_HD Pair operator-(Pair a) { return {-a.x, -a.y}; }
 WKV_HD PairOfBool operator<(Pair a, Pair b) { return {a.x < b.x, a.y < b.y}; }
 WKV_HD PairOfBool operator<=(Pair a, Pair b) { return {a.x <= b.x, a.y <= b.y}; }

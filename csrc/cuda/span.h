@@ -24,7 +24,7 @@ struct Column {
 // be registers; a whole span, which is the rule, asks nothing at each step.
 template <int kSteps, class Function>
 WKV_HD void for_steps(int count, const Function& function) {
-  if (count == kSteps) {
+  if (kFullTilesOnly || count == kSteps) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) function(step);
   } else {
@@ -36,7 +36,7 @@ WKV_HD void for_steps(int count, const Function& function) {
 }
 template <int kSteps, class Function>
 WKV_HD void for_steps_back(int count, const Function& function) {
-  if (count == kSteps) {
+  if (kFullTilesOnly || count == kSteps) {
 #pragma unroll
     for (int step = kSteps - 1; step >= 0; --step) function(step);
   } else {
@@ -45,6 +45,11 @@ WKV_HD void for_steps_back(int count, const Function& function) {
       if (step < count) function(step);
     }
   }
+}
+
+template <class Lanes>
+WKV_HD bool shares_exponent(const TileRange<Lanes>& range, const Channel<Lanes>& channel) {
+  return kFullTilesOnly || all(range.fits(channel));
 }
 
 // The state after a walk in a shared scale: den is brought to [1, 2) by a power of two, which is exact.
@@ -90,7 +95,7 @@ struct SpanWalk {
     // Nothing is read on the way, so the bonus has no say.
     const SpanWalk without_bonus{{{channel.channel.log_decay, Lanes(0)}, channel.decay, Lanes(1)}, steps};
     const auto range = keys.summed(decay_of_steps());
-    if (all(range.fits(without_bonus.channel.channel))) {
+    if (shares_exponent(range, without_bonus.channel.channel)) {
       const auto scale = without_bonus.shared_scale(range);
       const auto sums = advance(scale, k, v, empty_state<Lanes>()).sums;
       return leave_shared_scale(sums, scale.reference_log2);
@@ -118,7 +123,7 @@ struct SpanWalk {
   WKV_HD State<Lanes> forward(Column<const Element> k, Column<const Element> v, Column<Element> y,
                               const KeyRange<Lanes>& keys, State<Lanes> state) const {
     const auto range = keys.entered(state.max, decay_of_steps());
-    if (all(range.fits(channel.channel))) {
+    if (shares_exponent(range, channel.channel)) {
       const auto scale = shared_scale(range);
       const Lanes enter = scale.weight(state.max);
       state.sums = {state.sums.num * enter, state.sums.den * enter};
@@ -158,7 +163,7 @@ struct SpanWalk {
   WKV_HD void replay(Column<const Element> k, Column<const Element> v, const KeyRange<Lanes>& keys, State<Lanes> state,
                      Replayed& replayed) const {
     const auto range = keys.entered(state.max, decay_of_steps());
-    replayed.shared = all(range.fits(channel.channel));
+    replayed.shared = shares_exponent(range, channel.channel);
     replayed.scale = shared_scale(range);
     if (replayed.shared) {
       const Lanes enter = replayed.scale.weight(state.max);
