@@ -10,11 +10,12 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Blocks of a launch that keep the device's memory busy. A forward block of 64 threads has about 16 KB on its way, a
-// multiprocessor of an H100 needs 30 KB (3 TB/s times 0.7 µs over 132), and loads alternate with sums.
+// Blocks of a launch that keep the device's memory busy: modelled, to be replaced by a measurement. A multiprocessor of
+// an H100 needs about 16 KB on its way (3 TB/s times 0.7 µs over 132), a forward block has 8 KB and more, and loads
+// alternate with sums.
 constexpr int64_t kForwardBlocksPerMultiprocessor = 8;
-// Registers and shared memory let two backward blocks onto a multiprocessor; twice that many even out the last wave.
-constexpr int64_t kBackwardBlocksPerMultiprocessor = 4;
+// Registers let three backward blocks onto a multiprocessor; twice that many even out the last wave.
+constexpr int64_t kBackwardBlocksPerMultiprocessor = 6;
 
 // One span walks without a summary, four need one and a barrier; with fewer blocks than this per multiprocessor the
 // threads of single spans are too few to hide latencies.
@@ -38,16 +39,16 @@ int choose_spans(const Plan& plan, const DeviceLimits& limits, const PlanRequest
     }
     return static_cast<int>(request.warps);
   }
+  const bool single_pass = std::strcmp(plan.schedule, "single_pass") == 0;
   const int64_t useful = ceil_div(plan.T, span_steps(plan.operation));
-  if (std::strcmp(plan.schedule, "single_pass") == 0) {
-    // The longer a tile, the fewer chunks hand over; two blocks shall fit a multiprocessor.
-    int spans = most;
-    while (spans > 4 && 2 * ForwardLayout(plan.dtype, spans).size > limits.shared_per_multiprocessor) spans /= 2;
-    return static_cast<int>(std::min<int64_t>(useful, spans));
-  }
-  const int64_t blocks = plan.B * plan.channel_tiles;
-  if (blocks >= kBlocksForSingleSpans * limits.multiprocessors) return 1;
-  return static_cast<int>(std::min<int64_t>({useful, 4, most}));
+  const bool many_blocks = plan.B * plan.channel_tiles >= kBlocksForSingleSpans * limits.multiprocessors;
+  int spans = !single_pass && many_blocks ? 1 : static_cast<int>(std::min<int64_t>({useful, 4, most}));
+  // Two blocks at least of a single pass shall fit a multiprocessor: some wait while others work.
+  const auto fits = [&](int64_t shared) {
+    return shared <= limits.shared_per_block && (!single_pass || 2 * shared <= limits.shared_per_multiprocessor);
+  };
+  while (spans > 1 && !fits(ForwardLayout(plan.dtype, spans).size)) --spans;
+  return spans;
 }
 
 // How many chunks the device can use at once.

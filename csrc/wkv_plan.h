@@ -34,11 +34,12 @@ constexpr int channels_per_lane(DType dtype) { return dtype == DType::float64 ? 
 constexpr int lane_count(DType dtype) { return dtype == DType::float64 ? 16 : 32; }
 constexpr int tile_channels(DType dtype) { return lane_count(dtype) * channels_per_lane(dtype); }
 
-// Backward keeps the states of a span in registers: 8 steps of two channels take 48.
-constexpr int span_steps(Operation operation) { return operation == Operation::forward ? 16 : 8; }
+// The longer a span, the less its beginning and end weigh. Backward keeps the states of a span in registers: 16 steps
+// of two channels take 96.
+constexpr int span_steps(Operation operation) { return operation == Operation::forward ? 32 : 16; }
 
-constexpr int kMaxThreads = 256;
-constexpr int max_spans(DType dtype) { return kMaxThreads / lane_count(dtype); }
+constexpr int kMaxForwardThreads = 256;
+constexpr int max_spans(DType dtype) { return kMaxForwardThreads / lane_count(dtype); }
 
 // Backward starts every tile from a checkpoint.
 constexpr int backward_spans(DType dtype) {
@@ -48,6 +49,9 @@ constexpr int backward_spans(DType dtype) {
 // Of each channel: log-decay, u, decay and bonus. Of the block: its place in the problem.
 constexpr int kChannelValues = 4;
 constexpr int kPlaceBytes = 16;
+
+constexpr int kBackwardThreads = backward_spans(DType::float32) * lane_count(DType::float32);
+static_assert(kBackwardThreads == backward_spans(DType::float64) * lane_count(DType::float64));
 
 // Where things lie in a block's shared memory, in bytes.
 struct ForwardLayout {

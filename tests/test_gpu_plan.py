@@ -28,11 +28,11 @@ def _random_request(draw: random.Random, operation: str, dtype: str, limits: dic
     schedules = [None, "serial", "chunked"] if dtype == "float64" else [None, "serial", "chunked", "single_pass"]
     request: dict[str, Any] = {"schedule": draw.choice(schedules)}
     warps = 8 if dtype != "float64" else 16
-    steps = 8 * warps
+    steps = 64 if dtype != "float64" else 128
     if operation == "forward" and draw.random() < 0.5:
         # What eight spans of float32 stage needs more shared memory than some devices have.
-        request["warps"] = draw.randint(1, warps if limits["shared_per_block"] > 100_000 else warps // 2)
-        steps = 16 * request["warps"]
+        request["warps"] = draw.randint(1, warps if limits["shared_per_block"] > 100_000 else warps // 4)
+        steps = 32 * request["warps"]
         if request["schedule"] in (None, "chunked") and draw.random() < 0.5:
             request["chunk_len"] = steps * draw.randint(1, 20)
     if operation == "backward" and request["schedule"] in (None, "chunked") and draw.random() < 0.5:
@@ -53,7 +53,7 @@ def test_the_plan_covers_every_element_once_and_fits_the_device(seed: int) -> No
         assert (plan["channel_tiles"] - 1) * channels < C <= plan["channel_tiles"] * channels
         assert (plan["chunks"] - 1) * plan["chunk_len"] < T <= plan["chunks"] * plan["chunk_len"]
         assert plan["chunk_len"] % plan["tile_steps"] == 0
-        assert plan["tile_steps"] == plan["spans"] * (16 if operation == "forward" else 8)
+        assert plan["tile_steps"] == plan["spans"] * (32 if operation == "forward" else 16)
         assert plan["threads"] == plan["spans"] * lanes <= 256
         assert plan["shared_bytes"] <= limits["shared_per_block"]
         assert plan["channel_tiles"] < 2**31 and plan["batch_per_launch"] <= 65535
@@ -110,8 +110,8 @@ def test_what_the_chunks_hand_on_is_small(operation: str, dtype: str) -> None:
         (("forward", "float64", 1, 99, 1), {"schedule": "single_pass"}, "schedule: a single pass needs a warp"),
         (("backward", "float32", 10**6, 10**6, 1), {"schedule": "single_pass"}, "more blocks than a grid"),
         (("forward", "float32", 1, 1, 1), {"warps": 9}, "warps: expected 1 to 8, got 9"),
-        (("backward", "float32", 1, 1, 1), {"warps": 4}, "warps: backward has 8 spans"),
-        (("forward", "float32", 1, 99, 1), {"warps": 2, "chunk_len": 48}, "chunk_len: expected a multiple of 32"),
+        (("backward", "float32", 1, 1, 1), {"warps": 5}, "warps: backward has 4 spans"),
+        (("forward", "float32", 1, 99, 1), {"warps": 2, "chunk_len": 48}, "chunk_len: expected a multiple of 64"),
         (
             ("forward", "float32", 1, 99, 1),
             {"schedule": "serial", "chunk_len": 64},

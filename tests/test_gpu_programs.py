@@ -26,8 +26,8 @@ PLANS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "serial": ({"schedule": "serial"}, {"schedule": "serial"}),
     "serial_single_spans": ({"schedule": "serial", "warps": 1}, {"schedule": "serial"}),
     "chunked": ({"schedule": "chunked"}, {"schedule": "chunked"}),
-    "chunks_of_three_spans": ({"warps": 3, "chunk_len": 48}, {"schedule": "chunked"}),
-    "chunks_of_several_tiles": ({"warps": 1, "chunk_len": 32}, {"chunk_len": 128}),
+    "chunks_of_three_spans": ({"warps": 3, "chunk_len": 96}, {"schedule": "chunked"}),
+    "chunks_of_several_tiles": ({"warps": 1, "chunk_len": 64}, {"chunk_len": 128}),
     "single_pass": ({"schedule": "single_pass"}, {"schedule": "single_pass"}),
     "single_pass_of_small_tiles": ({"schedule": "single_pass", "warps": 1}, {"schedule": "single_pass"}),
 }
@@ -112,7 +112,7 @@ def test_a_missing_barrier_is_caught(kernel: str, barriers: list[int], library: 
 
     def run(emulator: Any) -> list[Tensor]:
         plan = {"schedule": "single_pass"} if "single_pass" in kernel else {"chunk_len": 128}
-        y, state_out, checkpoints = gpu_programs.forward(emulator, w, u, k, v, state, True, warps=4, **plan)
+        y, state_out, checkpoints = gpu_programs.forward(emulator, w, u, k, v, state, True, warps=2, **plan)
         given = (w, u, k, v, state, checkpoints, tensors.gy, tensors.gstate)
         return [y, state_out, checkpoints, *gpu_programs.backward(emulator, *given, **plan)]
 

@@ -1,7 +1,7 @@
 """What the compiler makes of the CUDA kernels: `make kernel-report` writes docs/kernel-report.md; no GPU is needed.
 
-Registers and occupancy for every architecture; for two of them memory accesses, and the instructions for each element of
-a full tile. Fails if a kernel spills registers or has a stack frame.
+Registers and occupancy for every architecture; for two of them memory accesses, and the instructions for each element
+of a full tile. Fails if a kernel spills registers or has a stack frame.
 """
 
 import itertools

@@ -20,10 +20,17 @@ struct Column {
   WKV_HD Element* at(int step) const { return first + step * Geometry<std::remove_const_t<Element>>::kTileChannels; }
 };
 
-// Calls function(step) for the first `count` of `kSteps` steps. All steps are unrolled, so that arrays over them can
-// be registers; a whole span, which is the rule, asks nothing at each step.
-template <int kSteps, class Function>
+// Calls function(step) for the first `count` steps.
+template <class Function>
 WKV_HD void for_steps(int count, const Function& function) {
+#pragma unroll 8
+  for (int step = 0; step < count; ++step) function(step);
+}
+
+// The same for at most `kSteps`, all unrolled, so that arrays over them can be registers; a whole span, which is the
+// rule, asks nothing at each step.
+template <int kSteps, class Function>
+WKV_HD void for_unrolled_steps(int count, const Function& function) {
   if (kFullTilesOnly || count == kSteps) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) function(step);
@@ -35,7 +42,7 @@ WKV_HD void for_steps(int count, const Function& function) {
   }
 }
 template <int kSteps, class Function>
-WKV_HD void for_steps_back(int count, const Function& function) {
+WKV_HD void for_unrolled_steps_back(int count, const Function& function) {
   if (kFullTilesOnly || count == kSteps) {
 #pragma unroll
     for (int step = kSteps - 1; step >= 0; --step) function(step);
@@ -47,8 +54,10 @@ WKV_HD void for_steps_back(int count, const Function& function) {
   }
 }
 
+// In float64, which is there to be exact, both ways to scale need more registers than a thread can have.
 template <class Lanes>
 WKV_HD bool shares_exponent(const TileRange<Lanes>& range, const Channel<Lanes>& channel) {
+  if constexpr (std::is_same_v<Lanes, double>) return false;
   return kFullTilesOnly || all(range.fits(channel));
 }
 
@@ -71,18 +80,18 @@ struct SpanWalk {
 
   WKV_HD KeyRange<Lanes> range_of(Column<const Element> k) const {
     auto range = KeyRange<Lanes>::none();
-    for_steps<kSteps>(steps, [&](int step) { range.add(load_lanes(k.at(step))); });
+    for_steps(steps, [&](int step) { range.add(load_lanes(k.at(step))); });
     return range;
   }
 
-  WKV_HD SharedScale<Lanes> shared_scale(const TileRange<Lanes>& range) const {
-    return {range.reference(channel.channel) * Lanes(kLog2E), channel.decay, channel.bonus};
+  WKV_HD SharedScale<Lanes> shared_scale(Lanes reference) const {
+    return {reference * Lanes(kLog2E), channel.decay, channel.bonus};
   }
 
   template <class Scale>
   WKV_HD State<Lanes> advance(const Scale& scale, Column<const Element> k, Column<const Element> v,
                               State<Lanes> state) const {
-    for_steps<kSteps>(steps, [&](int step) {
+    for_steps(steps, [&](int step) {
       const Lanes kt = scale.logit(load_lanes(k.at(step)));
       const auto weights = scale.advance_weights(scale.at(state.max, kt), kt);
       state = {mix(state.sums, weights, load_lanes(v.at(step))), scale.next_max(state.max, kt)};
@@ -96,7 +105,7 @@ struct SpanWalk {
     const SpanWalk without_bonus{{{channel.channel.log_decay, Lanes(0)}, channel.decay, Lanes(1)}, steps};
     const auto range = keys.summed(decay_of_steps());
     if (shares_exponent(range, without_bonus.channel.channel)) {
-      const auto scale = without_bonus.shared_scale(range);
+      const auto scale = without_bonus.shared_scale(range.reference(without_bonus.channel.channel));
       const auto sums = advance(scale, k, v, empty_state<Lanes>()).sums;
       return leave_shared_scale(sums, scale.reference_log2);
     }
@@ -108,7 +117,7 @@ struct SpanWalk {
   template <class Scale>
   WKV_HD State<Lanes> outputs(const Scale& scale, Column<const Element> k, Column<const Element> v, Column<Element> y,
                               State<Lanes> state) const {
-    for_steps<kSteps>(steps, [&](int step) {
+    for_steps(steps, [&](int step) {
       const Lanes kt = scale.logit(load_lanes(k.at(step)));
       const Lanes vt = load_lanes(v.at(step));
       const Lanes at = scale.at(state.max, kt);
@@ -124,7 +133,7 @@ struct SpanWalk {
                               const KeyRange<Lanes>& keys, State<Lanes> state) const {
     const auto range = keys.entered(state.max, decay_of_steps());
     if (shares_exponent(range, channel.channel)) {
-      const auto scale = shared_scale(range);
+      const auto scale = shared_scale(range.reference(channel.channel));
       const Lanes enter = scale.weight(state.max);
       state.sums = {state.sums.num * enter, state.sums.den * enter};
       return leave_shared_scale(outputs(scale, k, v, y, state).sums, scale.reference_log2);
@@ -140,10 +149,10 @@ struct SpanWalk {
     Lanes at;
   };
 
-  // What the way back needs of the way forward; in the span's scale, sums after it are relative to `max_after`.
+  // What the way back needs of the way forward. Sums after it are relative to `max_after`: where the span shares a
+  // scale, its reference.
   struct Replayed {
     SavedStep saved[kSteps];
-    SharedScale<Lanes> scale;
     bool shared;
     Lanes max_after;
   };
@@ -151,7 +160,7 @@ struct SpanWalk {
   template <class Scale>
   WKV_HD State<Lanes> replay_steps(const Scale& scale, Column<const Element> k, Column<const Element> v,
                                    State<Lanes> state, SavedStep (&saved)[kSteps]) const {
-    for_steps<kSteps>(steps, [&](int step) {
+    for_unrolled_steps<kSteps>(steps, [&](int step) {
       const Lanes kt = scale.logit(load_lanes(k.at(step)));
       const Lanes at = scale.at(state.max, kt);
       saved[step] = {state.sums, at};
@@ -164,12 +173,12 @@ struct SpanWalk {
                      Replayed& replayed) const {
     const auto range = keys.entered(state.max, decay_of_steps());
     replayed.shared = shares_exponent(range, channel.channel);
-    replayed.scale = shared_scale(range);
     if (replayed.shared) {
-      const Lanes enter = replayed.scale.weight(state.max);
+      replayed.max_after = range.reference(channel.channel);
+      const auto scale = shared_scale(replayed.max_after);
+      const Lanes enter = scale.weight(state.max);
       state.sums = {state.sums.num * enter, state.sums.den * enter};
-      replay_steps(replayed.scale, k, v, state, replayed.saved);
-      replayed.max_after = replayed.scale.reference_log2 * Lanes(1 / kLog2E);
+      replay_steps(scale, k, v, state, replayed.saved);
     } else {
       replayed.max_after = replay_steps(RunningScale<Lanes>{channel.channel}, k, v, state, replayed.saved).max;
     }
@@ -185,7 +194,7 @@ struct SpanWalk {
   WKV_HD void reverse_steps(const Scale& scale, Column<const Element> k, Column<const Element> v,
                             Column<const Element> gy, Column<Element> gk, Column<Element> gv,
                             const SavedStep (&saved)[kSteps], Gathered& gathered) const {
-    for_steps_back<kSteps>(steps, [&](int step) {
+    for_unrolled_steps_back<kSteps>(steps, [&](int step) {
       const Lanes kt = scale.logit(load_lanes(k.at(step)));
       const Lanes vt = load_lanes(v.at(step));
       const SavedStep before = saved[step];
@@ -213,8 +222,9 @@ struct SpanWalk {
     };
     rescale(exponential(replayed.max_after - max_after));
     if (replayed.shared) {
-      reverse_steps<writes>(replayed.scale, k, v, gy, gk, gv, replayed.saved, gathered);
-      rescale(replayed.scale.weight(max_before));
+      const auto scale = shared_scale(replayed.max_after);
+      reverse_steps<writes>(scale, k, v, gy, gk, gv, replayed.saved, gathered);
+      rescale(scale.weight(max_before));
     } else {
       reverse_steps<writes>(RunningScale<Lanes>{channel.channel}, k, v, gy, gk, gv, replayed.saved, gathered);
     }

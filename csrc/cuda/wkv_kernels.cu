@@ -20,20 +20,23 @@ struct DeviceTeam {
   }
 };
 
+// Threads of a block, and blocks of a multiprocessor that the registers shall suffice for.
 template <class Program>
 struct Bounds {
-  static constexpr int kThreads = kMaxThreads, kBlocks = 1;
+  static constexpr int kThreads = kMaxForwardThreads, kBlocks = 1;
 };
-// Two backward blocks hide each other's latencies, where shared memory has room for two: not on Turing. A float64 block
-// needs the registers of both.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+// Backward blocks hide each other's latencies, as many as shared memory has room for: in float32 one on Turing, three on
+// Hopper and Blackwell's servers, two elsewhere. A float64 block needs the registers of two.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
 inline constexpr int kBackwardBlocks = 1;
+#elif __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+inline constexpr int kBackwardBlocks = 3;
 #else
 inline constexpr int kBackwardBlocks = 2;
 #endif
 template <class Element, Pass pass>
 struct Bounds<Backward<Element, pass>> {
-  static constexpr int kThreads = kMaxThreads, kBlocks = std::is_same_v<Element, double> ? 1 : kBackwardBlocks;
+  static constexpr int kThreads = kBackwardThreads, kBlocks = std::is_same_v<Element, double> ? 1 : kBackwardBlocks;
 };
 template <class Real>
 struct Bounds<Reduce<Real>> {
