@@ -21,10 +21,11 @@ struct Column {
 };
 
 // Calls function(step) for the first `count` steps.
-template <class Function>
+template <int kSteps, class Function>
 WKV_HD void for_steps(int count, const Function& function) {
-#pragma unroll 8
-  for (int step = 0; step < count; ++step) function(step);
+  constexpr int kUnrolled = kFullTilesOnly ? kSteps : 8;
+#pragma unroll kUnrolled
+  for (int step = 0; step < (kFullTilesOnly ? kSteps : count); ++step) function(step);
 }
 
 // The same for at most `kSteps`, all unrolled, so that arrays over them can be registers; a whole span, which is the
@@ -80,7 +81,7 @@ struct SpanWalk {
 
   WKV_HD KeyRange<Lanes> range_of(Column<const Element> k) const {
     auto range = KeyRange<Lanes>::none();
-    for_steps(steps, [&](int step) { range.add(load_lanes(k.at(step))); });
+    for_steps<kSteps>(steps, [&](int step) { range.add(load_lanes(k.at(step))); });
     return range;
   }
 
@@ -91,7 +92,7 @@ struct SpanWalk {
   template <class Scale>
   WKV_HD State<Lanes> advance(const Scale& scale, Column<const Element> k, Column<const Element> v,
                               State<Lanes> state) const {
-    for_steps(steps, [&](int step) {
+    for_steps<kSteps>(steps, [&](int step) {
       const Lanes kt = scale.logit(load_lanes(k.at(step)));
       const auto weights = scale.advance_weights(scale.at(state.max, kt), kt);
       state = {mix(state.sums, weights, load_lanes(v.at(step))), scale.next_max(state.max, kt)};
@@ -117,7 +118,7 @@ struct SpanWalk {
   template <class Scale>
   WKV_HD State<Lanes> outputs(const Scale& scale, Column<const Element> k, Column<const Element> v, Column<Element> y,
                               State<Lanes> state) const {
-    for_steps(steps, [&](int step) {
+    for_steps<kSteps>(steps, [&](int step) {
       const Lanes kt = scale.logit(load_lanes(k.at(step)));
       const Lanes vt = load_lanes(v.at(step));
       const Lanes at = scale.at(state.max, kt);

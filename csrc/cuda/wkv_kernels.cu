@@ -25,8 +25,8 @@ template <class Program>
 struct Bounds {
   static constexpr int kThreads = kMaxForwardThreads, kBlocks = 1;
 };
-// Backward blocks hide each other's latencies, as many as shared memory has room for: in float32 one on Turing, three on
-// Hopper and Blackwell's servers, two elsewhere. A float64 block needs the registers of two.
+// Backward blocks hide each other's latencies, as many as shared memory has room for: in float32 one on Turing, three
+// on Hopper and Blackwell's servers, two elsewhere. A float64 block needs the registers of two.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
 inline constexpr int kBackwardBlocks = 1;
 #elif __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
