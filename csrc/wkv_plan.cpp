@@ -148,8 +148,10 @@ Plan make_plan(Operation operation, DType dtype, int64_t B, int64_t T, int64_t C
   const int64_t value = C * state_bytes(dtype);
   plan.workspace_bytes = B * value * (forward ? 3 * (plan.chunks - 1) : 2 * (plan.chunks - 1) + 2 * plan.chunks);
   if (std::strcmp(plan.schedule, "single_pass") == 0) {
-    // The more chunks hand over together, the fewer wait in a row, and the more each has to join: one warp awaits them.
-    plan.group = plan.chunks <= 64 ? 32 : 16;
+    // The more chunks hand over together, the fewer wait in a row, and the more each has to read and join. So it is
+    // four in a row among the blocks that run at the same time, four on each multiprocessor, which takes them half as
+    // long as the data of these blocks does on an H100: modelled. One warp awaits the chunks of a group.
+    plan.group = std::clamp<int64_t>(ceil_div(limits.multiprocessors, B * plan.channel_tiles), 1, 32);
     plan.signal_count = 1 + plan.chunks * B * plan.channel_tiles;
     plan.workspace_bytes += plan.signal_count * static_cast<int64_t>(sizeof(uint32_t));
   }

@@ -8,6 +8,7 @@ import ctypes
 import importlib.util
 import os
 import subprocess
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -143,11 +144,22 @@ def symbol(kernel: str, dtype: str) -> str:
 
 
 class PtxRunner:
-    """The PTX for one architecture; `order` is that in which blocks start and threads are switched."""
+    """The PTX for one architecture; `order` is that in which blocks start and threads are switched.
 
-    def __init__(self, folder: Path, architecture: str, order: str = "fwd", seed: int = 0) -> None:
+    With `counted`, that gathers how often all threads together executed each operation of a kernel.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        architecture: str,
+        order: str = "fwd",
+        seed: int = 0,
+        counted: dict[str, Counter[str]] | None = None,
+    ) -> None:
         self.order = order
         self.seed = seed
+        self._counted = counted
         self._runner = load_ptx_runner()
         self._modules: dict[str, Any] = {}
         ptx = folder / f"{architecture}.ptx"
@@ -160,8 +172,8 @@ class PtxRunner:
     def run(self, launch: Launch, memory: Memory) -> None:
         name = symbol(launch["kernel"], launch["dtype"])
         if name not in self._modules:
-            self._modules[name] = self._runner.Module(self._text, only=name)
-        self._modules[name].run(
+            self._modules[name] = self._runner.Module(self._text, only=name, profile=self._counted is not None)
+        statistics = self._modules[name].run(
             name,
             [launch["arguments"]],
             grid=launch["grid"],
@@ -171,6 +183,8 @@ class PtxRunner:
             order=self.order,
             seed=self.seed,
         )
+        if self._counted is not None:
+            self._counted.setdefault(launch["kernel"], Counter()).update(statistics["ops"])
 
 
 # ---- the host path, as the operators take it, but for the device ----

@@ -6,10 +6,13 @@ switches between threads in a chosen order.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -75,3 +78,56 @@ def test_the_oldest_architecture_equals_the_oracle(dtype: torch.dtype, folder: P
             with emulated_backend.emulated(runner, *PLANS[plan]) as backend:
                 for name in ("two_checkpoints_and_one", "wide", "k_of_1000", "u_of_plus_50", "time_major"):
                     assert_solves(make(PROBLEMS[name], dtype), backend)
+
+
+class Budget(NamedTuple):
+    """For one element; traffic in bytes, between the threads and memory or the caches in front of it."""
+
+    instructions: float
+    mufu: float
+    traffic: float
+
+
+def _spent(executed: Counter[str], elements: int) -> Budget:
+    """What a kernel executed, moves between registers aside: these are the assembler's to remove."""
+
+    def count(prefixes: tuple[str, ...]) -> int:
+        return sum(times for operation, times in executed.items() if operation.startswith(prefixes))
+
+    bytes_moved = 16 * count(("cp.async.cg.",))
+    for operation, times in executed.items():
+        if operation.startswith(("ld.", "st.")) and not re.search("shared|param|local", operation):
+            vector, bits = re.findall(r"(?:\.v(\d))?\.[a-z](\d+)$", operation)[0]
+            bytes_moved += int(vector or 1) * int(bits) // 8 * times
+    instructions = executed.total() - count(("mov.",))
+    mufu = count(("ex2.approx", "rcp.approx", "lg2.approx"))
+    return Budget(instructions / elements, mufu / elements, bytes_moved / elements)
+
+
+# Traffic: three tensors, and five; checkpoints every 64 steps; what chunks hand over, written once, and read by those
+# of a group, from the cache. Instructions: what an H100 has time for meanwhile, docs/kernels.md.
+BUDGETS = {
+    ("forward", "serial", "bfloat16"): Budget(28, 2.1, 6.3),
+    ("forward", "serial", "float32"): Budget(28, 2.1, 12.3),
+    ("forward", "single_pass", "bfloat16"): Budget(48, 3.2, 6.5),
+    ("forward", "single_pass", "float32"): Budget(45, 3.2, 12.5),
+    ("backward", "single_pass", "bfloat16"): Budget(100, 5, 11.2),
+    ("backward", "single_pass", "float32"): Budget(98, 5, 21.2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=gpu_programs.name_of)
+@pytest.mark.parametrize("schedule", ["serial", "single_pass"])
+def test_a_kernel_keeps_to_its_budget(schedule: str, dtype: torch.dtype, folder: Path) -> None:
+    problem = Problem(B=33, T=512, C=64)
+    executed: dict[str, Counter[str]] = {}
+    runner = gpu_programs.PtxRunner(folder, SUITE_ARCHITECTURE, counted=executed)
+    forward = {"schedule": schedule, "warps": 1 if schedule == "serial" else 4}
+    with emulated_backend.emulated(runner, forward, {"schedule": schedule}) as backend:
+        solve(make(problem, dtype), backend)
+    for kernel, counts in executed.items():
+        spent = _spent(counts, problem.B * problem.T * problem.C)
+        print(f"{kernel} {schedule} {gpu_programs.name_of(dtype)}", *(f"{value:.2f}" for value in spent))
+        budget = BUDGETS.get((kernel.removesuffix("_single_pass"), schedule, gpu_programs.name_of(dtype)))
+        if budget is not None:
+            assert all(value <= limit for value, limit in zip(spent, budget, strict=True)), (kernel, spent, budget)

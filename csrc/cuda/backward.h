@@ -245,14 +245,10 @@ struct Backward {
     return last ? carried_to(block, 0, rows, lane) : joined(block, {Lanes(0), Lanes(0)}, 0, rows, lane);
   }
 
-  // The log-decay over chunks, of which each is a tile, with the change of max.
-  WKV_HD static Lanes decay_of_chunks(const Block& block, int64_t begin, int64_t end, const Thread& thread) {
-    const auto max_before = [&](int64_t chunk) {
-      return load_some(block.checkpoint_at(chunk * Geo::kInterval, thread) + 2 * block.arguments.C,
-                       block.channels_of(thread));
-    };
-    const Lanes log_decay = block.channels.log_decay(thread.lane());
-    return Lanes(static_cast<double>((end - begin) * Geo::kInterval)) * log_decay + max_before(begin) - max_before(end);
+  // Max of the state before chunk i, of which each is a tile.
+  WKV_HD static Lanes max_before_chunk(const Block& block, int64_t i, const Thread& thread) {
+    return load_some(block.checkpoint_at(i * Geo::kInterval, thread) + 2 * block.arguments.C,
+                     block.channels_of(thread));
   }
 
   // Needs `span_max` and `adjoints`; leaves what each span heard in `heard`. Positions go from the last chunk to the
@@ -268,21 +264,25 @@ struct Backward {
     neighbours.listen(part, lane);
     const int64_t last = block.arguments.chunks - 1;
     struct Given {
-      Sums<Lanes> own;
-      Lanes decay;
+      Sums<Lanes> adjoint;
+      Lanes max;  // that the adjoint is relative to
     };
-    const Sums<Lanes> heard = fold<kHandOverBatch>(
-        part.begin + 1, part.end, load_chunk_adjoint(block, last - part.begin, thread),
-        [&](int64_t position) {
-          const int64_t chunk = last - position;
-          return Given{load_chunk_adjoint(block, chunk, thread), decay_of_chunks(block, chunk, chunk + 1, thread)};
-        },
-        [&](int64_t, Sums<Lanes> adjoint, const Given& given) {
-          return join_adjoint(adjoint, given.decay, given.own);
-        });
-    const Lanes decay =
-        part.begin == 0 ? Lanes(0) : decay_of_chunks(block, last - part.end + 1, last - part.begin + 1, thread);
-    block.heard.set(thread.span(), lane, State<Lanes>{heard, decay});
+    const auto given_by = [&](int64_t position) {
+      const int64_t chunk = last - position;
+      return Given{load_chunk_adjoint(block, chunk, thread), max_before_chunk(block, chunk, thread)};
+    };
+    const Lanes decay_of_chunk = Lanes(Geo::kInterval) * block.channels.log_decay(lane);
+    const Given heard = fold<kHandOverBatch>(part.begin + 1, part.end, given_by(part.begin), given_by,
+                                             [&](int64_t, const Given& behind, const Given& own) {
+                                               const Lanes decay = decay_of_chunk + own.max - behind.max;
+                                               return Given{join_adjoint(behind.adjoint, decay, own.adjoint), own.max};
+                                             });
+    Lanes decay = Lanes(0);
+    if (part.begin != 0) {
+      decay = Lanes(static_cast<int>(part.end - part.begin)) * decay_of_chunk + heard.max -
+              max_before_chunk(block, last - part.begin + 1, thread);
+    }
+    block.heard.set(thread.span(), lane, State<Lanes>{heard.adjoint, decay});
   }
 
   // Needs `heard`; leaves `carry`.

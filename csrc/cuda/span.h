@@ -23,8 +23,7 @@ struct Column {
 // Calls function(step) for the first `count` steps.
 template <int kSteps, class Function>
 WKV_HD void for_steps(int count, const Function& function) {
-  constexpr int kUnrolled = kFullTilesOnly ? kSteps : 8;
-#pragma unroll kUnrolled
+#pragma unroll(kFullTilesOnly ? kSteps : 8)
   for (int step = 0; step < (kFullTilesOnly ? kSteps : count); ++step) function(step);
 }
 
