@@ -54,11 +54,21 @@ WKV_HD void for_unrolled_steps_back(int count, const Function& function) {
   }
 }
 
-// In float64, which is there to be exact, both ways to scale need more registers than a thread can have.
+// Whether all threads of the warp, which is the span, say so.
+WKV_HD bool warp_agrees(bool value) {
+#if defined(__CUDA_ARCH__)
+  return __all_sync(0xffffffff, value);
+#else
+  return value;
+#endif
+}
+
+// One answer for the warp, which would otherwise walk both ways. In float64, which is there to be exact, both ways to
+// scale need more registers than a thread can have.
 template <class Lanes>
 WKV_HD bool shares_exponent(const TileRange<Lanes>& range, const Channel<Lanes>& channel) {
   if constexpr (std::is_same_v<Lanes, double>) return false;
-  return kFullTilesOnly || all(range.fits(channel));
+  return kFullTilesOnly || warp_agrees(all(range.fits(channel)));
 }
 
 // The state after a walk in a shared scale: den is brought to [1, 2) by a power of two, which is exact.
