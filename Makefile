@@ -76,6 +76,7 @@ cuda-build:
 
 kernel-report: setup
 	$(RUN) tools/kernel_report.py
+	$(RUN) tools/triton_report.py
 
 clean:
 	rm -rf build dist demo *.egg-info rwkv_kernels/_C.*.so rwkv_kernels/_built_for.txt $(STATE)/extension

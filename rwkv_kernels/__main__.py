@@ -6,11 +6,13 @@ import sys
 import torch
 
 import rwkv_kernels
-from rwkv_kernels import reference
+from rwkv_kernels import reference, triton_backend
 
 # The self-check's float32 inputs are exact in float64, so this bounds the backend's own rounding: a few ulp of a mean
 # of values near 1, and sums of a hundred such steps in the gradients.
 SELF_CHECK_TOLERANCE = 1e-4
+
+DEVICES = {"cuda": "cuda", "triton": triton_backend.DEVICE}
 
 
 def _self_check(backend: str, device: str) -> float:
@@ -66,7 +68,7 @@ def main() -> int:
         if not available:
             print(f"  {name:12}not available: {reason}")
             continue
-        error = _self_check(name, "cuda" if name == "cuda" else "cpu")
+        error = _self_check(name, DEVICES.get(name, "cpu"))
         passed = error < SELF_CHECK_TOLERANCE
         healthy &= passed
         print(f"  {name:12}{'available' if passed else 'WRONG'}: off the float64 oracle by {error:.1e} at most")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_kernels import autograd, reference
+from rwkv_kernels import autograd, reference, triton_backend
 from rwkv_kernels._extension import extension
 
 __all__ = ["BackendInfo", "BackendUnavailable", "backends", "use_backend"]
@@ -145,13 +145,14 @@ def _compiled() -> tuple[Forward, Step]:
 # Kernels of the same operators: torch takes those of the arguments' device.
 _forward, _step = _compiled()
 CUDA = Backend("cuda", _cuda_why_unavailable, _cuda_why_not, _forward, _step)
+TRITON = Backend("triton", triton_backend.why_unavailable, triton_backend.why_not, *triton_backend.attach(_library))
 CPU = Backend("cpu", lambda: extension.why_missing, _cpu_why_not, _forward, _step)
 
-BACKENDS = {backend.name: backend for backend in (CUDA, CPU, REFERENCE)}
+BACKENDS = {backend.name: backend for backend in (CUDA, TRITON, CPU, REFERENCE)}
 
-# "auto" takes the first that can. The oracle is not among them: it is orders of magnitude slower, so it must be asked
-# for by name.
-AUTOMATIC = ("cuda", "cpu")
+# "auto" takes the first that can. The oracle is not among them, nor is Triton's interpreter: they are orders of
+# magnitude slower, so they must be asked for by name.
+AUTOMATIC = ("cuda", "cpu") if triton_backend.INTERPRETED else ("cuda", "triton", "cpu")
 
 
 class _Choice(threading.local):

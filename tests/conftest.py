@@ -4,14 +4,21 @@ import collections
 
 import pytest
 import torch
+from problems import dtypes_of
 
 import rwkv_kernels
+from rwkv_kernels import triton_backend
+
+if triton_backend.INTERPRETED:
+    import triton_interpreter
+
+    triton_interpreter.repair()
 
 _calls_by_backend: collections.Counter[str] = collections.Counter()
 
 
 NAMES = [info.name for info in rwkv_kernels.backends()]
-GPU_NAMES = [name for name in NAMES if name in ("cuda", "triton")]
+GPU_NAMES = ["cuda"] if triton_backend.INTERPRETED else ["cuda", "triton"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,6 +37,9 @@ def _start(name: str, request: pytest.FixtureRequest) -> str:
     if not info.available:
         stop = pytest.fail if name in request.config.getoption("--require-backend") else pytest.skip
         stop(f"backend {name}: {info.reason}")
+    dtype = request.node.callspec.params.get("dtype")
+    if dtype is not None and dtype not in dtypes_of(name):
+        pytest.skip(f"backend {name} does not compute in {dtype}")
     _calls_by_backend[name] += 1
     if name in GPU_NAMES:
         torch.set_default_device("cuda")
@@ -58,6 +68,12 @@ def native_backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=GPU_NAMES)
 def gpu_backend(request: pytest.FixtureRequest) -> str:
     """Every backend that runs on a GPU."""
+    return _start(request.param, request)
+
+
+@pytest.fixture(params=["triton"])
+def triton(request: pytest.FixtureRequest) -> str:
+    """That backend, on a GPU or interpreted."""
     return _start(request.param, request)
 
 

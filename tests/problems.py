@@ -10,6 +10,17 @@ from torch import Tensor
 import rwkv_kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
+    """What the backend computes in: Triton's kernels have no float64."""
+    return tuple(dtype for dtype in DTYPES if (backend, dtype) != ("triton", torch.float64))
+
+
+def widest_dtype(backend: str) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes_of(backend) else torch.float32
+
+
 INTERVAL = 64  # steps between checkpoints in float32; cases lie on both sides of it
 
 
@@ -80,6 +91,10 @@ class Tensors:
     def exact(self) -> "Tensors":
         """The same numbers in float64, so that only the operator's own rounding remains between two results."""
         return self.changed(Tensor.double)
+
+    def widest(self, backend: str) -> "Tensors":
+        """In the widest dtype of the backend, for claims that are exact but for roundings."""
+        return self.exact() if widest_dtype(backend) == torch.float64 else self
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> "Tensors":
         """The same with every tensor changed by the function."""

@@ -1,5 +1,6 @@
 """Which backend runs, who may say so, and what is said when one cannot."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -53,7 +54,7 @@ rwkv_kernels.wkv(torch.zeros(3), torch.zeros(3), x, x, backend="reference")
 
 def test_every_backend_is_listed_with_its_reason() -> None:
     listed = rwkv_kernels.backends()
-    assert [info.name for info in listed] == ["cuda", "cpu", "reference"]
+    assert [info.name for info in listed] == ["cuda", "triton", "cpu", "reference"]
     for name, available, reason in listed:
         assert available == (reason is None), name
 
@@ -87,7 +88,7 @@ def test_use_backend_is_undone_by_an_exception_and_unknown_to_other_threads() ->
 
 
 def test_an_unknown_name_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="'tpu' is unknown. Known: auto, cuda, cpu, reference"):
+    with pytest.raises(ValueError, match="'tpu' is unknown. Known: auto, cuda, triton, cpu, reference"):
         rwkv_kernels.use_backend("tpu").__enter__()
 
 
@@ -105,8 +106,9 @@ def test_an_unknown_name_in_the_environment_is_refused_by_the_call() -> None:
 def test_a_refusal_says_what_was_asked_why_not_and_what_can() -> None:
     reasons = {info.name: info.reason for info in rwkv_kernels.backends()}
     cuda = f"cuda: {reasons['cuda'] or 'k is on xpu:0, and this backend runs on CUDA devices'}"
+    triton = f"triton: {reasons['triton'] or 'k is on xpu:0, and this backend runs on GPUs'}"
     cpu = "cpu: k is on xpu:0, and this backend runs on the CPU"
-    for name, reason in (("auto", f"{cuda}; {cpu}"), ("cuda", cuda), ("cpu", cpu)):
+    for name, reason in (("auto", f"{cuda}; {triton}; {cpu}"), ("cuda", cuda), ("triton", triton), ("cpu", cpu)):
         with pytest.raises(rwkv_kernels.BackendUnavailable) as error:
             registry.select(name, _on("xpu:0"))
         assert str(error.value) == f"wkv backend '{name}' refused ({reason}). Available for this call: reference."
@@ -139,15 +141,19 @@ class _Module:
 
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Replaces the build and the GPU, of which there is one, by others."""
+    """Replaces the build, the GPU, of which there is one, and what Triton lacks, by others."""
     remembered = (registry._cuda_why_unavailable, registry._why_uncovered)
 
     def forget() -> None:
         for answer in remembered:
             answer.cache_clear()  # type: ignore[attr-defined]
 
-    def replace(module: _Module | None, capability: tuple[int, int] | None = None) -> None:
+    def replace(
+        module: _Module | None, capability: tuple[int, int] | None = None, triton: str | None = "no Triton"
+    ) -> None:
         forget()
+        backend = dataclasses.replace(registry.TRITON, why_unavailable=lambda: triton)
+        monkeypatch.setitem(registry.BACKENDS, "triton", backend)
         monkeypatch.setattr(registry, "extension", Extension(module, None if module else "not built"))  # type: ignore[arg-type]
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
@@ -202,6 +208,19 @@ def test_a_gpu_that_the_build_does_not_cover_is_refused_with_what_to_do(
         assert str(error.value).endswith("Available for this call: reference.")
 
 
+def test_auto_on_a_gpu_takes_cuda_then_triton_and_else_lists_the_reasons(pretend: Callable[..., None]) -> None:
+    k = _on("cuda:0")
+    pretend(_Module("13.0", ("9.0",)), (9, 0), triton=None)
+    assert registry.select("auto", k).name == "cuda"
+    for module in (None, _Module(None), _Module("13.0", ("8.0",))):
+        pretend(module, (9, 0), triton=None)
+        assert registry.select("auto", k).name == "triton"
+    pretend(None, (9, 0))
+    with pytest.raises(rwkv_kernels.BackendUnavailable) as error:
+        registry.select("auto", k)
+    assert "refused (cuda: not built; triton: no Triton; cpu: not built). Available for this" in str(error.value)
+
+
 def test_the_device_is_asked_once(pretend: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     pretend(_Module("13.0", ("9.0",)), (9, 0))
@@ -241,6 +260,7 @@ print(registry.select("auto", x).name)
 def test_without_the_extension_the_package_imports_and_says_what_to_do(tmp_path: Path) -> None:
     output = _run(CALL, _copy_without_extension(tmp_path))
     assert "wkv backend 'auto' refused (cuda: the extension is not built for this Python: run `pip install" in output
+    assert "; triton: " in output and "; cpu: the extension is not built" in output
     assert "Available for this call: reference." in output
 
 
@@ -295,3 +315,34 @@ def test_a_call_uses_the_backend_that_was_chosen() -> None:
     with rwkv_kernels.use_backend("reference"):
         y = rwkv_kernels.wkv(w, u, k, v.requires_grad_())
         assert isinstance(y, torch.Tensor) and "StackBackward" in str(y.grad_fn)
+
+
+def test_triton_says_what_it_lacks_and_is_not_imported_for_that() -> None:
+    code = "import sys, rwkv_kernels; print(rwkv_kernels.backends()[1].reason); print('triton' in sys.modules)"
+    reason, imported = _run(code, CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0").splitlines()
+    assert "Triton is not installed: pip install triton" in reason or "finds no usable GPU" in reason
+    assert imported == "False"
+
+
+def test_auto_is_never_the_interpreter_of_triton() -> None:
+    code = "import torch; from rwkv_kernels import registry; print(registry.select('auto', torch.zeros(1, 1, 1)).name)"
+    assert _run(code, TRITON_INTERPRET="1").strip() == "cpu"
+
+
+def test_triton_refuses_the_cpu_and_float64_and_names_who_takes_them() -> None:
+    code = """
+import torch, rwkv_kernels
+from rwkv_kernels import triton_backend
+triton_backend.why_unavailable.__globals__["_load"] = lambda: None
+for dtype in (torch.float32, torch.float64):
+    x = torch.zeros(1, 2, 3, dtype=dtype)
+    try:
+        rwkv_kernels.wkv(x[0, 0], x[0, 0], x, x, backend="triton")
+    except rwkv_kernels.BackendUnavailable as error:
+        print(error)
+"""
+    single, double = _run(code, TRITON_INTERPRET="0").splitlines()
+    refused = "wkv backend 'triton' refused (triton: "
+    assert single.startswith(f"{refused}k is on cpu, and this backend runs on GPUs). Available for this call: ")
+    assert double.startswith(f"{refused}k is torch.float64, and this backend computes in float32). Available for this")
+    assert single.endswith("reference.")

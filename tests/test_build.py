@@ -117,3 +117,10 @@ def test_machine_code_is_counted() -> None:
     ((name, code),) = sass.kernels(LISTING)
     assert name == "_kernel" and code.instructions == 6 and code.mufu == 1
     assert code.accesses == {("LDGSTS", 16): 1, ("LDG", 2): 1, ("STS", 8): 1}
+
+
+def test_innermost_loops_are_found() -> None:
+    (loop,) = sass.innermost_loops(LISTING)
+    assert loop.names == ["MUFU.EX2", "STS.64", "BRA"]
+    outer = LISTING.replace("        /*0050*/", "        /*0048*/                   BRA `(.L_x_0) ;\n        /*0050*/")
+    assert [loop.names for loop in sass.innermost_loops(outer)] == [loop.names]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from problems import Problem, Tensors, assert_solves, make, solve
+from problems import Problem, Tensors, assert_solves, dtypes_of, make, solve
 from test_stress import random_problem
 from torch import Tensor
 
@@ -84,7 +84,7 @@ def test_every_plan_equals_the_cpu(
 @pytest.mark.parametrize("seed", range(60))
 def test_a_random_large_problem_equals_the_cpu(seed: int, gpu_backend: str) -> None:
     draw = random.Random(seed)
-    dtype = draw.choice([torch.float32, torch.float16, torch.bfloat16, torch.float64])
+    dtype = draw.choice(dtypes_of(gpu_backend))
     schedule = draw.choice([None, *SCHEDULES]) if gpu_backend == "cuda" else None
     with forced_plan(schedule=schedule):
         assert_solves(make(random_problem(draw, 5000, 1000), dtype, seed), gpu_backend, "cpu")

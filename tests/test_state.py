@@ -7,21 +7,26 @@ from problems import Problem, assert_tensor_close, log_denominator, make, solve,
 import rwkv_kernels
 
 
+def _assert_close(found: torch.Tensor, expected: torch.Tensor, ulps: int, what: str = "") -> None:
+    allowed = ulps * torch.finfo(expected.dtype).eps
+    torch.testing.assert_close(found, expected, rtol=allowed, atol=allowed, msg=lambda message: what + message)
+
+
 @pytest.mark.parametrize("cut", [0, 1, 16, 63, 64, 65, 130])
 def test_split_and_resume_equals_whole(cut: int, backend: str) -> None:
-    tensors = make(Problem(T=130, with_state=True)).exact()
+    tensors = make(Problem(T=130, with_state=True)).widest(backend)
     w, u, k, v, state = tensors.inputs
     whole, end = rwkv_kernels.wkv(w, u, k, v, state, return_state=True, backend=backend)
     first, middle = rwkv_kernels.wkv(w, u, k[:, :cut], v[:, :cut], state, return_state=True, backend=backend)
     second, resumed = rwkv_kernels.wkv(w, u, k[:, cut:], v[:, cut:], middle, return_state=True, backend=backend)
-    torch.testing.assert_close(torch.cat((first, second), 1), whole, rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(resumed[:, 0] / resumed[:, 1], end[:, 0] / end[:, 1], rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(log_denominator(resumed), log_denominator(end), rtol=1e-13, atol=1e-13)
+    _assert_close(torch.cat((first, second), 1), whole, 450)
+    _assert_close(resumed[:, 0] / resumed[:, 1], end[:, 0] / end[:, 1], 450)
+    _assert_close(log_denominator(resumed), log_denominator(end), 450)
 
 
 @pytest.mark.parametrize("cut", [1, 64, 70])
 def test_gradients_through_a_cut_equal_those_of_the_whole(cut: int, backend: str) -> None:
-    tensors = make(Problem(T=130, with_state=True)).exact()
+    tensors = make(Problem(T=130, with_state=True)).widest(backend)
     assert tensors.state is not None
 
     def gradients(split: bool) -> tuple[torch.Tensor, ...]:
@@ -34,7 +39,7 @@ def test_gradients_through_a_cut_equal_those_of_the_whole(cut: int, backend: str
         return torch.autograd.grad((y * tensors.gy).sum(), leaves)
 
     for name, parted, whole in zip(["w", "u", "k", "v", "state"], gradients(True), gradients(False), strict=True):
-        torch.testing.assert_close(parted, whole, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"g{n}: {m}")
+        _assert_close(parted, whole, 4500, f"g{name}: ")
 
 
 def test_steps_equal_the_sequence(backend: str) -> None:
@@ -85,7 +90,7 @@ def test_none_is_the_empty_state(backend: str) -> None:
 
 def test_gradient_of_state_alone(backend: str) -> None:
     """Nothing but the returned state is used: y has no gradient at all."""
-    tensors = make(Problem(T=70, with_state=True)).exact()
+    tensors = make(Problem(T=70, with_state=True)).widest(backend)
 
     def gradients(name: str) -> tuple[torch.Tensor, ...]:
         leaves = [x.detach().requires_grad_() for x in tensors.inputs if x is not None]
@@ -97,7 +102,7 @@ def test_gradient_of_state_alone(backend: str) -> None:
         if expected is None:  # the oracle knows that u has no part in the state
             assert found is None or not found.any()
         else:
-            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+            _assert_close(found, expected, 4500)
 
 
 def test_state_is_not_modified(backend: str) -> None:

@@ -48,6 +48,9 @@ def test_python_modules_import_downwards_only() -> None:
     assert _imports("reference") == set()
     assert _imports("_extension") == set()
     assert _imports("autograd") == set()
-    assert _imports("registry") <= {"autograd", "reference", "_extension"}
+    assert _imports("triton_plan") == set()
+    assert _imports("triton_kernels") == {"triton_plan"}
+    assert _imports("triton_backend") <= {"autograd", "reference", "triton_plan", "triton_kernels"}
+    assert _imports("registry") <= {"autograd", "reference", "triton_backend", "_extension"}
     assert _imports("functional") <= {"registry", "reference"}
     assert _imports("nn") <= {"functional"}

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 SECTION = re.compile(r"^//-+ \.text\.(\S+)", re.MULTILINE)
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", re.MULTILINE)
+LABEL = re.compile(r"(\.L\w+):")
+BRANCH_TARGET = re.compile(r"\bBRA\b.*?(\.L\w+)")
 WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
@@ -46,6 +48,24 @@ class Code:
     def accesses(self) -> Counter[Access]:
         """How often each kind of access is in the code."""
         return Counter(access for name in self.names if (access := access_of(name)))
+
+
+def innermost_loops(listing: str) -> Iterator[Code]:
+    """The loops of a kernel that have none inside, each ending in its branch back."""
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for line in listing.splitlines():
+        if label := LABEL.match(line):
+            labels[label[1]] = len(names)
+        elif instruction := INSTRUCTION.match(line):
+            names.append(instruction[1])
+            target = BRANCH_TARGET.search(line)
+            if target and target[1] in labels:
+                loops.append((labels[target[1]], len(names)))
+    for start, end in loops:
+        if not any(start <= other_start and other_end < end for other_start, other_end in loops):
+            yield Code(names[start:end])
 
 
 def kernels(listing: str) -> Iterator[tuple[str, Code]]:

@@ -1,0 +1,349 @@
+"""The Triton operators: whether they can run here, what they launch, and their registration with torch.
+
+Launches are data, so that tests and reports can run or compile what the operators would. Triton itself is imported by
+the first call that needs it, and never by `import rwkv_kernels`.
+"""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_kernels import autograd
+from rwkv_kernels.reference import EMPTY_MAX
+from rwkv_kernels.triton_plan import CHECKPOINT_INTERVAL, PARKED_STATES, Plan, make_plan, widths
+
+__all__ = [
+    "DEVICE",
+    "INTERPRETED",
+    "Launch",
+    "attach",
+    "backward",
+    "forward",
+    "plan_for",
+    "step",
+    "why_not",
+    "why_unavailable",
+]
+
+# Triton's interpreter runs kernels on the CPU with NumPy: for tests. Triton reads the variable when it is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"  # which is what torch calls AMD's GPUs, too
+
+# ---- whether it can run ----
+
+
+@functools.cache
+def _load() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton (torch for CUDA or ROCm on Linux brings it along)"
+    if not INTERPRETED and not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no usable GPU, and Triton compiles for GPUs alone"
+    try:
+        importlib.import_module("rwkv_kernels.triton_kernels")
+    except Exception as error:  # whatever a broken installation raises
+        return f"Triton does not load ({type(error).__name__}: {error})"
+    return None
+
+
+def why_unavailable() -> str | None:
+    """Why this machine cannot run Triton kernels, or None."""
+    return _load()
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler.
+why_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def why_not(k: Tensor) -> str | None:
+    """Why the kernels cannot take a call with this k, or None."""
+    if k.dtype == torch.float64:
+        return "k is torch.float64, and this backend computes in float32"
+    if k.device.type != DEVICE:
+        return f"k is on {k.device}, and this backend runs on {'the CPU, interpreted' if INTERPRETED else 'GPUs'}"
+    return None
+
+
+# ---- launches ----
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel of triton_kernels by its name, the number of programs, and its arguments in their order."""
+
+    kernel: str
+    programs: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, int]
+    warps: int = 1
+
+
+# Every address and stride of a call is a multiple of this, or nothing is assumed: two variants of a kernel, not one for
+# each combination.
+ALIGNMENT = 16
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _alignment(*tensors: Tensor | None) -> int:
+    for x in tensors:
+        if x is not None and (
+            x.data_ptr() % ALIGNMENT or x.shape[-1] % ALIGNMENT or any(s % ALIGNMENT for s in x.stride()[:-1])
+        ):
+            return 1
+    return ALIGNMENT
+
+
+def _with_contiguous_channels(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _strides(alignment: int, *sequences: Tensor) -> tuple[int, ...]:
+    return tuple(stride // alignment for x in sequences for stride in x.stride()[:2])
+
+
+@functools.cache
+def _device_limits(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and threads of a warp."""
+    if device.type == "cpu":
+        return 1, 32
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.warp_size
+
+
+def plan_for(k: Tensor) -> Plan:
+    """The plan of a call with this k, forward or backward."""
+    B, T, C = k.shape
+    return make_plan(B, T, C, *_device_limits(k.device))
+
+
+def _float32(k: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=k.device)
+
+
+def forward(
+    plan: Plan, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
+    """What forward returns, and the launches that fill it; B, T and C are at least 1."""
+    B, T, C = k.shape
+    k, v = _with_contiguous_channels(k), _with_contiguous_channels(v)
+    w, u = w.contiguous(), u.contiguous()
+    state = None if state is None else state.contiguous()
+    y = torch.empty((B, T, C), dtype=k.dtype, device=k.device)
+    state_out = _float32(k, B, 3, C)
+    checkpoints = _float32(k, *_checkpoint_shape(k, checkpoint))
+
+    # The state after a chunk is a checkpoint, if these are wanted.
+    if checkpoint:
+        states, rows_per_chunk = checkpoints, plan.chunk_len // CHECKPOINT_INTERVAL
+    else:
+        states, rows_per_chunk = _float32(k, B, plan.chunks - 1, 3, C), 1
+    alignment = _alignment(w, u, k, v, state)
+    strides = _strides(alignment, k, v)
+    chunks = (plan.chunk_len, plan.chunks, states.shape[1], rows_per_chunk)
+    constants = {"CHANNELS": plan.channels, "ALIGNMENT": alignment}
+    C_aligned, programs = C // alignment, B * _ceil_div(C, plan.channels)
+
+    launches = []
+    if plan.chunks > 1:
+        arguments: tuple[Any, ...] = (w, k, v, state, states, *strides, C_aligned, *chunks)
+        launches.append(Launch("summarise_states", programs * (plan.chunks - 1), arguments, constants))
+    if plan.chunks > 2:
+        launches.append(Launch("carry_states", programs, (w, states, C_aligned, *chunks), constants))
+    saved = checkpoints if checkpoint else None
+    arguments = (w, u, k, v, state, states, y, state_out, saved, *strides, T, C_aligned, *chunks)
+    launches.append(Launch("forward", programs * plan.chunks, arguments, constants))
+    return (y, state_out, checkpoints), launches
+
+
+def backward(
+    plan: Plan,
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None,
+    checkpoints: Tensor,
+    gy: Tensor,
+    gstate_out: Tensor | None,
+) -> tuple[tuple[Tensor, ...], list[Launch]]:
+    """What backward returns, and the launches that fill it; B, T and C are at least 1."""
+    B, T, C = k.shape
+    k, v, gy = (_with_contiguous_channels(x) for x in (k, v, gy))
+    w, u, checkpoints = w.contiguous(), u.contiguous(), checkpoints.contiguous()
+    state = None if state is None else state.contiguous()
+    gstate_out = None if gstate_out is None else gstate_out.contiguous()
+    gk, gv = (torch.empty((B, T, C), dtype=k.dtype, device=k.device) for _ in range(2))
+    gw, gu, gstate = torch.empty_like(w), torch.empty_like(u), _float32(k, B, 3, C)
+    adjoints, partials = _float32(k, B, plan.chunks - 1, 2, C), _float32(k, B, plan.chunks, 2, C)
+
+    alignment = _alignment(w, u, k, v, gy, state, checkpoints, gstate_out)
+    strides = _strides(alignment, k, v, gy)
+    constants = {"CHANNELS": plan.channels, "ALIGNMENT": alignment}
+    sizes = (T, C // alignment, plan.chunk_len, plan.chunks)
+    programs = B * _ceil_div(C, plan.channels)
+    parked = _float32(k, programs * plan.chunks, PARKED_STATES, 3, plan.channels)
+
+    launches = []
+    if plan.chunks > 1:
+        arguments: tuple[Any, ...] = (w, u, k, v, gy, checkpoints, gstate_out, adjoints, *strides, *sizes)
+        launches.append(Launch("summarise_adjoints", programs * (plan.chunks - 1), arguments, constants))
+    if plan.chunks > 2:
+        launches.append(Launch("carry_adjoints", programs, (w, checkpoints, adjoints, *sizes), constants))
+    arguments = (w, u, k, v, gy, state, checkpoints, gstate_out, adjoints, parked, gk, gv, gstate, partials)
+    launches.append(Launch("backward", programs * plan.chunks, (*arguments, *strides, *sizes), constants))
+    launches.append(_reduction(w, partials, gw, gu))
+    return (gw, gu, gk, gv, gstate), launches
+
+
+def _reduction(w: Tensor, partials: Tensor, gw: Tensor, gu: Tensor) -> Launch:
+    B, chunks, _, C = partials.shape
+    channels = 32
+    arguments = (w, partials, gw, gu, C, B * chunks)
+    return Launch("reduce", _ceil_div(C, channels), arguments, {"CHANNELS": channels, "ROWS": 32}, warps=4)
+
+
+def step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, list[Launch]]:
+    """What a step returns, and the launch that fills it and moves the state; B and C are at least 1."""
+    B, C = k.shape
+    k, v = _with_contiguous_channels(k), _with_contiguous_channels(v)
+    y = torch.empty((B, C), dtype=k.dtype, device=k.device)
+    arguments = (w.contiguous(), u.contiguous(), k, v, state, y, k.stride(0), v.stride(0), *state.stride(), C)
+    channels, _ = widths(_device_limits(k.device)[1])
+    return y, [Launch("step", B * _ceil_div(C, channels), arguments, {"CHANNELS": channels})]
+
+
+def _run(launches: list[Launch], device: torch.device) -> None:
+    from rwkv_kernels import triton_kernels
+
+    on_device: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with on_device:
+        for launch in launches:
+            kernel = getattr(triton_kernels, launch.kernel)
+            kernel[(launch.programs,)](
+                *launch.arguments, **launch.constants, num_warps=launch.warps, enable_fp_fusion=True
+            )
+
+
+# ---- operators ----
+#
+# rwkv_kernels.functional explains errors to users of the public functions; the checks here keep a direct call of the
+# operators from touching memory it should not.
+
+
+def _check(k: Tensor, *expected: tuple[str, Tensor | None, tuple[int, ...], torch.dtype | None]) -> None:
+    refusal = why_not(k) or why_unavailable()
+    if refusal is not None:
+        raise RuntimeError(refusal)
+    for name, tensor, shape, dtype in expected:
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+        if not tensor.is_floating_point() or dtype not in (None, tensor.dtype):
+            raise TypeError(f"{name}: expected {dtype or 'a floating dtype'}, got {tensor.dtype}")
+        if tensor.device != k.device:
+            raise ValueError(f"{name}: expected device {k.device} as k, got {tensor.device}")
+
+
+def _checkpoint_shape(k: Tensor, checkpoint: bool) -> tuple[int, ...]:
+    B, T, C = k.shape
+    return (B, _ceil_div(T, CHECKPOINT_INTERVAL) if checkpoint else 0, 3, C)
+
+
+def _forward_operator(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, C = k.shape
+    sequence, parameter = ((B, T, C), k.dtype), ((C,), None)
+    _check(
+        k, ("w", w, *parameter), ("u", u, *parameter), ("k", k, *sequence), ("v", v, *sequence),
+        ("state", state, (B, 3, C), torch.float32),
+    )  # fmt: skip
+    if k.numel() == 0:
+        # No steps leave the state as it is, an empty one in its normal form.
+        after = _float32(k, B, 3, C).zero_()
+        after[:, 2] = EMPTY_MAX
+        if state is not None:
+            after = torch.where(state[:, 1:2] == 0, after, state)
+        return k.new_empty(k.shape), after, _float32(k, *_checkpoint_shape(k, checkpoint))
+    results, launches = forward(plan_for(k), w, u, k, v, state, checkpoint)
+    _run(launches, k.device)
+    return results
+
+
+def _backward_operator(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None,
+    checkpoints: Tensor,
+    gy: Tensor,
+    gstate_out: Tensor | None,
+) -> tuple[Tensor, ...]:
+    B, T, C = k.shape
+    sequence, parameter, of_state = ((B, T, C), k.dtype), ((C,), None), ((B, 3, C), torch.float32)
+    _check(
+        k, ("w", w, *parameter), ("u", u, *parameter), ("k", k, *sequence), ("v", v, *sequence), ("gy", gy, *sequence),
+        ("state", state, *of_state), ("gstate_out", gstate_out, *of_state),
+        ("checkpoints", checkpoints, _checkpoint_shape(k, True), torch.float32),
+    )  # fmt: skip
+    if k.numel() == 0:
+        gstate = _float32(k, B, 3, C).zero_() if gstate_out is None else gstate_out.clone()
+        return torch.zeros_like(w), torch.zeros_like(u), torch.zeros_like(k), torch.zeros_like(v), gstate
+    results, launches = backward(plan_for(k), w, u, k, v, state, checkpoints, gy, gstate_out)
+    _run(launches, k.device)
+    return results
+
+
+def _step_operator(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Tensor:
+    B, C = k.shape
+    token, parameter = ((B, C), k.dtype), ((C,), None)
+    _check(
+        k, ("w", w, *parameter), ("u", u, *parameter), ("k", k, *token), ("v", v, *token),
+        ("state", state, (B, 3, C), torch.float32),
+    )  # fmt: skip
+    if k.numel() == 0:
+        return k.new_empty(k.shape)
+    y, launches = step(w, u, k, v, state)
+    _run(launches, k.device)
+    return y
+
+
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def attach(library: torch.library.Library) -> tuple[Forward, Step]:
+    """Defines the operators, of the schemas in csrc/ops.cpp, and returns the differentiable forward and the step."""
+    library.define(
+        "triton_forward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, bool checkpoint) "
+        "-> (Tensor y, Tensor state_out, Tensor checkpoints)"
+    )
+    library.define(
+        "_triton_backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, Tensor checkpoints, Tensor gy, "
+        "Tensor? gstate_out) -> (Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate)"
+    )
+    library.define("triton_step(Tensor w, Tensor u, Tensor k, Tensor v, Tensor(a!) state) -> Tensor y")
+    library.impl("triton_forward", _forward_operator, DEVICE.upper())
+    library.impl("_triton_backward", _backward_operator, DEVICE.upper())
+    library.impl("triton_step", _step_operator, DEVICE.upper())
+
+    @torch.library.register_fake("rwkv_kernels::triton_step", lib=library)
+    def fake_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Tensor:
+        return torch.empty_like(k, memory_format=torch.contiguous_format)
+
+    ops = torch.ops.rwkv_kernels
+    differentiable = autograd.attach(
+        library, ops.triton_forward.default, ops._triton_backward.default, lambda dtype: CHECKPOINT_INTERVAL
+    )
+    return differentiable, ops.triton_step.default

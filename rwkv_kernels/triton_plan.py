@@ -1,0 +1,63 @@
+"""How the Triton kernels are laid over a problem: a table and a pure function of sizes. Knows no Triton and no GPU."""
+
+from dataclasses import dataclass
+
+__all__ = ["CHECKPOINT_INTERVAL", "LOADED_STEPS", "PARKED_STATES", "REPLAYED_STEPS", "Plan", "make_plan", "widths"]
+
+# Steps from one saved state to the next, as in the other backends (csrc/wkv_problem.h).
+CHECKPOINT_INTERVAL = 64
+
+# Steps whose rows are loaded together, and steps that backward keeps in registers on its way forward to have them on
+# its way back: eight of these would take more than the 128 registers that let sixteen warps onto a multiprocessor.
+LOADED_STEPS = 8
+REPLAYED_STEPS = 4
+
+# The states that backward parks within an interval: before each of its replayed groups, and before each step that is
+# left over where the sequence ends.
+PARKED_STATES = CHECKPOINT_INTERVAL // REPLAYED_STEPS + LOADED_STEPS - 1
+
+# Channels of a thread. Four take an eighth fewer instructions each than two; two make twice the programs.
+NARROW, WIDE = 2, 4
+
+# Programs, of one warp each, that a multiprocessor should have: as many as the registers of backward let in. With
+# SERIAL_PROGRAMS of the wide ones already, a second pass over the inputs costs more than idle warps do.
+PROGRAMS = 12
+SERIAL_PROGRAMS = 3
+
+# Below so many steps two more launches take longer than the walk. States are carried from chunk to chunk one after the
+# other, which for more chunks than this would take longer than the walks over them.
+LEAST_CHUNKED_STEPS = 256
+MOST_CHUNKS = 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A walk over time: the tile of channels of a program, and the steps it takes."""
+
+    channels: int
+    chunk_len: int  # a multiple of CHECKPOINT_INTERVAL
+    chunks: int
+
+
+def widths(warp: int) -> tuple[int, int]:
+    """The channels of a narrow and of a wide program; AMD's warps of 64 threads spill registers with four each."""
+    return NARROW * warp, (WIDE if warp == 32 else NARROW) * warp
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def make_plan(B: int, T: int, C: int, multiprocessors: int, warp: int) -> Plan:
+    """The plan for B, T, C of at least 1 on a device of so many multiprocessors and threads of a warp."""
+    intervals = _ceil_div(T, CHECKPOINT_INTERVAL)
+    narrow, wide = widths(warp)
+    wide_programs = B * _ceil_div(C, wide)
+    enough = PROGRAMS * multiprocessors
+    channels = wide if wide_programs * min(intervals, MOST_CHUNKS) >= enough else narrow
+    if wide_programs >= SERIAL_PROGRAMS * multiprocessors or T < LEAST_CHUNKED_STEPS:
+        chunks = 1
+    else:
+        chunks = min(_ceil_div(enough, B * _ceil_div(C, channels)), MOST_CHUNKS)
+    chunk_len = _ceil_div(intervals, chunks) * CHECKPOINT_INTERVAL
+    return Plan(channels, chunk_len, _ceil_div(T, chunk_len))

@@ -1,0 +1,161 @@
+"""The Triton backend beyond what every backend is asked: its plans, its interpreter run, and what it compiles to."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from problems import Problem, assert_close, log_denominator, make, oracle, solve
+from torch import Tensor
+
+import rwkv_kernels
+from rwkv_kernels import triton_backend
+from rwkv_kernels.triton_plan import CHECKPOINT_INTERVAL, Plan, make_plan, widths
+
+HERE = Path(__file__).parent
+H100 = {"multiprocessors": 132, "warp": 32}
+
+# ---- the suite, in Triton's interpreter ----
+
+# The interpreter takes a millisecond a step, so it runs the whole list in float32 only, and what depends on the type.
+INTERPRETED = (
+    "triton and ("
+    "(outputs_and_gradients and (float32 or small or above_a_checkpoint-bfloat16 or k_of_1000-float16)) or "
+    "parameters_of_another_dtype or (twice_that_of_the_step_loop and 37) or "
+    "nan_is_in_the_same_places or any_bits or minus_infinity_has_no_weight or without_any_weight or 16_bit_number or "
+    "(nan_stays and float16) or does_not_reach_back or (far_key and 45) or (extremes and 1e-30) or "
+    "steps_equal or gauge or whatever_its_max or none_is_the_empty or is_not_modified or no_steps or nothing_to_do or "
+    "plans or opcheck or check_their_arguments or float64_and_says or "
+    "compiles_the_step or (compiles_whole and with_state) or exports or func_grad or test_vmap or per_sample or "
+    "forward_mode"
+    ")"
+)
+
+
+@pytest.mark.skipif(triton_backend.INTERPRETED, reason="this is the interpreter's run")
+@pytest.mark.skipif(triton_backend.why_unavailable() is None, reason="the compiled kernels pass these tests here")
+def test_the_interpreter_passes_the_same_tests() -> None:
+    pytest.importorskip("triton")
+    names = ("operator", "special_values", "state", "errors", "torch", "triton")
+    files = [str(HERE / f"test_{name}.py") for name in names]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", INTERPRETED],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    print(result.stdout[-400:])
+
+
+# Chunks of one interval and of more, steps that are left over and not, and enough chunks to carry eight at a time.
+@pytest.mark.parametrize(
+    ("channels", "chunk_len", "T", "C", "checkpoint"),
+    [
+        (64, 64, 130, 80, True),
+        (64, 64, 130, 80, False),
+        (128, 128, 256, 150, True),
+        (128, 64, 64 * 11 + 3, 3, True),
+        (128, 128, 64 * 11 + 3, 3, False),
+    ],
+)
+def test_all_plans_equal_the_oracle(
+    channels: int, chunk_len: int, T: int, C: int, checkpoint: bool, triton: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(channels, chunk_len, -(-T // chunk_len))
+    monkeypatch.setattr(triton_backend, "plan_for", lambda k: plan)
+    tensors = make(Problem(B=1, T=T, C=C, log_decay=-0.02 if C == 3 else None, with_state=True))
+    with torch.no_grad():
+        y, final = rwkv_kernels.wkv(*tensors.inputs, return_state=True, backend=triton)
+    if checkpoint:
+        expected = solve(tensors.exact(), "reference", scale_of_state=log_denominator(final.double()))
+        assert_close(solve(tensors, triton), expected, tensors)
+    else:
+        expected = oracle(tensors)
+        found = {"y": y, "state_mean": final[:, 0] / final[:, 1], "state_log_den": log_denominator(final)}
+        assert_close(found, {name: expected[name] for name in found}, tensors)
+
+
+# ---- torch ----
+
+
+def _float_inputs() -> list[Tensor]:
+    tensors = make(Problem(B=1, T=20, C=5, with_state=True))
+    return [x for x in tensors.inputs if x is not None]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_triton(requires_grad: bool, triton: str) -> None:
+    ops = torch.ops.rwkv_kernels
+    w, u, k, v, state = (x.requires_grad_(requires_grad) for x in _float_inputs())
+    for checkpoint in (False, True):
+        torch.library.opcheck(ops.triton_forward.default, (w, u, k, v, state, checkpoint))
+    with torch.no_grad():
+        _, after, checkpoints = ops.triton_forward(w, u, k, v, None, True)
+        detached = [x.detach() for x in (w, u, k, v)]
+        torch.library.opcheck(ops._triton_backward.default, (*detached, None, checkpoints, v.detach() + 1, after))
+        step = (*detached[:2], detached[2][:, 0], detached[3][:, 0], state.detach().clone())
+        torch.library.opcheck(ops.triton_step.default, step)
+
+
+def test_the_triton_operators_check_their_arguments_too(triton: str) -> None:
+    w, u, k, v, state = _float_inputs()
+    ops = torch.ops.rwkv_kernels
+    checkpoints = ops.triton_forward(w, u, k, v, state, True)[2]
+    for wrong, error in [
+        ((w[:3], u, k, v, state, True), ValueError),
+        ((w, u, k, v[:, :5], state, True), ValueError),
+        ((w, u, k, v.half(), state, True), TypeError),
+        ((w, u, k, v, state[:, :2], True), ValueError),
+        ((w.long(), u, k, v, state, True), TypeError),
+        ((w, u, k.double(), v.double(), state, True), RuntimeError),
+    ]:
+        with pytest.raises(error):
+            ops.triton_forward(*wrong)
+    with pytest.raises(ValueError, match="checkpoints: expected shape"):
+        ops._triton_backward(w, u, k, v, state, checkpoints.new_zeros(1, 5, 3, 5), v, None)
+
+
+def test_triton_refuses_float64_and_says_who_can(triton: str) -> None:
+    w, u, k, v, _ = (x.double() for x in _float_inputs())
+    with pytest.raises(
+        rwkv_kernels.BackendUnavailable, match=r"k is torch.float64.*Available for this call:.*reference"
+    ):
+        rwkv_kernels.wkv(w, u, k, v, backend=triton)
+
+
+# ---- plans ----
+
+
+@pytest.mark.parametrize("T", [1, 63, 64, 255, 256, 1000, 65536, 10**6])
+@pytest.mark.parametrize("C", [1, 64, 65, 768, 4096])
+def test_a_plan_covers_every_step_and_has_few_chunks(T: int, C: int) -> None:
+    for B in (1, 8, 1000):
+        plan = make_plan(B, T, C, **H100)
+        assert plan.channels in widths(32) and plan.chunk_len % CHECKPOINT_INTERVAL == 0
+        assert (plan.chunks - 1) * plan.chunk_len < T <= plan.chunks * plan.chunk_len
+        assert plan.chunks <= 256
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "C", "channels", "chunks"),
+    [
+        (8, 1024, 768, 64, 16),
+        (1, 65536, 2560, 128, 79),
+        (32, 1024, 2048, 128, 1),
+        (1, 4096, 768, 64, 64),
+        (1, 128, 768, 64, 1),
+        (4096, 1, 768, 128, 1),
+    ],
+)
+def test_the_plan_of_an_h100(B: int, T: int, C: int, channels: int, chunks: int) -> None:
+    plan = make_plan(B, T, C, **H100)
+    assert (plan.channels, plan.chunks) == (channels, chunks)
+
+
+def test_the_checkpoints_are_those_of_the_extension() -> None:
+    extension = pytest.importorskip("rwkv_kernels._C", reason="the extension is not built")
+    assert extension.checkpoint_interval("float32") == CHECKPOINT_INTERVAL

@@ -1,0 +1,179 @@
+"""The Triton kernels as they are compiled for GPUs that are not here: registers, variants, and their PTX on the CPU."""
+
+import os
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from gpu_programs import load_ptx_runner
+from problems import Problem, assert_close, assert_tensor_close, log_denominator, make, solve, tolerance
+from torch import Tensor
+
+from rwkv_kernels import triton_backend
+from rwkv_kernels.triton_backend import Launch
+from rwkv_kernels.triton_plan import Plan
+
+triton = pytest.importorskip("triton")
+triton_report = pytest.importorskip("triton_report")
+if triton_backend.INTERPRETED:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+# ---- what they take of a GPU ----
+
+
+# Triton 3.6 spills two or three registers on AMD's GPUs.
+COMPILES_FOR_AMD = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+
+# An H100 has 132 multiprocessors that issue for 128 threads at 1.755 GHz, and its memory delivers 3 TB/s: with so many
+# instructions for each byte that has to be moved, it still waits for memory and not for them.
+INSTRUCTIONS_PER_BYTE = 132 * 128 * 1.755e9 / 3e12
+BYTES_OF_BFLOAT16 = {"summarise_states": 4, "forward": 6, "summarise_adjoints": 6, "backward": 10}
+
+
+# `make kernel-report` compiles for every pair of the two.
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [
+        ("sm_80", torch.float32),
+        ("sm_90", torch.bfloat16),
+        ("sm_100", torch.float16),
+        ("gfx90a", torch.float32),
+        ("gfx942", torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_no_kernel_spills(target: str, dtype: torch.dtype) -> None:
+    if target.startswith("gfx") and not COMPILES_FOR_AMD:
+        pytest.skip(f"the claim is about Triton 3.7 and newer, and this is {triton.__version__}")
+    for row in triton_report.rows(target, [dtype]):
+        assert row.spilled_bytes == 0, row
+        if target == "sm_90" and row.kernel in BYTES_OF_BFLOAT16:
+            assert row.instructions is not None
+            assert row.instructions <= INSTRUCTIONS_PER_BYTE * BYTES_OF_BFLOAT16[row.kernel], row
+
+
+# B and T are one and many, C one tile of channels and several.
+SIZES = [(B, T, 64 * tiles) for B in (1, 3) for T in (1, 2, 63, 64, 65, 300, 1024, 1025) for tiles in (1, 2, 5)]
+
+
+def test_new_sizes_compile_nothing_new() -> None:
+    """By the keys that decide in Triton whether to compile."""
+    launches = [
+        launch
+        for B, T, C in SIZES
+        for launch in triton_report.launches_of(Plan(128, 64, -(-T // 64)), torch.bfloat16, B, T, C)
+    ]
+    assert set(triton_report.variants(launches).values()) == {1}
+
+
+def test_fifty_shapes_compile_a_variant_for_each_width_and_alignment() -> None:
+    assert len(set(triton_report.SWEEP)) == 50
+    assert max(triton_report.variants(triton_report.launches_of_sweep()).values()) == 4
+
+
+# ---- their PTX, on the CPU ----
+
+
+@pytest.fixture(scope="module")
+def runner() -> Any:
+    if "RWKV_KERNELS_PTX_RUNNER" not in os.environ:
+        pytest.skip("RWKV_KERNELS_PTX_RUNNER does not name a program that runs PTX")
+    return load_ptx_runner()
+
+
+def _memory(tensor: Tensor) -> numpy.ndarray[Any, Any]:
+    """What lies behind the tensor's address, in its storage."""
+    storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+    return storage[tensor.storage_offset() * tensor.element_size() :]
+
+
+def _run(runner: Any, launches: list[Launch], order: str = "fwd") -> None:
+    for launch in launches:
+        compiled = triton_report.compile_launch(launch, triton_report.TARGETS["sm_90"])
+        arguments = [_memory(x) if isinstance(x, Tensor) else x for x in launch.arguments if x is not None]
+        # Triton appends pointers to scratch memory of its own, which these kernels do not use.
+        runner.Module(compiled.asm["ptx"]).run(
+            compiled.metadata.name,
+            [*arguments, None, None],
+            grid=launch.programs,
+            block=32 * launch.warps,
+            shared=compiled.metadata.shared,
+            order=order,
+        )
+
+
+PTX_CASES = {
+    "bfloat16": (Problem(B=2, T=150, C=80, with_state=True), torch.bfloat16, Plan(64, 64, 3)),
+    "float32_wide": (Problem(B=1, T=771, C=144, with_state=True), torch.float32, Plan(128, 64, 13)),
+    "odd_float16": (Problem(B=2, T=131, C=19, layout="every_second_channel"), torch.float16, Plan(64, 128, 2)),
+    "strided": (Problem(B=3, T=70, C=32, layout="time_major"), torch.bfloat16, Plan(64, 128, 1)),
+    "k_of_1000": (Problem(B=1, T=130, C=16, k_scale=1000.0, with_state=True), torch.float32, Plan(64, 64, 3)),
+    "strong_decay": (Problem(B=1, T=70, C=16, log_decay=-1e4, u=50.0), torch.float32, Plan(64, 64, 2)),
+}
+
+
+@pytest.mark.parametrize("name", PTX_CASES)
+def test_ptx_equals_the_oracle(name: str, runner: Any) -> None:
+    problem, dtype, plan = PTX_CASES[name]
+    tensors = make(problem, dtype)
+    w, u, k, v, state = tensors.inputs
+    assert w is not None and u is not None and k is not None and v is not None
+    (y, final, checkpoints), launches = triton_backend.forward(plan, w, u, k, v, state, True)
+    _run(runner, launches)
+    scale = log_denominator(final.double())
+    gstate = tensors.gstate.clone()
+    gstate[:, :2] *= torch.exp(final[:, 2].double() - scale)[:, None]
+    gradients, launches = triton_backend.backward(plan, w, u, k, v, state, checkpoints, tensors.gy, gstate)
+    _run(runner, launches)
+    found = {"y": y, "state_mean": final[:, 0] / final[:, 1], "state_log_den": log_denominator(final)}
+    found |= dict(zip(("gw", "gu", "gk", "gv", "gstate"), gradients, strict=True))
+    expected = solve(tensors.exact(), "reference", scale_of_state=scale)
+    assert_close(found, expected, tensors)
+
+
+def test_ptx_the_gauge_of_a_checkpoint_does_not_matter(runner: Any) -> None:
+    tensors = make(Problem(B=1, T=331, C=80, with_state=True))
+    w, u, k, v, state = tensors.inputs
+    assert w is not None and u is not None and k is not None and v is not None
+    for plan in (Plan(64, 64, 6), Plan(64, 384, 1)):
+        (_, _, checkpoints), launches = triton_backend.forward(plan, w, u, k, v, state, True)
+        _run(runner, launches)
+        moved = checkpoints.clone()
+        moved[:, 1:3, :2] *= torch.exp(torch.tensor(5.0))
+        moved[:, 1:3, 2] -= 5.0
+        found, expected = (
+            triton_backend.backward(plan, w, u, k, v, state, given, tensors.gy, tensors.gstate)
+            for given in (moved, checkpoints)
+        )
+        _run(runner, found[1] + expected[1])
+        for name, a, b in zip(("gw", "gu", "gk", "gv", "gstate"), found[0], expected[0], strict=True):
+            assert_tensor_close(name, a, b, tolerance(torch.float32, 331, 10.0))
+
+
+def test_ptx_does_not_depend_on_the_order_of_programs_and_threads(runner: Any) -> None:
+    tensors = make(Problem(B=2, T=331, C=80, with_state=True), torch.bfloat16)
+    w, u, k, v, state = tensors.inputs
+    assert w is not None and u is not None and k is not None and v is not None
+    plan, results = Plan(64, 64, 6), []
+    for order in ("fwd", "rev", "random"):
+        (y, final, checkpoints), launches = triton_backend.forward(plan, w, u, k, v, state, True)
+        _run(runner, launches, order)
+        gradients, launches = triton_backend.backward(plan, w, u, k, v, state, checkpoints, tensors.gy, tensors.gstate)
+        _run(runner, launches, order)
+        results.append((y, final, checkpoints, *gradients))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ptx_steps_equal_the_oracle(dtype: torch.dtype, runner: Any) -> None:
+    tensors = make(Problem(B=3, T=1, C=70, with_state=True), dtype)
+    w, u, k, v, state = tensors.inputs
+    assert w is not None and u is not None and k is not None and v is not None and state is not None
+    expected = solve(tensors.exact(), "reference")
+    after = state.clone()
+    y, launches = triton_backend.step(w, u, k[:, 0], v[:, 0], after)
+    _run(runner, launches)
+    found = {"y": y[:, None], "state_mean": after[:, 0] / after[:, 1], "state_log_den": log_denominator(after)}
+    assert_close(found, {name: expected[name] for name in found}, tensors)

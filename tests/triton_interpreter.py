@@ -1,0 +1,27 @@
+"""Two repairs of Triton's interpreter, which runs kernels on the CPU where TRITON_INTERPRET=1."""
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def repair() -> None:
+    convert, call = interpreter._convert_float, interpreter.InterpretedFunction.__call__
+
+    def converting(values: Any, source: Any, target: Any, mode: Any) -> Any:
+        """GPUs round float32 to the nearest bfloat16, where the interpreter cuts off, and know subnormal numbers."""
+        if {source, target} != {tl.float32, tl.bfloat16}:
+            return convert(values, source, target, mode)
+        given, wanted = (torch.float32, torch.bfloat16) if source == tl.float32 else (torch.bfloat16, torch.float32)
+        bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+        numbers = torch.from_numpy(values.view(f"i{given.itemsize}").copy()).view(given)
+        return numbers.to(wanted).view(bits[wanted]).numpy().view(f"u{wanted.itemsize}")
+
+    def calling(self: Any, *arguments: Any, **constants: Any) -> Any:
+        """It prepares the language anew for every call among our functions; for the kernel it has done so already."""
+        ours = self.fn.__module__.startswith("rwkv_kernels")
+        return self.rewrite()(*arguments, **constants) if ours else call(self, *arguments, **constants)
+
+    interpreter._convert_float, interpreter.InterpretedFunction.__call__ = converting, calling
