@@ -59,25 +59,24 @@ def test_the_suite_passes_on_the_ptx() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=gpu_programs.name_of)
 def test_the_order_of_threads_and_blocks_changes_no_bit(dtype: torch.dtype, folder: Path) -> None:
-    tensors = make(Problem(B=2, T=300, C=70, with_state=True), dtype)
-    for plan in plans_for(dtype):
+    tensors = make(Problem(B=2, T=200, C=70, with_state=True), dtype)
+    for plan in set(plans_for(dtype)) & {"serial", "chunked", "single_pass_of_small_tiles"}:
         runner = gpu_programs.PtxRunner(folder, SUITE_ARCHITECTURE)
         with emulated_backend.emulated(runner, *PLANS[plan]) as backend:
             assert_solves(tensors, backend)
             expected = solve(tensors, backend)
-            for runner.order, runner.seed in [("rev", 0), ("random", 1), ("random", 2)]:
+            for runner.order in ("rev", "random"):
                 for name, value in solve(tensors, backend).items():
                     assert torch.equal(value, expected[name]), (plan, runner.order, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=gpu_programs.name_of)
 def test_the_oldest_architecture_equals_the_oracle(dtype: torch.dtype, folder: Path) -> None:
-    for order in ("fwd", "rev", "random"):
-        runner = gpu_programs.PtxRunner(folder, OLDEST_ARCHITECTURE, order)
-        for plan in ("serial", "chunked", "single_pass"):
-            with emulated_backend.emulated(runner, *PLANS[plan]) as backend:
-                for name in ("two_checkpoints_and_one", "wide", "k_of_1000", "u_of_plus_50", "time_major"):
-                    assert_solves(make(PROBLEMS[name], dtype), backend)
+    runner = gpu_programs.PtxRunner(folder, OLDEST_ARCHITECTURE, "random")
+    for plan in ("serial", "chunked", "single_pass"):
+        with emulated_backend.emulated(runner, *PLANS[plan]) as backend:
+            for name in ("two_checkpoints_and_one", "k_of_1000", "u_of_plus_50"):
+                assert_solves(make(PROBLEMS[name], dtype), backend)
 
 
 class Budget(NamedTuple):
