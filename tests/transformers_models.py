@@ -46,4 +46,6 @@ def weights(model: Any) -> dict[str, Tensor]:
 
 
 def tokens(batch: int, steps: int) -> Tensor:
-    return torch.randint(1, V, (batch, steps), generator=torch.Generator().manual_seed(1))
+    """The same tokens on every device, and on torch's default one."""
+    drawn = torch.randint(1, V, (batch, steps), generator=torch.Generator().manual_seed(1), device="cpu")
+    return drawn.to(torch.get_default_device())

@@ -34,8 +34,18 @@ import torch
 from torch import Tensor
 
 from rwkv_kernels.functional import wkv
+from rwkv_kernels.nn import RWKVState
 
-__all__ = ["export_state", "import_state", "patch", "patched", "rwkv_linear_attention", "unpatch"]
+__all__ = [
+    "export_model_state",
+    "export_state",
+    "import_model_state",
+    "import_state",
+    "patch",
+    "patched",
+    "rwkv_linear_attention",
+    "unpatch",
+]
 
 
 def import_state(state: Sequence[Tensor]) -> Tensor:
@@ -51,6 +61,21 @@ def import_state(state: Sequence[Tensor]) -> Tensor:
 def export_state(state: Tensor) -> list[Tensor]:
     """[B, 3, C] -> [num, den, max], each [B, C], views of it."""
     return list(state.unbind(1))
+
+
+def import_model_state(state: Sequence[Tensor]) -> RWKVState:
+    """RwkvModel's state, [ffn, att, num, den, max], each [B, C, L] -> `nn.RWKVState`; differentiable."""
+    if len(state) != 5 or any(tensor.dim() != 3 for tensor in state):
+        shapes = [list(tensor.shape) for tensor in state]
+        raise ValueError(f"state: expected five tensors [B, C, L] as RwkvModel returns them, got {shapes}")
+    ffn, att, num, den, top = (tensor.movedim(2, 0) for tensor in state)
+    return RWKVState(att, ffn, torch.stack((num, den, top), 2))
+
+
+def export_model_state(state: RWKVState) -> list[Tensor]:
+    """`nn.RWKVState` -> RwkvModel's state, which may be passed as its `state`; differentiable."""
+    # In memory of its own, because an unpatched model writes to it.
+    return [x.movedim(0, 2).clone() for x in (state.ffn_shift, state.att_shift, *state.wkv.unbind(2))]
 
 
 def rwkv_linear_attention(
@@ -141,11 +166,11 @@ def _keep_state_apart(forward: Callable[..., Any]) -> Callable[..., Any]:
         if embedded is None:
             embedded = self.embeddings(tokens)
         given = _empty_state(self, embedded) if state is None else state
-        if len(given) != 5 or any(part.dim() != 3 for part in given):
+        if isinstance(given, RWKVState) or len(given) != 5 or any(part.dim() != 3 for part in given):
             raise ValueError(
-                "state: expected five tensors [B, C, L] as transformers' RwkvModel returns them, got shapes "
-                f"{[list(part.shape) for part in given]}; "
-                "rwkv_kernels.compat.transformers.export_model_state makes them"
+                "state: expected five tensors [B, C, L] as transformers' RwkvModel returns them, got "
+                f"{type(given).__name__} of shapes {[list(part.shape) for part in given]}; "
+                "rwkv_kernels.compat.transformers.export_model_state converts an nn.RWKVState"
             )
         precise = torch.promote_types(embedded.dtype, torch.float32)
         one_token = embedded.shape[1] == 1
