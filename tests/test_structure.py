@@ -44,6 +44,12 @@ def _imports(module: str) -> set[str]:
     return names
 
 
+def test_every_package_is_installed() -> None:
+    listed = re.findall(r"^packages = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[0]
+    found = {path.parent.relative_to(ROOT) for path in (ROOT / "rwkv_kernels").rglob("__init__.py")}
+    assert sorted(ast.literal_eval(listed)) == sorted(".".join(path.parts) for path in found)
+
+
 def test_python_modules_import_downwards_only() -> None:
     assert _imports("reference") == set()
     assert _imports("_extension") == set()

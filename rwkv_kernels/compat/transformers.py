@@ -121,9 +121,7 @@ class _Columns:
     def _layer(index: Any) -> int:
         if isinstance(index, tuple) and len(index) == 3 and index[:2] == (slice(None),) * 2 and type(index[2]) is int:
             return index[2]
-        raise RuntimeError(
-            f"transformers' RWKV indexes its state with {index}, and this patch knows [:, :, layer] only"
-        )
+        raise RuntimeError(f"transformers' RWKV indexes its state with {index}; this patch knows only [:, :, layer]")
 
     def __getitem__(self, index: Any) -> Tensor:
         column = self._given[:, :, self._layer(index)]
