@@ -188,7 +188,7 @@ def test_a_file_with_code_is_refused_and_nothing_of_it_runs(
         (tmp_path / "config.json").write_text('{"model_type": "rwkv"}')
         path = tmp_path / "pytorch_model.bin"
     if container == "pickle":
-        path.write_bytes(pickle.dumps(content))
+        path.write_bytes(pickle.dumps(content, protocol=2))
     else:
         torch.save(content, path)
     with pytest.raises(ValueError, match="more than tensors, which is refused because reading it could execute code"):

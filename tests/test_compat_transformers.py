@@ -254,6 +254,21 @@ def test_changed_internals_are_named_and_left_alone(monkeypatch: pytest.MonkeyPa
     assert modeling.RwkvModel.forward is original
 
 
+def test_arguments_that_the_patch_does_not_know_are_passed_on() -> None:
+    seen: dict[str, Any] = {}
+
+    def forward(
+        self: Any, input_ids: Any, inputs_embeds: Any = None, state: Any = None, use_cache: Any = None, **others: Any
+    ) -> Any:
+        seen.update(others)
+        return (inputs_embeds, state)
+
+    model = transformers_models.make().rwkv
+    x, state = compat._keep_state_apart(forward)(model, transformers_models.tokens(2, T), use_cache=True, other=1)
+    assert seen == {"other": 1}
+    assert list(x.shape) == [2, T, transformers_models.C] and len(state) == 5
+
+
 def test_another_way_of_indexing_the_state_is_refused() -> None:
     columns = compat._Columns(torch.zeros(2, 4, 3))
     for index in (0, (slice(None), 1, 2), (slice(None), slice(0, 1), 2)):
@@ -284,5 +299,10 @@ def test_states_of_other_layouts_are_refused_with_the_converter_to_use(patched: 
     five = model(tokens, use_cache=True).state
     with pytest.raises(ValueError, match=r"expected \[num, den, max\], got 5 tensors.*import_model_state"):
         compat.import_state(five)
-    with pytest.raises(ValueError, match=r"five tensors \[B, C, L\].*list of shapes .*export_model_state converts"):
+    message = r"five tensors \[B, C, L\] with B, L = 2, 3 .*, got {} of shapes .*export_model_state converts"
+    with pytest.raises(ValueError, match=message.format("list")):
         model(tokens, state=five[2:])
+    with pytest.raises(ValueError, match=message.format("list")):
+        model(tokens, state=[x.movedim(2, 0) for x in five])
+    with pytest.raises(ValueError, match=message.format("RWKVState")):
+        model(tokens, state=compat.import_model_state(five))

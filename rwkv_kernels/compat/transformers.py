@@ -154,7 +154,8 @@ def _keep_state_apart(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
-        arguments = signature.bind(self, *args, **kwargs).arguments
+        bound = signature.bind(self, *args, **kwargs)
+        arguments = bound.arguments
         state, use_cache = arguments.get("state"), arguments.get("use_cache")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -164,10 +165,12 @@ def _keep_state_apart(forward: Callable[..., Any]) -> Callable[..., Any]:
         if embedded is None:
             embedded = self.embeddings(tokens)
         given = _empty_state(self, embedded) if state is None else state
-        if isinstance(given, RWKVState) or len(given) != 5 or any(part.dim() != 3 for part in given):
+        ends = (embedded.shape[0], self.config.num_hidden_layers)
+        shapes = [list(part.shape) for part in given]
+        if len(given) != 5 or any(part.dim() != 3 or part.shape[::2] != ends for part in given):
             raise ValueError(
-                "state: expected five tensors [B, C, L] as transformers' RwkvModel returns them, got "
-                f"{type(given).__name__} of shapes {[list(part.shape) for part in given]}; "
+                f"state: expected five tensors [B, C, L] with B, L = {ends[0]}, {ends[1]} as transformers' RwkvModel "
+                f"returns them, got {type(given).__name__} of shapes {shapes}; "
                 "rwkv_kernels.compat.transformers.export_model_state converts an nn.RWKVState"
             )
         precise = torch.promote_types(embedded.dtype, torch.float32)
@@ -175,7 +178,7 @@ def _keep_state_apart(forward: Callable[..., Any]) -> Callable[..., Any]:
         columns = [_Columns(part, keep_time=one_token) for part in given[:2]]
         columns += [_Columns(part.to(precise)) for part in given[2:]]
         arguments |= {"input_ids": None, "inputs_embeds": embedded, "state": columns}
-        outputs = forward(**{**arguments, **arguments.pop("kwargs", {})})
+        outputs = forward(*bound.args, **bound.kwargs)
         new = [part.result() for part in columns]
         if isinstance(outputs, tuple):
             return tuple(new if part is columns else part for part in outputs)
@@ -213,7 +216,8 @@ def _faults(modeling: ModuleType) -> list[str]:
     """How the module differs from what the patch relies on."""
     faults = []
 
-    def parameters(path: str, expected: list[str]) -> Any:
+    def find(path: str, expected: list[str]) -> Any:
+        """The function at the path, if it has at least the expected parameters."""
         function: Any = modeling
         for name in path.split("."):
             function = getattr(function, name, None)
@@ -227,9 +231,9 @@ def _faults(modeling: ModuleType) -> list[str]:
 
     wkv_parameters = ["time_decay", "time_first", "key", "value", "state", "return_state"]
     model_parameters = ["self", "input_ids", "attention_mask", "inputs_embeds", "state", "use_cache"]
-    parameters("rwkv_linear_attention", wkv_parameters)
-    parameters("RwkvModel.forward", model_parameters)
-    layer = parameters("RwkvSelfAttention.forward", ["self", "hidden", "state", "use_cache"])
+    find("rwkv_linear_attention", wkv_parameters)
+    find("RwkvModel.forward", model_parameters)
+    layer = find("RwkvSelfAttention.forward", ["self", "hidden", "state", "use_cache"])
     if layer is not None and "rwkv_linear_attention" not in layer.__code__.co_names:
         faults.append("RwkvSelfAttention.forward does not call rwkv_linear_attention")
     return faults
