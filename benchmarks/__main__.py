@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks import harness
 
-PARTS = ["bandwidth", "peers", "memory", "overhead", "accuracy"]
+PARTS = ["bandwidth", "peers", "migrating", "memory", "overhead", "accuracy"]
 
 
 def main() -> None:

@@ -22,12 +22,25 @@ def _require(condition: bool, error: type[Exception], name: str, expected: str, 
         raise error(f"{name}: expected {expected}, got {got}")
 
 
+def _converter(shape: list[int], B: int, C: int) -> str:
+    """What to do with a state of this shape, if it is that of other code."""
+    known = {(B, C, 3): "infctx", (B, 3, 1, C): "fla"}
+    origin = known.get(tuple(shape))
+    return f"; rwkv_kernels.compat.{origin}.import_state converts it" if origin else ""
+
+
 def _explain(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, shape: tuple[str, ...]) -> None:
     """Raises for the first argument that does not fit; called only when one does not."""
     layout = f"[{', '.join(shape)}]"
-    for name, tensor in (("w", w), ("u", u), ("k", k), ("v", v), ("state", state)):
-        if name != "state" or tensor is not None:
-            _require(isinstance(tensor, Tensor), TypeError, name, "a torch.Tensor", type(tensor).__name__)
+    for name, tensor in (("w", w), ("u", u), ("k", k), ("v", v)):
+        _require(isinstance(tensor, Tensor), TypeError, name, "a torch.Tensor", type(tensor).__name__)
+    if isinstance(state, (list, tuple)):
+        raise TypeError(
+            "state: expected a torch.Tensor [B, 3, C], got a list; rwkv_kernels.compat.transformers.import_state "
+            "converts [num, den, max]"
+        )
+    if state is not None:
+        _require(isinstance(state, Tensor), TypeError, "state", "a torch.Tensor", type(state).__name__)
     _require(k.dim() == len(shape), ValueError, "k", f"shape {layout}", list(k.shape))
     _require(k.dtype in DTYPES, TypeError, "k", "float32, float16, bfloat16 or float64", k.dtype)
     _require(v.shape == k.shape, ValueError, "v", f"shape {layout} = {list(k.shape)} as k", list(v.shape))
@@ -40,7 +53,8 @@ def _explain(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, s
     if state is not None:
         expected = [k.shape[0], 3, k.shape[-1]]
         dtype = _state_dtype(k.dtype)
-        _require(list(state.shape) == expected, ValueError, "state", f"shape [B, 3, C] = {expected}", list(state.shape))
+        got = f"{list(state.shape)}{_converter(list(state.shape), k.shape[0], k.shape[-1])}"
+        _require(list(state.shape) == expected, ValueError, "state", f"shape [B, 3, C] = {expected}", got)
         _require(state.dtype == dtype, TypeError, "state", f"{dtype} for k of {k.dtype}", state.dtype)
         _require(state.device == k.device, ValueError, "state", f"device {k.device} as k", state.device)
 

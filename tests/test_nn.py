@@ -275,7 +275,7 @@ def _without(name: str) -> dict[str, Tensor]:
         ({}, "expected a matrix 'emb.weight', got none"),
         (_without("emb.weight"), "expected a matrix 'emb.weight', got none"),
         (_checkpoint() | {"emb.weight": torch.ones(3)}, r"expected a matrix 'emb.weight', got \[3\]"),
-        (_without("blocks.1.att.time_first"), "of 2 layers: missing blocks.1.att.time_first$"),
+        (_without("blocks.1.att.time_first"), r"of 2 layers: missing blocks.1.att.time_first \[8\]$"),
         (_checkpoint() | {"head.bias": torch.ones(50)}, "unknown head.bias$"),
         (
             _checkpoint() | {"blocks.1.ln1.bias": torch.ones(9)},
@@ -283,7 +283,7 @@ def _without(name: str) -> dict[str, Tensor]:
         ),
         (
             {**_without("ln_out.bias"), "gap": torch.ones(1), "head.weight": torch.ones(2, 2)},
-            r"missing ln_out.bias; unknown gap; head.weight: expected shape \[50, 8\], got \[2, 2\]$",
+            r"missing ln_out.bias \[8\]; unknown gap; head.weight: expected shape \[50, 8\], got \[2, 2\]$",
         ),
     ],
     ids=["empty", "no_embedding", "flat_embedding", "missing", "unknown", "shape", "everything_at_once"],

@@ -44,6 +44,12 @@ def _imports(module: str) -> set[str]:
     return names
 
 
+def test_every_package_is_installed() -> None:
+    listed = re.findall(r"^packages = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[0]
+    found = {path.parent.relative_to(ROOT) for path in (ROOT / "rwkv_kernels").rglob("__init__.py")}
+    assert sorted(ast.literal_eval(listed)) == sorted(".".join(path.parts) for path in found)
+
+
 def test_python_modules_import_downwards_only() -> None:
     assert _imports("reference") == set()
     assert _imports("_extension") == set()
@@ -53,4 +59,10 @@ def test_python_modules_import_downwards_only() -> None:
     assert _imports("triton_backend") <= {"autograd", "reference", "triton_plan", "triton_kernels"}
     assert _imports("registry") <= {"autograd", "reference", "triton_backend", "_extension"}
     assert _imports("functional") <= {"registry", "reference"}
-    assert _imports("nn") <= {"functional"}
+    assert _imports("nn/files") == set()
+    assert _imports("nn/checkpoints") <= {"nn"}
+    assert _imports("nn/padding") <= {"functional"}
+    assert _imports("nn/layers") <= {"functional", "nn.padding", "nn.state"}
+    for path in (ROOT / "rwkv_kernels").glob("*/*.py"):
+        names = _imports(str(path.relative_to(ROOT / "rwkv_kernels").with_suffix("")))
+        assert {name for name in names if not name.startswith("nn")} <= {"functional"}, path

@@ -1,0 +1,349 @@
+"""RWKV-4, the language model, in torch on top of `rwkv_kernels.wkv`.
+
+All that a layer remembers is the last input of each mixing and the WKV state, so the same weights run over a whole
+sequence or token by token.
+
+Source: RWKV: Reinventing RNNs for the Transformer Era (arXiv 2305.13048).
+"""
+
+import math
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_kernels.functional import empty_state
+from rwkv_kernels.nn import checkpoints
+from rwkv_kernels.nn.layers import Block
+from rwkv_kernels.nn.padding import Packing
+from rwkv_kernels.nn.sampling import Generators, sample
+from rwkv_kernels.nn.state import RWKVState
+
+__all__ = ["RWKV"]
+
+
+class RWKV(nn.Module):
+    """The RWKV-4 language model.
+
+    `load_state_dict` takes a published RWKV-4 checkpoint as it is; `from_state_dict` also reads the sizes off it, and
+    `from_pretrained` reads it from disk in any of the formats in use.
+    The backend is chosen by `rwkv_kernels.use_backend`.
+
+    Args:
+        vocab_size: V, how many tokens there are.
+        channels: C, the width of the residual stream.
+        layers: L.
+        hidden: F, the inner width of the channel mixing; None for 4 C.
+
+    Raises:
+        ValueError: a size is not positive.
+    """
+
+    def __init__(self, vocab_size: int, channels: int, layers: int, hidden: int | None = None) -> None:
+        super().__init__()
+        hidden = 4 * channels if hidden is None else hidden
+        if min(vocab_size, channels, layers, hidden) < 1:
+            raise ValueError(f"sizes: expected positive numbers, got {vocab_size=}, {channels=}, {layers=}, {hidden=}")
+        self.emb = nn.Embedding(vocab_size, channels)
+        self.blocks = nn.ModuleList(Block(channels, hidden, layer, layers) for layer in range(layers))
+        self.ln_out = nn.LayerNorm(channels)
+        self.head = nn.Linear(channels, vocab_size, bias=False)
+        nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
+        nn.init.orthogonal_(self.head.weight, gain=0.5 * max(1.0, vocab_size / channels) ** 0.5)
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "RWKV":
+        """A model of the state dict's sizes, dtypes and devices, holding copies of its tensors.
+
+        Raises:
+            ValueError: keys are missing or unknown, shapes do not fit, or they are those of another version of RWKV;
+                the message names all of them.
+        """
+        return cls._holding({name: tensor.detach().clone() for name, tensor in state_dict.items()})
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], *, rescaled: bool = False) -> "RWKV":
+        """A model from a published checkpoint on disk, in the checkpoint's dtypes, on the CPU.
+
+        Args:
+            path: A file of RWKV-LM (`.pth`) or of safetensors, with RWKV-LM's or transformers' names, or a folder that
+                transformers wrote: `config.json` with `model.safetensors` or `pytorch_model.bin`, in one file or in
+                several with an index. Tied embeddings become two matrices.
+            rescaled: Undo what transformers does to its layers in eval mode, which it also writes to disk:
+                `model.rwkv.layers_are_rescaled` at the time when the folder was written. Published folders are not
+                rescaled.
+
+        Only tensors are read: nothing that a file contains is executed, nothing is downloaded.
+
+        Raises:
+            FileNotFoundError: the path, or what a folder must contain, is not there.
+            ValueError: a file is broken or holds more than tensors; or it is the checkpoint of another model, as in
+                `from_state_dict`.
+            ImportError: a safetensors file, and safetensors is not installed.
+        """
+        return cls._holding(checkpoints.load(checkpoints.path_of(path), rescaled), f"{path}")
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Writes what `from_pretrained` reads, in the format that the path asks for.
+
+        `.pth` or `.pt` and `.safetensors` give a file with RWKV-LM's names, any other path a folder for transformers.
+
+        Raises:
+            ImportError: safetensors is needed and not installed.
+        """
+        checkpoints.save(Path(path), self.state_dict())
+
+    @classmethod
+    def _holding(cls, tensors: dict[str, Tensor], source: str = "state dict") -> "RWKV":
+        """A model of these very tensors."""
+        if version := checkpoints.other_version(tensors):
+            raise ValueError(f"{source}: expected a checkpoint of RWKV-4, got one of {version}")
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        for name in ("emb.weight", "blocks.0.ffn.key.weight"):
+            if len(shapes.get(name, ())) != 2:
+                found = shapes.get(name, f"none among {', '.join(sorted(shapes)[:5]) or 'no tensors'}")
+                raise ValueError(f"{source}: expected a matrix {name!r}, got {found}")
+        (vocab_size, channels), hidden = shapes["emb.weight"], shapes["blocks.0.ffn.key.weight"][0]
+        layers = len({match[1] for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))})
+        # The meta device has shapes without values, so nothing is allocated or initialised only to be replaced.
+        with torch.device("meta"):
+            model = cls(vocab_size, channels, layers, hidden)
+        expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        faults = [f"missing {name} {shape}" for name, shape in expected.items() if name not in shapes]
+        faults += [f"unknown {name}" for name in shapes if name not in expected]
+        faults += [
+            f"{name}: expected shape {shape}, got {shapes[name]}"
+            for name, shape in expected.items()
+            if name in shapes and shapes[name] != shape
+        ]
+        faults += [
+            f"{name}: expected floating-point numbers, got {tensor.dtype}"
+            for name, tensor in tensors.items()
+            if name in expected and not tensor.is_floating_point()
+        ]
+        if faults:
+            raise ValueError(f"{source} does not fit an RWKV-4 model of {layers} layers: {'; '.join(faults)}")
+        model.load_state_dict(tensors, assign=True)
+        return model
+
+    def empty_state(self, batch: int) -> RWKVState:
+        """The state before the first token, for `batch` sequences."""
+        weight, layers, channels = self.emb.weight, len(self.blocks), self.emb.embedding_dim
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        empty = empty_state(layers * batch, channels, device=weight.device, dtype=dtype)
+        return RWKVState(
+            weight.new_zeros(layers, batch, channels),
+            weight.new_zeros(layers, batch, channels),
+            empty.view(layers, batch, 3, channels),
+        )
+
+    def _layer_states(self, tokens: Tensor, state: RWKVState) -> list[RWKVState]:
+        L, B, C = len(self.blocks), tokens.shape[0], self.emb.embedding_dim
+        if not isinstance(state, RWKVState):
+            raise ValueError(
+                f"state: expected an RWKVState, got {type(state).__name__}; import_model_state of "
+                "rwkv_kernels.compat.transformers, .blinkdl, .infctx or .rwkv_pip converts that library's states"
+            )
+        for name, tensor, shape in zip(state._fields, state, ((L, B, C), (L, B, C), (L, B, 3, C)), strict=True):
+            if tensor.shape != shape:
+                raise ValueError(f"state.{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+        return [RWKVState(*layer) for layer in zip(*(tensor.unbind() for tensor in state), strict=True)]
+
+    def _features(
+        self, tokens: Tensor, state: RWKVState | None, attention_mask: Tensor | None
+    ) -> tuple[Tensor, RWKVState]:
+        """What the head makes logits of, [B, T, C], zero in the padding, and the state after the last tokens."""
+        _check_tokens(tokens, ("B", "T"))
+        packing = None if attention_mask is None else Packing.of(_checked_mask(attention_mask, tokens))
+        state = self.empty_state(tokens.shape[0]) if state is None else state
+        states = self._layer_states(tokens, state)
+        if packing is not None:
+            tokens = packing.pack(tokens)
+            states = [RWKVState(*(tensor[packing.rows] for tensor in layer)) for layer in states]
+        x = self.emb(tokens)
+        for layer, block in enumerate(self.blocks):
+            x, states[layer] = block(x, states[layer], packing)
+        x = self.ln_out(x)
+        state = RWKVState(*(torch.stack(tensors) for tensors in zip(*states, strict=True)))
+        return (x, state) if packing is None else (packing.unpack(x), state.take(packing.rows.argsort()))
+
+    def forward(
+        self, tokens: Tensor, state: RWKVState | None = None, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, RWKVState]:
+        """The logits of every next token.
+
+        Args:
+            tokens: [B, T], int64.
+            state: As an earlier call returned it, or None for an empty one. It is not modified.
+            attention_mask: [B, T], bool or integer: 0 for a place that is padding, left or right or between, where
+                tokens may be any number. None if every place counts. Its sums are read on the host.
+
+        Returns:
+            logits [B, T, V], and the state after the last token, which continues the sequences as if they had never
+            been cut. Both are differentiable, also through the state. Every sequence gives what it gives alone and
+            without its padding; logits in the padding are zero.
+
+        Raises:
+            ValueError: tokens, mask or state have the wrong shape or type, or tokens are not int64.
+        """
+        x, state = self._features(tokens, state, attention_mask)
+        return self.head(x), state
+
+    def step(self, tokens: Tensor, state: RWKVState) -> Tensor:
+        """One token of each sequence, for decoding: the state moves on in place.
+
+        Args:
+            tokens: [B], int64.
+            state: Overwritten by the state after the token.
+
+        Returns:
+            logits [B, V].
+
+        Not differentiable: call it under torch.no_grad().
+
+        Raises:
+            ValueError: as for `forward`, also if a gradient would be required.
+        """
+        _check_tokens(tokens, ("B",))
+        x = self.emb(tokens)
+        for block, layer_state in zip(self.blocks, self._layer_states(tokens, state), strict=True):
+            x = cast(Block, block).step(x, layer_state)
+        logits: Tensor = self.head(self.ln_out(x))
+        return logits
+
+    def stream(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        attention_mask: Tensor | None = None,
+        state: RWKVState | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        stop_tokens: Collection[int] = (),
+        generator: Generators = None,
+    ) -> Iterator[Tensor]:
+        """Continues the sequences: the prompt in parallel, then token by token, in memory that does not grow.
+
+        Args:
+            tokens: [B, T], int64: the prompts, at least one token each.
+            max_new_tokens: How many tokens to append at most.
+            attention_mask: [B, T], as for `forward`, for prompts of different length.
+            state: What came before the prompts, as an earlier call returned it. It is not modified.
+            temperature: Divides the logits; 0 takes the likeliest token every time.
+            top_p: Samples among the likeliest tokens that together have at least this probability.
+            stop_tokens: A sequence that has got one of them is finished, and repeats it from then on.
+            generator: The source of randomness: None for torch's global one, one generator, or one for each sequence,
+                whose tokens then do not depend on the batch that it is in.
+
+        Yields:
+            [B], the next token of every sequence, until all of them are finished or max_new_tokens is reached.
+
+        Raises:
+            ValueError: an empty prompt, an argument of the wrong shape, type or number, max_new_tokens or temperature
+                below 0, or top_p outside (0, 1].
+        """
+        _check_tokens(tokens, ("B", "T"))
+        filled = tokens.shape[1] > 0
+        if attention_mask is not None:
+            filled = bool(_checked_mask(attention_mask, tokens).any(1).all())
+        if not filled:
+            raise ValueError("tokens: expected a prompt of at least one token, got an empty one")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens: expected at least 0, got {max_new_tokens}")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature: expected a finite number of at least 0, got {temperature}")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
+        if generator is not None and not isinstance(generator, torch.Generator) and len(generator) != tokens.shape[0]:
+            raise ValueError(f"generator: expected one for each of {tokens.shape[0]} sequences, got {len(generator)}")
+        stop = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=tokens.device)
+        return self._stream(tokens, max_new_tokens, attention_mask, state, temperature, top_p, stop, generator)
+
+    @torch.no_grad()
+    def _stream(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        attention_mask: Tensor | None,
+        state: RWKVState | None,
+        temperature: float,
+        top_p: float,
+        stop: Tensor,
+        generator: Generators,
+    ) -> Iterator[Tensor]:
+        if max_new_tokens == 0:
+            return
+        x, state = self._features(tokens, state, attention_mask)
+        if attention_mask is None:
+            x = x[:, -1]
+        else:
+            places = torch.arange(tokens.shape[1], device=tokens.device).where(attention_mask.bool(), -1)
+            x = x[torch.arange(x.shape[0], device=x.device), places.amax(1)]
+        logits = self.head(x)
+        chosen = finished = None
+        for left in reversed(range(max_new_tokens)):
+            token = sample(logits, temperature, top_p, generator)
+            if chosen is not None and finished is not None:
+                token = torch.where(finished, chosen, token)
+            chosen = token
+            yield chosen
+            if len(stop):
+                finished = torch.isin(chosen, stop)
+            if left == 0 or (finished is not None and bool(finished.all())):
+                return
+            logits = self.step(chosen, state)
+
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        attention_mask: Tensor | None = None,
+        state: RWKVState | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        stop_tokens: Collection[int] = (),
+        generator: Generators = None,
+    ) -> Tensor:
+        """The prompts and what `stream` yields for them.
+
+        Args: as for `stream`.
+
+        Returns:
+            [B, T + n], n the number of steps until all sequences were finished, or max_new_tokens.
+
+        Raises:
+            ValueError: as `stream` does.
+        """
+        new = self.stream(
+            tokens,
+            max_new_tokens,
+            attention_mask=attention_mask,
+            state=state,
+            temperature=temperature,
+            top_p=top_p,
+            stop_tokens=stop_tokens,
+            generator=generator,
+        )
+        return torch.cat((tokens, *(token.unsqueeze(1) for token in new)), 1)
+
+
+def _check_tokens(tokens: Tensor, shape: tuple[str, ...]) -> None:
+    if tokens.dim() != len(shape):
+        raise ValueError(f"tokens: expected shape [{', '.join(shape)}], got {list(tokens.shape)}")
+    if tokens.dtype != torch.int64:
+        raise ValueError(f"tokens: expected torch.int64, got {tokens.dtype}")
+
+
+def _checked_mask(mask: Tensor, tokens: Tensor) -> Tensor:
+    """The mask as booleans."""
+    if mask.shape != tokens.shape:
+        raise ValueError(f"attention_mask: expected shape {list(tokens.shape)} as tokens, got {list(mask.shape)}")
+    if mask.is_floating_point() or mask.is_complex():
+        raise ValueError(f"attention_mask: expected booleans or integers, 0 for padding, got {mask.dtype}")
+    return mask.bool()

@@ -1,0 +1,47 @@
+"""What the model remembers between two calls, to be kept, restored and branched."""
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv_kernels.nn.files import read_torch
+
+__all__ = ["RWKVState"]
+
+
+class RWKVState(NamedTuple):
+    """What the model remembers between two calls; for a single block, without the leading L.
+
+    Attributes:
+        att_shift, ffn_shift: [L, B, C], the last input of every time mixing and channel mixing.
+        wkv: [L, B, 3, C], float32, or float64 for a float64 model: the states of `rwkv_kernels.wkv`.
+    """
+
+    att_shift: Tensor
+    ffn_shift: Tensor
+    wkv: Tensor
+
+    def take(self, sequences: Sequence[int] | Tensor) -> "RWKVState":
+        """Copies of the named sequences' states, in that order: `take([0] * 8)` branches the first one eightfold."""
+        index = torch.as_tensor(sequences, dtype=torch.int64, device=self.wkv.device)
+        return RWKVState(*(tensor.index_select(1, index) for tensor in self))
+
+    @staticmethod
+    def cat(states: Sequence["RWKVState"]) -> "RWKVState":
+        """The states of several batches as one batch."""
+        return RWKVState(*(torch.cat(tensors, 1) for tensors in zip(*states, strict=True)))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a file that `load` reads, whatever model it is for."""
+        torch.save({name: tensor.detach().clone() for name, tensor in self._asdict().items()}, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "RWKVState":
+        """What `save` wrote, on the CPU; ValueError for another or a broken file, of which nothing is executed."""
+        tensors = read_torch(path)
+        if set(tensors) != set(RWKVState._fields):
+            raise ValueError(f"{path}: expected the tensors {', '.join(RWKVState._fields)}, got {sorted(tensors)[:5]}")
+        return RWKVState(**tensors)
