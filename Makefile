@@ -10,6 +10,7 @@ TEXT ?=
 MINUTES ?= 3.5
 DEVICE ?= cuda
 PEERS ?=
+ONLY ?=
 CUDA_VENV ?= .venv-cuda
 CUDA_TORCH ?= torch
 
@@ -39,7 +40,7 @@ bench: setup
 
 # Builds by itself, for the GPU that is there. PEERS="name=file.py ..." are measured beside it.
 gpu-check: $(REQUIREMENTS)
-	$(RUN) -m benchmarks.gpu_check --device $(DEVICE) $(PEERS:%=--peer %)
+	$(RUN) -m benchmarks.gpu_check --device $(DEVICE) $(PEERS:%=--peer %) $(ONLY:%=--only %)
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -23,11 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import cuda_toolkit  # noqa: E402
+
 PYTEST = [sys.executable, "-m", "pytest", "-q"]
 STRESS = ["tests/test_gpu.py", "tests/test_stress.py"]
+# What is the same with and without a GPU.
+OF_THE_CPU = ["gpu_programs", "gpu_plan", "gpu_check", "ptx", "triton_compiled", "cpu", "oracle", "build", "structure"]
 
 
 @dataclass(frozen=True)
@@ -48,16 +53,16 @@ def stages(device: str, results: Path, peers: list[str]) -> Iterator[Stage]:
     yield Stage("build", build, 180, _architecture() if on_gpu else {})
 
     required = _required_backends() if on_gpu else []
-    everything_else = [f"--ignore={path}" for path in STRESS]
+    everything_else = [f"--ignore={path}" for path in [*STRESS, *(f"tests/test_{name}.py" for name in OF_THE_CPU)]]
     a_few = ["tests/test_operator.py", "-k", "small and cpu"]
     yield Stage("suite", [*PYTEST, *required, "--durations=10", *(everything_else if on_gpu else a_few)], 300)
 
-    yield _sanitizer("memcheck", on_gpu)
-    yield _sanitizer("racecheck", on_gpu)
-    yield Stage("stress", [*PYTEST, *required, "--durations=10", *STRESS], 150)
-
     benchmark = [sys.executable, "-m", "benchmarks.gpu", "--device", device, "--results", str(results)]
     yield Stage("benchmark", benchmark + [f"--peer={peer}" for peer in peers], 180)
+
+    yield Stage("stress", [*PYTEST, *required, "--durations=10", *STRESS], 150)
+    yield _sanitizer("memcheck", on_gpu)
+    yield _sanitizer("racecheck", on_gpu)
 
 
 def _architecture() -> dict[str, str]:
@@ -75,14 +80,15 @@ def _required_backends() -> list[str]:
 
 
 def _sanitizer(tool: str, on_gpu: bool) -> Stage:
-    toolkit = os.path.join(cpp_extension.CUDA_HOME or "/usr/local/cuda", "bin")
-    program = shutil.which("compute-sanitizer", path=os.environ["PATH"] + os.pathsep + toolkit)
-    why_not = "a CPU has none" if not on_gpu else None if program else "there is no compute-sanitizer"
-    few = "edges and cuda and not float64 and not auto"
+    toolkit = cuda_toolkit.find_toolkit()
+    folders = [os.environ["PATH"], *([str(toolkit.home / "bin")] if toolkit else [])]
+    program = shutil.which("compute-sanitizer", path=os.pathsep.join(folders)) or "compute-sanitizer"
+    why_not = None if on_gpu else "a CPU has none"
+    few = "edges and cuda and (chunked or single_pass) and not float64"
     tests = [*PYTEST, "-x", "--require-backend=cuda", "tests/test_gpu.py", "-k", few]
     # Within torch's cache of memory a kernel could leave its tensor without leaving what was allocated.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return Stage(tool, [program or "", "--tool", tool, "--error-exitcode", "1", *tests], 90, uncached, why_not)
+    return Stage(tool, [program, "--tool", tool, "--error-exitcode", "1", *tests], 90, uncached, why_not)
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -92,9 +98,12 @@ def run(stage: Stage) -> dict[str, Any]:
     outcome = f"skipped: {stage.why_not}"
     if stage.why_not is None:
         # A session of its own, so that the end of its time is the end of its children, too.
-        process = subprocess.Popen(
-            stage.command, cwd=ROOT, env={**os.environ, **stage.environment}, start_new_session=True
-        )
+        try:
+            process = subprocess.Popen(
+                stage.command, cwd=ROOT, env={**os.environ, **stage.environment}, start_new_session=True
+            )
+        except FileNotFoundError:
+            return {"stage": stage.name, "outcome": f"failed: there is no {stage.command[0]}", "seconds": 0.0}
         try:
             code = process.wait(stage.limit)
             outcome = "passed" if code == 0 else f"failed with exit status {code}"
@@ -126,6 +135,7 @@ def main() -> int:
     parser.add_argument(
         "--results", type=Path, default=Path("build/gpu-check"), help="folder of the record and the plots"
     )
+    parser.add_argument("--only", action="append", default=[], metavar="STAGE", help="these stages and the build")
     parser.add_argument("--peer", action="append", default=[], help="NAME=FILE, see benchmarks/gpu/peers.py")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -139,8 +149,12 @@ def main() -> int:
     (results / "benchmark.json").unlink(missing_ok=True)
     outcomes = []
     for stage in stages(arguments.device, results, arguments.peer):
+        if arguments.only and stage.name not in ["build", *arguments.only]:
+            continue
         outcomes.append(run(stage))
         write_record(results, outcomes)
+        if stage.name == "build" and outcomes[-1]["outcome"] != "passed":
+            break  # the other stages would tell of an older build
 
     from benchmarks import harness
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from rwkv_kernels._extension import extension
 
-SCHEDULES = ("serial", "chunked")
+SCHEDULES = ("serial", "chunked", "single_pass")
 
 
 @contextmanager

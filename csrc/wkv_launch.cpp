@@ -38,7 +38,8 @@ bool is_single_pass(const Plan& plan) { return plan.signal_count > 0; }
 // The signals lie at the workspace's end.
 HandOver hand_over_of(const Plan& plan, void* workspace) {
   const int64_t signal_bytes = plan.signal_count * static_cast<int64_t>(sizeof(uint32_t));
-  return {static_cast<uint32_t*>(after(workspace, plan.workspace_bytes - signal_bytes)), plan.group};
+  return {static_cast<uint32_t*>(after(workspace, plan.workspace_bytes - signal_bytes)),
+          static_cast<uint32_t>(plan.group)};
 }
 
 // The one launch over all chunks, and what clears its signals.

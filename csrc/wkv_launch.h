@@ -22,8 +22,8 @@ struct ChannelParameters {
 // In a single pass the blocks of a launch hand states from chunk to chunk: docs/kernels.md.
 struct HandOver {
   uint32_t*
-      signals;    // a counter of the blocks that have begun, and a flag for each of them; all zero before the launch
-  int64_t group;  // chunks that start from the same state before them
+      signals;     // a counter of the blocks that have begun, and a flag for each of them; all zero before the launch
+  uint32_t group;  // chunks that start from the same state before them
 };
 
 // The kernels "summarise_states", "forward" and "forward_single_pass". `chunk_states` [B, chunks - 1, 3, C] has the

@@ -108,6 +108,7 @@ int64_t choose_tiles_per_chunk(const Plan& plan, int64_t tiles, const DeviceLimi
       refuse("chunk_len: expected a multiple of " + std::to_string(plan.tile_steps) + " steps, a tile, got " +
              std::to_string(request.chunk_len));
     }
+    if (ceil_div(plan.T, request.chunk_len) > kMaxGridY) refuse("chunk_len: more chunks than a grid has blocks");
     return std::min(tiles, request.chunk_len / plan.tile_steps);
   }
   if (schedule == "serial") return tiles;

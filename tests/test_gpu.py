@@ -7,6 +7,7 @@ import itertools
 import random
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ def schedule(request: pytest.FixtureRequest, gpu_backend: str) -> Iterator[str |
     """The plan's own choice, and each schedule by force."""
     if gpu_backend != "cuda" and request.param is not None:
         pytest.skip(f"{gpu_backend} has no schedules to choose from")
+    if request.param == "single_pass" and request.node.callspec.params.get("dtype") == torch.float64:
+        pytest.skip("float64 has no single pass")
     with forced_plan(schedule=request.param):
         yield request.param
 
@@ -36,8 +39,14 @@ def _assert_bitwise(found: dict[str, Tensor], expected: dict[str, Tensor], what:
 # ---- schedules ----
 
 EDGES = [
-    Problem(B=B, T=T, C=C, with_state=with_state)
-    for (B, C, with_state), T in itertools.product([(1, 1, True), (2, 33, False), (1, 100, True)], [1, 16, 63, 65, 200])
+    # More chunks than a group of them, on an H100.
+    Problem(B=9, T=2100, C=33, with_state=True),
+    *(
+        Problem(B=B, T=T, C=C, with_state=with_state)
+        for (B, C, with_state), T in itertools.product(
+            [(1, 1, True), (2, 33, False), (1, 100, True)], [1, 16, 63, 65, 200]
+        )
+    ),
 ]
 
 
@@ -46,7 +55,7 @@ EDGES = [
 def test_edges_of_tiles_and_chunks(
     problem: Problem, dtype: torch.dtype, schedule: str | None, gpu_backend: str
 ) -> None:
-    """This is what the sanitizer runs, too: a few thousand elements and every kernel."""
+    """This is what the sanitizer runs, too: few elements and every kernel."""
     tensors = make(problem, dtype)
     assert_solves(tensors, gpu_backend, "cpu")
     w, u, k, v, _ = tensors.inputs
@@ -64,18 +73,31 @@ def test_every_plan_equals_the_cpu(
     if gpu_backend != "cuda":
         pytest.skip(f"{gpu_backend} has no plans to choose from")
     tensors = make(Problem(B=B, T=T, C=C, with_state=True), dtype)
-    ran = []
+    expected = _outputs(tensors, gpu_backend)
+    ran: list[tuple[str, int | None, int | None]] = []
     for warps, chunk_len in itertools.product([None, 1, 2, 4, 8, 16, 32], [None, 16, 32, 64, 128, 256, 512, 1024]):
         choice = {"schedule": schedule_by_name, "warps": warps, "chunk_len": chunk_len}
-        try:
-            for operation in ("forward", "backward"):
-                extension.module.plan_cuda(operation, str(dtype).removeprefix("torch."), B, T, C, device=0, **choice)
-        except ValueError:
-            continue  # no such plan
+        possible = [operation for operation in ("forward", "backward") if _has_plan(operation, dtype, B, T, C, choice)]
         with forced_plan(**choice):
-            assert_solves(tensors, gpu_backend, "cpu")
-        ran.append((warps, chunk_len))
-    assert (None, None) in ran and len(ran) > 1, ran
+            if possible == ["forward", "backward"]:
+                assert_solves(tensors, gpu_backend, "cpu")
+            elif possible == ["forward"]:
+                # Within what torch allows two ways to compute the same.
+                torch.testing.assert_close(_outputs(tensors, gpu_backend), expected)
+        ran += [(operation, warps, chunk_len) for operation in possible]
+    assert {("forward", None, None), ("backward", None, None), ("forward", 1, None)} <= set(ran), ran
+
+
+def _has_plan(operation: str, dtype: torch.dtype, B: int, T: int, C: int, choice: dict[str, Any]) -> bool:
+    try:
+        extension.module.plan_cuda(operation, str(dtype).removeprefix("torch."), B, T, C, limits=0, **choice)
+    except ValueError:
+        return False
+    return True
+
+
+def _outputs(tensors: Tensors, backend: str) -> Tensor:
+    return rwkv_kernels.wkv(*tensors.inputs, backend=backend)
 
 
 # ---- shapes ----
@@ -86,6 +108,8 @@ def test_a_random_large_problem_equals_the_cpu(seed: int, gpu_backend: str) -> N
     draw = random.Random(seed)
     dtype = draw.choice(dtypes_of(gpu_backend))
     schedule = draw.choice([None, *SCHEDULES]) if gpu_backend == "cuda" else None
+    if schedule == "single_pass" and dtype == torch.float64:
+        schedule = "chunked"
     with forced_plan(schedule=schedule):
         assert_solves(make(random_problem(draw, 5000, 1000), dtype, seed), gpu_backend, "cpu")
 

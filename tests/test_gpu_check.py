@@ -17,6 +17,7 @@ from benchmarks.gpu.problem import Problem
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.timing import Device
 from benchmarks.gpu_check import Stage
+from benchmarks.plans import SCHEDULES
 
 pytest.importorskip("rwkv_kernels._C", reason="the extension is not built")
 
@@ -48,6 +49,22 @@ def test_a_failing_stage_fails_the_check_but_not_the_stages_after_it(
     assert gpu_check.main() == 0
 
 
+def test_a_failed_build_ends_the_check_and_stages_can_be_chosen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def outcomes(build: str, *options: str) -> dict[str, str]:
+        stages = [_python("build", build), Stage("sanitizer", ["no-such-program"], 9), _python("suite", "")]
+        monkeypatch.setattr(gpu_check, "stages", lambda *_: stages)
+        monkeypatch.setattr(sys, "argv", ["gpu_check", "--device", "cpu", "--results", str(tmp_path), *options])
+        assert gpu_check.main() == (0 if "--only" in options else 1)
+        record = json.loads((tmp_path / "record.json").read_text())
+        return {stage["stage"]: stage["outcome"] for stage in record["stages"]}
+
+    assert outcomes("raise SystemExit(1)") == {"build": "failed with exit status 1"}
+    assert outcomes("", "--only", "suite") == {"build": "passed", "suite": "passed"}
+    assert outcomes("")["sanitizer"] == "failed: there is no no-such-program"
+
+
 def test_the_end_of_a_stage_is_the_end_of_its_children(tmp_path: Path) -> None:
     note = tmp_path / "child"
     code = (
@@ -77,7 +94,7 @@ def test_the_stages_for_a_gpu_name_what_it_needs(monkeypatch: pytest.MonkeyPatch
     (tmp_path / "compute-sanitizer").touch(mode=0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     stages = {stage.name: stage for stage in gpu_check.stages("cuda", tmp_path, ["other=file.py"])}
-    assert list(stages) == ["build", "suite", "memcheck", "racecheck", "stress", "benchmark"]
+    assert list(stages) == ["build", "suite", "benchmark", "stress", "memcheck", "racecheck"]
     assert stages["build"].environment == {"TORCH_CUDA_ARCH_LIST": "9.0"}
     assert all(stage.why_not is None for stage in stages.values())
     for name in ("suite", "memcheck", "racecheck", "stress"):
@@ -106,16 +123,16 @@ def test_a_wrong_result_is_seen_before_it_is_timed(wrong: str) -> None:
 
 @pytest.fixture
 def a_cuda_backend_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
-    """The CPU's kernel under the name "cuda", with a planner that chooses "chunked"; returns what will be forced."""
+    """The CPU's kernel under the name "cuda", with the plans for an H100; returns what will be forced."""
     module = operations.extension.module
     forced: list[str | None] = []
-    plan = {"schedule": "chunked", "warps": 4}
-    monkeypatch.setattr(
-        module,
-        "plan_cuda",
-        lambda *_, schedule=None, **__: plan | ({"schedule": schedule} if schedule else {}),
-        raising=False,
-    )
+    plan = module.plan_cuda
+
+    def plan_for_the_first_gpu(*problem: object, limits: int, schedule: str | None) -> object:
+        assert limits == 0
+        return plan(*problem, schedule=schedule)
+
+    monkeypatch.setattr(module, "plan_cuda", plan_for_the_first_gpu)
     monkeypatch.setattr(module, "force_cuda_plan", lambda schedule=None, **_: forced.append(schedule), raising=False)
     monkeypatch.setattr(operations, "backends", lambda device: ["cuda"])
     wkv = rwkv_kernels.wkv
@@ -126,16 +143,17 @@ def a_cuda_backend_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str | Non
 def test_every_schedule_is_measured_and_drawn(a_cuda_backend_on_the_cpu: list[str | None], tmp_path: Path) -> None:
     report = Report(tmp_path)
     rows = operations.run(CPU, report, bandwidth=1e9)
-    assert {row["schedule"] for row in rows} == {"auto", "serial", "chunked"}
-    assert {row["_plan"]["schedule"] for row in rows} == {"serial", "chunked"}
+    assert {row["schedule"] for row in rows} == {"auto", "serial", "chunked", "single_pass"}
+    assert {row["_plan"]["schedule"] for row in rows} == {"serial", "chunked", "single_pass"}
     # What was forced is always undone.
     assert a_cuda_backend_on_the_cpu[1::2] == [None] * (len(a_cuda_backend_on_the_cpu) // 2)
     report.add("operations", operations.TITLE, rows)
 
     rows = crossover.run(CPU, report)
-    assert {row["planned"] for row in rows} == {"chunked"}
+    assert {row["planned"] for row in rows} == {"serial", "single_pass"}
     for row in rows:
-        assert row["lost"] == pytest.approx(row["chunked, ms"] / min(row["serial, ms"], row["chunked, ms"]) - 1)
+        fastest = min(row[f"{schedule}, ms"] for schedule in SCHEDULES)
+        assert row["lost"] == pytest.approx(row[f"{row['planned']}, ms"] / fastest - 1)
     report.add("crossover", crossover.TITLE, rows)
     assert not report.failures
 

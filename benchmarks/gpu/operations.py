@@ -70,7 +70,7 @@ def planned(backend: str, operation: str, dtype: torch.dtype, shape: Shape, sche
     if backend != "cuda":
         return {}
     name = str(dtype).removeprefix("torch.")
-    return dict(extension.module.plan_cuda(operation, name, *shape, device=0, schedule=schedule))
+    return dict(extension.module.plan_cuda(operation, name, *shape, limits=0, schedule=schedule))
 
 
 def run(device: Device, report: Report, bandwidth: float) -> list[harness.Row]:

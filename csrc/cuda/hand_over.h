@@ -70,7 +70,9 @@ inline constexpr int kHandOverBatch = 1;
 struct Neighbours {
   Signals signals;
   Place place;
-  int64_t columns, group, chunks;
+  int64_t columns;
+  uint32_t group;
+  int64_t chunks;
 
   // The first chunk knows all there is when it knows its own; the last one is heard by nobody.
   WKV_HD bool gives_own() const { return is_heard() && (place.position == 0 || !last_of_group()); }

@@ -62,8 +62,12 @@ cudaError_t launch_program(const Launch& launch, const typename Program::Argumen
   // What a kernel may have without asking.
   constexpr int kSharedByDefault = 48 * 1024;
   if (launch.shared_bytes > kSharedByDefault) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(wkv_kernel<Program>, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return error;
+    // Always the most there is: another thread may launch the same kernel with more.
+    error = cudaFuncSetAttribute(wkv_kernel<Program>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(device_limits(device).shared_per_block));
     if (error != cudaSuccess) return error;
   }
   const dim3 grid(launch.grid.x, launch.grid.y, launch.grid.z), block(launch.block.x, launch.block.y, launch.block.z);
