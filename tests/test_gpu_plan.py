@@ -112,6 +112,7 @@ def test_what_the_chunks_hand_on_is_small(operation: str, dtype: str) -> None:
         (("forward", "float32", 1, 1, 1), {"warps": 9}, "warps: expected 1 to 8, got 9"),
         (("backward", "float32", 1, 1, 1), {"warps": 5}, "warps: backward has 4 spans"),
         (("forward", "float32", 1, 99, 1), {"warps": 2, "chunk_len": 48}, "chunk_len: expected a multiple of 64"),
+        (("forward", "float32", 1, 10**7, 1), {"warps": 1, "chunk_len": 32}, "chunk_len: more chunks than a grid"),
         (
             ("forward", "float32", 1, 99, 1),
             {"schedule": "serial", "chunk_len": 64},

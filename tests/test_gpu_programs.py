@@ -15,7 +15,8 @@ from torch import Tensor
 
 import rwkv_kernels
 
-gpu_programs = pytest.importorskip("gpu_programs", reason="the extension is not built")
+_C = pytest.importorskip("rwkv_kernels._C", reason="the extension is not built")
+gpu_programs = pytest.importorskip("gpu_programs")
 emulated_backend = pytest.importorskip("emulated_backend")
 
 HERE = Path(__file__).parent
@@ -75,6 +76,26 @@ def test_every_schedule_equals_the_oracle(plan: str, dtype: torch.dtype, library
         tensors = make(PROBLEMS[name], dtype)
         with _emulated(library, plan) as backend:
             assert_solves(tensors, backend)
+
+
+# The more sequences, the smaller the groups of chunks that hand over together.
+GROUPS_OF_CHUNKS = {
+    "of_32": Problem(B=1, T=2400, C=3, with_state=True),
+    "of_3": Problem(B=44, T=420, C=3, with_state=True),
+    "of_1": Problem(B=140, T=300, C=2, with_state=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=gpu_programs.name_of)
+@pytest.mark.parametrize("group", GROUPS_OF_CHUNKS)
+def test_groups_of_chunks_hand_over(group: str, dtype: torch.dtype, library: Any) -> None:
+    problem = GROUPS_OF_CHUNKS[group]
+    for operation, warps in (("forward", 1), ("backward", None)):
+        sizes = (problem.B, problem.T, problem.C)
+        plan = _C.plan_cuda(operation, gpu_programs.name_of(dtype), *sizes, schedule="single_pass", warps=warps)
+        assert f"of_{plan['group']}" == group and plan["group"] < plan["chunks"] - 1
+    with _emulated(library, "single_pass_of_small_tiles") as backend:
+        assert_solves(make(problem, dtype), backend)
 
 
 @pytest.mark.parametrize(("plan", "dtype"), PLANS_AND_DTYPES)

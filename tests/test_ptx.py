@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from problems import DTYPES, PROBLEMS, Problem, assert_solves, make, solve
-from test_gpu_programs import PLANS, plans_for
+from test_gpu_programs import GROUPS_OF_CHUNKS, PLANS, plans_for
 
 gpu_programs = pytest.importorskip("gpu_programs", reason="the extension is not built")
 emulated_backend = pytest.importorskip("emulated_backend")
@@ -77,6 +77,12 @@ def test_the_oldest_architecture_equals_the_oracle(dtype: torch.dtype, folder: P
         with emulated_backend.emulated(runner, *PLANS[plan]) as backend:
             for name in ("two_checkpoints_and_one", "k_of_1000", "u_of_plus_50"):
                 assert_solves(make(PROBLEMS[name], dtype), backend)
+
+
+def test_groups_of_chunks_hand_over(folder: Path) -> None:
+    runner = gpu_programs.PtxRunner(folder, SUITE_ARCHITECTURE, "random")
+    with emulated_backend.emulated(runner, *PLANS["single_pass_of_small_tiles"]) as backend:
+        assert_solves(make(GROUPS_OF_CHUNKS["of_3"], torch.bfloat16), backend)
 
 
 class Budget(NamedTuple):
