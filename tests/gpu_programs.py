@@ -143,6 +143,10 @@ def symbol(kernel: str, dtype: str) -> str:
     }[kernel]
 
 
+# Compiled for this processor, which takes longer than to run: by the PTX, the kernel, and whether it counts.
+_translated: dict[tuple[Path, str, bool], Any] = {}
+
+
 class PtxRunner:
     """The PTX for one architecture; `order` is that in which blocks start and threads are switched.
 
@@ -161,19 +165,18 @@ class PtxRunner:
         self.seed = seed
         self._counted = counted
         self._runner = load_ptx_runner()
-        self._modules: dict[str, Any] = {}
-        ptx = folder / f"{architecture}.ptx"
-        if not ptx.exists():
+        self._ptx = folder / f"{architecture}.ptx"
+        if not self._ptx.exists():
             source = ROOT / "csrc" / "cuda" / "wkv_kernels.cu"
             flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-arch={architecture}", "-ptx"]
-            subprocess.run(["nvcc", *flags, str(source), "-o", str(ptx)], check=True)
-        self._text = ptx.read_text()
+            subprocess.run(["nvcc", *flags, str(source), "-o", str(self._ptx)], check=True)
 
     def run(self, launch: Launch, memory: Memory) -> None:
         name = symbol(launch["kernel"], launch["dtype"])
-        if name not in self._modules:
-            self._modules[name] = self._runner.Module(self._text, only=name, profile=self._counted is not None)
-        statistics = self._modules[name].run(
+        key = (self._ptx, name, self._counted is not None)
+        if key not in _translated:
+            _translated[key] = self._runner.Module(self._ptx.read_text(), only=name, profile=key[2])
+        statistics = _translated[key].run(
             name,
             [launch["arguments"]],
             grid=launch["grid"],
