@@ -5,6 +5,7 @@ against the tensors of the call, starts shared memory as NaN, delivers asynchron
 switches between threads in a chosen order.
 """
 
+import itertools
 import os
 import re
 import shutil
@@ -72,8 +73,8 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(dtype: torch.dtype, fold
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=gpu_programs.name_of)
 def test_the_oldest_architecture_equals_the_oracle(dtype: torch.dtype, folder: Path) -> None:
-    runner = gpu_programs.PtxRunner(folder, OLDEST_ARCHITECTURE, "random")
-    for plan in ("serial", "chunked", "single_pass"):
+    runner = gpu_programs.PtxRunner(folder, OLDEST_ARCHITECTURE)
+    for plan, runner.order in itertools.product(("serial", "chunked", "single_pass"), ("fwd", "rev", "random")):
         with emulated_backend.emulated(runner, *PLANS[plan]) as backend:
             for name in ("two_checkpoints_and_one", "k_of_1000", "u_of_plus_50"):
                 assert_solves(make(PROBLEMS[name], dtype), backend)
