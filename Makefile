@@ -1,4 +1,4 @@
-# make demo | test | bench | gpu-check | lint | cuda-build | kernel-report: each sets up what it needs first.
+# make demo | test | bench | bench-micro | gpu-check | lint | cuda-build | kernel-report: each sets up what it needs first.
 #
 # By default everything lives in .venv, made by $(PYTHON) from requirements.txt. `make test PYTHON=python3 VENV=` uses the
 # environment that is there instead, installs nothing into it and needs no network: the extension is built in place.
@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BENCH ?=
+MICRO ?=
 TEXT ?=
 MINUTES ?= 3.5
 DEVICE ?= cuda
@@ -27,7 +28,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 
-.PHONY: demo test bench gpu-check lint setup doctor cuda-build kernel-report clean
+.PHONY: demo test bench bench-micro gpu-check lint setup doctor cuda-build kernel-report clean
 
 demo: setup
 	$(RUN) examples/train_bytes.py --minutes $(MINUTES) $(if $(TEXT),--text "$(TEXT)")
@@ -36,7 +37,10 @@ test: setup
 	$(RUN) -m pytest
 
 bench: setup
-	$(RUN) -m benchmarks $(BENCH)
+	$(RUN) -m benchmarks all $(BENCH)
+
+bench-micro: setup
+	$(RUN) -m pytest benchmarks/micro.py $(MICRO)
 
 # Builds by itself, for the GPU that is there. PEERS="name=file.py ..." are measured beside it.
 gpu-check: $(REQUIREMENTS)

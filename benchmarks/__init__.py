@@ -1,1 +1,1 @@
-"""Measurements that the documentation quotes: `python -m benchmarks`, each part a module with `TITLE` and `run`."""
+"""Measurements that the documentation quotes: `python -m benchmarks`. docs/benchmarks.md says how to read them."""

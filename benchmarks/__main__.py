@@ -1,4 +1,4 @@
-"""`python -m benchmarks [part ...] [--smoke] [--results FOLDER]`."""
+"""`python -m benchmarks BENCHMARK [...]`, or `all` of them, or `compare` and `plots` of their records."""
 
 import argparse
 import importlib
@@ -7,36 +7,104 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import harness
+import torch
 
-PARTS = ["bandwidth", "peers", "migrating", "memory", "overhead", "accuracy"]
+from benchmarks.compare import compare
+from benchmarks.device import Device, keep_freed_memory
+from benchmarks.records import Record, write_tables
+
+# The modules of this package that measure, where each runs. What may leave a GPU in an error is last.
+EVERYWHERE = ("cpu", "cuda")
+BENCHMARKS = {
+    "op": EVERYWHERE,
+    "crossover": ("cuda",),
+    "latency": EVERYWHERE,
+    "attention": EVERYWHERE,
+    "decode": EVERYWHERE,
+    "train": EVERYWHERE,
+    "accuracy": ("cpu",),
+    "migrating": EVERYWHERE,
+    "peers": EVERYWHERE,
+}
 
 
-def main() -> None:
-    """Measures, prints tables, and with --results keeps records: one JSON file for each part, and tables.md of all."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=main.__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
-    parser.add_argument("--results", type=Path, help="folder for the records")
-    arguments = parser.parse_args()
-    parts = arguments.parts or PARTS
-    if len(parts) > 1:
-        # Each in a process of its own: what one does to memory and caches must not meet the next.
-        options = ["--smoke"] * arguments.smoke + (["--results", str(arguments.results)] if arguments.results else [])
-        for name in parts:
-            subprocess.run([sys.executable, "-m", "benchmarks", name, *options], check=True)
-        return
+def _named_file(text: str) -> tuple[str, Path]:
+    name, _, path = text.partition("=")
+    if not path:
+        raise argparse.ArgumentTypeError(f"expected NAME=FILE, got {text!r}")
+    return name, Path(path).expanduser()
 
-    part = importlib.import_module(f"benchmarks.{parts[0]}")
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--device", choices=EVERYWHERE, default="cuda" if torch.cuda.is_available() else "cpu")
+    common.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
+    common.add_argument("--results", type=Path, help="folder for the record, its tables and its plot")
+    common.add_argument(
+        "--peer", type=_named_file, action="append", default=[], metavar="NAME=FILE", help="see benchmarks/peers.py"
+    )
+    commands.add_parser("all", parents=[common], help="every benchmark of the device, each in a process of its own")
+    for name in BENCHMARKS:
+        module = importlib.import_module(f"benchmarks.{name}")
+        commands.add_parser(name, parents=[common], help=module.__doc__, description=module.__doc__)
+    comparison = commands.add_parser("compare", help=compare.__doc__, description=compare.__doc__)
+    comparison.add_argument("before", type=Path)
+    comparison.add_argument("after", type=Path)
+    comparison.add_argument("--tolerance", type=float, default=0.1, help="of the median (default: %(default)s)")
+    plots = commands.add_parser("plots", help="draws the records of a folder, and writes their tables")
+    plots.add_argument("folder", type=Path)
+    return parser
+
+
+def _run_all(arguments: argparse.Namespace, options: list[str]) -> int:
+    # Each in a process of its own: what one does to memory and caches, or a crash, must not meet the next.
+    names = [name for name, devices in BENCHMARKS.items() if arguments.device in devices]
+    failed = [
+        name for name in names if subprocess.run([sys.executable, "-m", "benchmarks", name, *options]).returncode != 0
+    ]
+    if failed:
+        print(f"FAILED: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
-    rows = part.run(arguments.smoke)
-    if not rows:
-        return
-    print(f"\n## {part.TITLE}\n\n{harness.markdown_table(rows)}\n\n({time.perf_counter() - started:.0f} s)", flush=True)
+    keep_freed_memory()
+    if arguments.device != "cpu":  # which it is already, and every call pays for what is set
+        torch.set_default_device(arguments.device)
+    device = Device(arguments.device, arguments.smoke)
+    record = Record(arguments.command, arguments.results)
+    module = importlib.import_module(f"benchmarks.{arguments.command}")
+    with record.attempt(arguments.command):
+        module.run(device, record, *([dict(arguments.peer)] if arguments.command == "peers" else []))
+    record.save()
     if arguments.results:
-        harness.save(arguments.results, parts[0], part.TITLE, rows)
-        harness.write_tables(arguments.results, PARTS)
+        _draw(arguments.results)
+    for failure in record.failures:
+        print(f"FAILED {failure}")
+    print(f"\n({arguments.command}: {time.perf_counter() - started:.0f} s)", flush=True)
+    return 1 if record.failures else 0
+
+
+def _draw(folder: Path) -> None:
+    from benchmarks import plots  # matplotlib is needed for nothing else
+
+    plots.draw(folder)
+    write_tables(folder)
+
+
+def main(options: list[str]) -> int:
+    """Runs one command; the exit status is 0 if nothing failed."""
+    arguments = _parser().parse_args(options)
+    if arguments.command == "compare":
+        return compare(arguments.before, arguments.after, arguments.tolerance)
+    if arguments.command == "plots":
+        _draw(arguments.folder)
+        return 0
+    return _run_all(arguments, options[1:]) if arguments.command == "all" else _run(arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

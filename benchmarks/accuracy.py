@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 import rwkv_kernels
-from benchmarks import harness
+from benchmarks.device import Device
+from benchmarks.records import Record, Row
 
 TITLE = "Accuracy: worst error against the float64 oracle, relative to the largest element; in brackets the step loop's"
 
@@ -14,21 +15,21 @@ CHANNELS_OF_THE_LONGEST = 16  # whose step loops keep millions of tensors for au
 NAMES = ["y", "state", "gw", "gu", "gk", "gv", "gstate"]
 
 
-def run(smoke: bool) -> list[harness.Row]:
+def run(device: Device, record: Record) -> None:
     """A row for every dtype and length; the columns are outputs and gradients."""
-    rows: list[harness.Row] = []
-    for T in LENGTHS[:2] if smoke else LENGTHS:
+    rows: list[Row] = []
+    for T in LENGTHS[:2] if device.smoke else LENGTHS:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             inputs = _inputs(T, dtype)
             exact = _results(tuple(x.double() for x in inputs), "reference")
             ours, loop = _results(inputs, "cpu"), _results(inputs, "reference")
-            row: harness.Row = {"T": T, "dtype": str(dtype).removeprefix("torch.")}
+            row: Row = {"T": T, "dtype": str(dtype).removeprefix("torch.")}
             for name in NAMES:
                 error, loop_error = _error(ours[name], exact[name]), _error(loop[name], exact[name])
                 row[name] = f"{error:.1e} ({loop_error:.1e})"
                 row[f"_{name}"] = (error, loop_error)
             rows.append(row)
-    return rows
+    record.add(TITLE, ["T", "dtype"], rows)
 
 
 def _inputs(T: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -1,16 +1,16 @@
 """`make gpu-check`: everything that a GPU has to show, offline, with the python and torch that are there.
 
 It builds for the present GPU, runs the whole suite on it, its kernels under compute-sanitizer, the stress tests and the
-benchmark, each in a process of its own, so that one that crashes or hangs costs the others nothing. It lies among the
-benchmarks because its record is theirs and more: record.json has the device, the versions, the commit, the outcome of
-every stage and every sample. A CPU runs the same stages as far as it can, on small sizes, which keeps them working.
+benchmarks, each in a process of its own, so that one that crashes or hangs costs the others nothing. It lies among the
+benchmarks because its folder is theirs and more: check.json has the device, the versions, the commit and the outcome of
+every stage. A CPU runs the same stages as far as it can, on small sizes, which keeps them working.
 
-The aim is less than 9 minutes on an H100 with 16 cores: build 1, suite 2½, sanitizer 1½, stress 1½, benchmark 2.
+The aim is less than 9 minutes on an H100 with 16 cores: build 1, suite 2½, sanitizer 1½, stress 1½, benchmarks 2. The
+benchmarks are those that tell of a kernel; `make bench` has the others, too.
 """
 
 import argparse
 import importlib.util
-import json
 import os
 import shutil
 import signal
@@ -29,10 +29,15 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import cuda_toolkit  # noqa: E402
 
+TITLE, KEYS = "The check", ["stage"]
 PYTEST = [sys.executable, "-m", "pytest", "-q"]
 STRESS = ["tests/test_gpu.py", "tests/test_stress.py"]
 # What is the same with and without a GPU.
 OF_THE_CPU = ["gpu_programs", "gpu_plan", "gpu_check", "ptx", "triton_compiled", "cpu", "oracle", "build", "structure"]
+
+
+# Of the benchmarks those that tell of a kernel, each with the seconds that it may take.
+BENCHMARKS = {"op": 120, "crossover": 90, "latency": 60, "peers": 120}
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,11 @@ def stages(device: str, results: Path, peers: list[str]) -> Iterator[Stage]:
     a_few = ["tests/test_operator.py", "-k", "small and cpu"]
     yield Stage("suite", [*PYTEST, *required, "--durations=10", *(everything_else if on_gpu else a_few)], 300)
 
-    benchmark = [sys.executable, "-m", "benchmarks.gpu", "--device", device, "--results", str(results)]
-    yield Stage("benchmark", benchmark + [f"--peer={peer}" for peer in peers], 180)
+    options = [f"--device={device}", f"--results={results}", *([] if on_gpu else ["--smoke"])]
+    for name, limit in BENCHMARKS.items():
+        command = [sys.executable, "-m", "benchmarks", name, *options]
+        why_not = "a CPU has no schedules" if name == "crossover" and not on_gpu else None
+        yield Stage(name, command + [f"--peer={peer}" for peer in peers if name == "peers"], limit, why_not=why_not)
 
     yield Stage("stress", [*PYTEST, *required, "--durations=10", *STRESS], 150)
     yield _sanitizer("memcheck", on_gpu)
@@ -117,15 +125,10 @@ def run(stage: Stage) -> dict[str, Any]:
 
 
 def write_record(results: Path, outcomes: list[dict[str, Any]]) -> None:
-    """Writes record.json: what is known so far, the benchmark's own record included."""
-    from benchmarks import harness  # not before the build: it loads what the build makes
+    """Writes check.json, what is known so far: a record of the check itself, beside those of the benchmarks."""
+    from benchmarks.records import Record, Table  # not before the build: it loads what the build makes
 
-    record: dict[str, Any] = {"environment": harness.environment(), "stages": outcomes}
-    measured = results / "benchmark.json"
-    if measured.exists():
-        record["benchmark"] = json.loads(measured.read_text())
-        measured.unlink()
-    (results / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+    Record("check", results, tables=[Table(TITLE, KEYS, outcomes)]).save()
 
 
 def main() -> int:
@@ -133,7 +136,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=main.__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument(
-        "--results", type=Path, default=Path("build/gpu-check"), help="folder of the record and the plots"
+        "--results", type=Path, default=Path("build/gpu-check"), help="folder of the records and the plots"
     )
     parser.add_argument("--only", action="append", default=[], metavar="STAGE", help="these stages and the build")
     parser.add_argument("--peer", action="append", default=[], help="NAME=FILE, see benchmarks/gpu/peers.py")
@@ -146,7 +149,6 @@ def main() -> int:
 
     results = arguments.results.resolve()
     results.mkdir(parents=True, exist_ok=True)
-    (results / "benchmark.json").unlink(missing_ok=True)
     outcomes = []
     for stage in stages(arguments.device, results, arguments.peer):
         if arguments.only and stage.name not in ["build", *arguments.only]:
@@ -156,9 +158,9 @@ def main() -> int:
         if stage.name == "build" and outcomes[-1]["outcome"] != "passed":
             break  # the other stages would tell of an older build
 
-    from benchmarks import harness
+    from benchmarks.records import Table
 
-    print(f"\n{harness.markdown_table(outcomes)}\n\n{results / 'record.json'}")
+    print(f"\n{Table(TITLE, KEYS, outcomes).markdown()}\n\n{results}")
     return 1 if any(row["outcome"].startswith("failed") for row in outcomes) else 0
 
 

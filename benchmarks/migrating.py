@@ -1,12 +1,14 @@
 """transformers' RWKV before and after `rwkv_kernels.compat.transformers.patch()`: forward, and a step of training."""
 
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 
-from benchmarks import harness
+from benchmarks.device import Device, timed
+from benchmarks.records import Record, Row
 from rwkv_kernels.compat import transformers as compat
 
 TITLE = "transformers' RwkvForCausalLM before and after the patch, 4 layers, float32"
@@ -17,34 +19,32 @@ LAYERS, VOCAB = 4, 256  # a model of bytes: with a large vocabulary, the head wo
 RUNS, RUNS_OF_LONG = 5, 1
 
 
-def run(smoke: bool) -> list[harness.Row]:
-    """Seconds before and after, how many times faster, and what part of them the operator is; on every device."""
+def run(device: Device, record: Record) -> None:
+    """Seconds before and after, and how many times faster; what part of them the operator is."""
     try:
         import transformers
     except ImportError as error:
         print(f"transformers is not installed, so there is nothing to compare with ({error})")
-        return []
+        return
     transformers.logging.set_verbosity_error()
-    harness.keep_freed_memory()
-    rows: list[harness.Row] = []
-    for device in ["cpu", *["cuda"] * torch.cuda.is_available()]:
-        for shape in [(2, 16, 32)] if smoke else SHAPES:
-            rows += _rows(device, shape, transformers.__version__)
-    return rows
+    rows: list[Row] = []
+    for shape in [(2, 16, 32)] if device.smoke else SHAPES:
+        rows += _rows(device, shape, transformers.__version__)
+    record.add(TITLE, ["B, T, C", "operation", "code"], rows)
 
 
-def _rows(device: str, shape: tuple[int, int, int], version: str) -> list[harness.Row]:
+def _rows(device: Device, shape: tuple[int, int, int], version: str) -> list[Row]:
     import transformers
 
     B, T, C = shape
     torch.manual_seed(0)
     config = transformers.RwkvConfig(vocab_size=VOCAB, hidden_size=C, num_hidden_layers=LAYERS, use_cache=False)
-    model = transformers.RwkvForCausalLM(config).to(device).train()
+    model = transformers.RwkvForCausalLM(config).to(device.type).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    tokens = torch.randint(VOCAB, (B, T), device=device)
+    tokens = torch.randint(VOCAB, (B, T), device=device.type)
     modeling = transformers.models.rwkv.modeling_rwkv
-    w, u = torch.randn(2, C, device=device, requires_grad=True)
-    k, v, gy = torch.randn(3, B, T, C, device=device, requires_grad=True)
+    w, u = torch.randn(2, C, device=device.type, requires_grad=True)
+    k, v, gy = torch.randn(3, B, T, C, device=device.type, requires_grad=True)
 
     def forward() -> torch.Tensor:
         with torch.no_grad():
@@ -66,39 +66,38 @@ def _rows(device: str, shape: tuple[int, int, int], version: str) -> list[harnes
     with compat.patched():
         torch.testing.assert_close(forward(), expected, rtol=1e-3, atol=1e-3)
 
-    rows: list[harness.Row] = []
+    ways = {f"transformers {version}": nullcontext, "patched": compat.patched}
+    rows: list[Row] = []
     for name, call in [
         ("forward", forward),
         ("training step", training_step),
         ("WKV of one layer", operator),
         ("WKV of one layer with gradients", operator_and_backward),
     ]:
-        seconds: dict[str, list[float]] = {"before": [], "after": []}
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
         for turn in range(-1, RUNS if T <= 512 else RUNS_OF_LONG):  # the first one warms up
-            for who, context in (("before", nullcontext), ("after", compat.patched)):
+            for way, context in ways.items():
                 with context():
                     elapsed = _seconds(call, device)
                 if turn >= 0:
-                    seconds[who].append(elapsed)
-        medians = {who: harness.quartiles(samples)[1] for who, samples in seconds.items()}
-        rows.append(
+                    seconds[way].append(elapsed)
+        before = statistics.median(next(iter(seconds.values())))
+        rows += [
             {
-                "device": device,
                 "B, T, C": f"{B}, {T}, {C}",
                 "operation": name,
-                f"transformers {version}, s": medians["before"],
-                "patched, s": medians["after"],
-                "times faster": medians["before"] / medians["after"],
-                "_seconds": seconds,
+                "code": way,
+                **timed(samples),
+                "times faster": before / statistics.median(samples),
             }
-        )
+            for way, samples in seconds.items()
+        ]
     return rows
 
 
-def _seconds(call: Callable[[], object], device: str) -> float:
+def _seconds(call: Callable[[], object], device: Device) -> float:
     # Not torch's Timer, which warms up before every measurement: the loop is too slow for that.
     started = time.perf_counter()
     call()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    device.synchronize()
     return time.perf_counter() - started

@@ -1,0 +1,154 @@
+"""Times and memory of a device: by events and torch's allocator on a GPU, by the clock and the system on a CPU."""
+
+import ctypes
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks import footprint
+from benchmarks.records import Row
+
+Call = Callable[[], object]
+Seconds = dict[str, list[float]]
+
+RUNS = 25
+PER_SECOND = {"s": 1.0, "ms": 1e3, "µs": 1e6}
+
+
+def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    if len(samples) < 2:
+        return (samples[0],) * 3
+    low, middle, high = statistics.quantiles(samples, n=4)
+    return low, middle, high
+
+
+def timed(samples: Sequence[float], unit: str = "ms") -> Row:
+    """The columns of a measured time: the median, the distance of the quartiles as a part of it, the raw seconds."""
+    low, middle, high = quartiles(samples)
+    return {
+        unit: middle * PER_SECOND[unit],
+        "spread": (high - low) / middle,
+        "_seconds": [float(f"{sample:.4g}") for sample in samples],
+    }
+
+
+def keep_freed_memory() -> None:
+    """Keeps glibc from returning large freed blocks to the system.
+
+    A fresh block costs a page fault for every 4 KiB, several times what a memory-bound kernel takes; a training loop
+    meets that once, a benchmark that allocates its outputs would meet it in every run.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, huge = -1, -3, 2**30
+        libc.mallopt(M_TRIM_THRESHOLD, huge)
+        libc.mallopt(M_MMAP_THRESHOLD, huge)
+
+
+def powers_of_two(first: int, last: int) -> list[int]:
+    """`first`, twice that, and so on, up to `last`."""
+    return [first << i for i in range((last // first).bit_length())]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where to measure, and whether only to see that everything runs."""
+
+    type: str  # "cuda" or "cpu"
+    smoke: bool = False
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether there are events, schedules and torch's own count of memory."""
+        return self.type == "cuda"
+
+    @property
+    def scale(self) -> str:
+        """What the sizes of a benchmark are chosen by: "cuda", "cpu" or "smoke"."""
+        return "smoke" if self.smoke else self.type
+
+    def alternate(self, calls: dict[str, Call], runs: int = RUNS, warm_up: int = 2) -> Seconds:
+        """Seconds of each call over several runs, none with its data in the cache.
+
+        The calls take turns, so that a change of clock meets all of them.
+        """
+        if self.smoke:
+            runs, warm_up = 2, 1
+        clock = _gpu_seconds if self.is_gpu else _cpu_seconds
+        # 1 GiB is beyond every L2, and writing it takes an H100 some 350 µs, in which the CPU has queued what is timed:
+        # the events then enclose the kernels alone, not the time to launch them.
+        size = {"cuda": 2**30, "cpu": 2**27, "smoke": 2**20}[self.scale]
+        cold = torch.empty(size, dtype=torch.int8, device=self.type)
+
+        def evict() -> None:
+            cold.zero_()
+            # What was written last still waits in the cache to go to memory: these reads send it there.
+            cold[: size // 4].view(torch.int64).sum()
+
+        turns = [(name, call) for _ in range(warm_up + runs) for name, call in calls.items()]
+        seconds: Seconds = {name: [] for name in calls}
+        for (name, _), elapsed in zip(turns, clock([call for _, call in turns], evict), strict=True):
+            seconds[name].append(elapsed)
+        return {name: samples[warm_up:] for name, samples in seconds.items()}
+
+    def seconds(self, call: Call, limit: float) -> list[float]:
+        """Samples of a call that may be slow: 20 or more, or as many as take `limit` seconds together, but 3."""
+        first = self.alternate({"call": call}, runs=1, warm_up=1)["call"]
+        runs = max(3, min(RUNS, round(limit / first[0])))
+        return self.alternate({"call": call}, runs, warm_up=0)["call"]
+
+    def synchronize(self) -> None:
+        """Waits for what was launched."""
+        if self.is_gpu:
+            torch.cuda.synchronize()
+
+    def triad(self) -> tuple[int, Call]:
+        """What the bandwidth of the memory is told by: the bytes that it moves, and a sum of two large tensors."""
+        elements = {"cuda": 2**27, "cpu": 2**23, "smoke": 2**10}[self.scale]
+        a, b, target = (torch.ones(elements) for _ in range(3))
+        return 3 * a.nbytes, lambda: torch.add(a, b, alpha=2.0, out=target)
+
+    def peak_bytes(self, prepare: Callable[..., Call], *arguments: object) -> int | None:
+        """The most memory that prepare(*arguments)() has held at once, beyond what was held before the call.
+
+        None where the system does not tell. On a CPU it is called in another process, by its name.
+        """
+        if not self.is_gpu:
+            return footprint.peak_bytes(prepare, *arguments)
+        call = prepare(*arguments)
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = call()
+        torch.cuda.synchronize()
+        del results
+        return torch.cuda.max_memory_allocated() - before
+
+
+def _cpu_seconds(calls: list[Call], evict: Call) -> list[float]:
+    seconds = []
+    for call in calls:
+        evict()
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def _gpu_seconds(calls: list[Call], evict: Call) -> list[float]:
+    events = []
+    for call in calls:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        evict()
+        start.record()
+        call()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in events]

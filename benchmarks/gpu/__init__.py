@@ -1,1 +1,0 @@
-"""Measurements on a GPU, all in one process: `python -m benchmarks.gpu`."""

@@ -1,0 +1,191 @@
+"""The operator by itself: time, bandwidth and memory of every backend and schedule, forward and backward."""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import rwkv_kernels
+from benchmarks.device import Call, Device, quartiles, timed
+from benchmarks.plans import SCHEDULES, forced_plan
+from benchmarks.problem import Function, Problem, Shape
+from benchmarks.records import Record, Row
+from rwkv_kernels._extension import extension
+
+TITLE = "The operator: minimal bytes (3 tensors forward, 5 backward) over time, against a triad in the same run"
+TITLE_OF_MEMORY = "Memory of a training step of the operator, B = 1, its inputs k, v and the gradient of y included"
+
+SHAPES: dict[str, list[Shape]] = {
+    "cuda": [
+        (8, 1024, 768),
+        (32, 1024, 2048),
+        (1, 4096, 768),
+        (1, 65536, 2560),
+        (8, 4096, 4096),
+        (1, 16384, 768),
+        (64, 512, 1024),
+        (1, 128, 768),
+        (8, 1, 768),
+    ],
+    "cpu": [(8, 1024, 768), (1, 16384, 768), (4, 512, 768), (1, 128, 768), (8, 1, 768)],
+    "smoke": [(2, 130, 64), (2, 1, 64)],
+}
+DTYPES = {
+    "cuda": (torch.float32, torch.bfloat16),
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "smoke": (torch.float32, torch.bfloat16),
+}
+TENSORS = {"forward": 3, "backward": 5}
+OF_A_STEP = 6  # k, v, gy, y, gk, gv
+LEAST_ELEMENTS_TOLD = 2**20  # a process's memory is counted in pages
+
+STEPS = {"cuda": [2**14, 2**15, 2**16, 2**17], "cpu": [2**11, 2**12, 2**13, 2**14], "smoke": [64, 128]}
+CHANNELS = 768
+
+
+def backends(device: Device) -> list[str]:
+    """The compiled backends that run on the device."""
+    return [
+        name
+        for name, available, _ in rwkv_kernels.backends()
+        if available and name != "reference" and (name != "cpu") == device.is_gpu
+    ]
+
+
+def schedules(backend: str) -> list[str | None]:
+    return [None, *SCHEDULES] if backend == "cuda" else [None]
+
+
+def function_of(backend: str, schedule: str | None) -> Function:
+    def function(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with forced_plan(schedule=schedule):
+            return rwkv_kernels.wkv(w, u, k, v, backend=backend)
+
+    return function
+
+
+def calls_of(problem: Problem, backend: str, schedule: str | None) -> dict[str, Callable[[], object]]:
+    """Forward and backward, each to be timed by itself."""
+    function = function_of(backend, schedule)
+    gradients = problem.prepare_backward(function)
+
+    def backward() -> object:
+        with forced_plan(schedule=schedule):
+            return gradients()
+
+    return {"forward": lambda: problem.forward(function), "backward": backward}
+
+
+def planned(backend: str, operation: str, dtype: torch.dtype, shape: Shape, schedule: str | None) -> dict[str, object]:
+    """The plan as the planner tells it, nothing for a backend without one."""
+    if backend != "cuda":
+        return {}
+    return dict(extension.module.plan_cuda(operation, name_of(dtype), *shape, limits=0, schedule=schedule))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def written(shape: Shape) -> str:
+    return ", ".join(map(str, shape))
+
+
+def run(device: Device, record: Record) -> None:
+    """Every shape, dtype, backend and schedule, checked against float64 before it is timed; then memory against T."""
+    rows = []
+    for shape in SHAPES[device.scale]:
+        for dtype in DTYPES[device.scale]:
+            with record.attempt(f"{shape} {dtype}"):
+                rows += _rows(device, shape, dtype)
+    record.add(TITLE, ["shape", "dtype", "operation", "backend", "schedule"], rows)
+    _measure_memory(device, record)
+
+
+def _rows(device: Device, shape: Shape, dtype: torch.dtype) -> list[Row]:
+    problem = Problem(shape, dtype)
+    variants = [(backend, schedule) for backend in backends(device) for schedule in schedules(backend)]
+    errors = {variant: problem.check(function_of(*variant)) for variant in variants}
+    prepared = {variant: calls_of(problem, *variant) for variant in variants}
+    extra = {variant: _extra_bytes(device, shape, dtype, *variant) for variant in variants}
+    moved, triad = device.triad()
+    rows: list[Row] = []
+    for operation, tensors in TENSORS.items():
+        calls = {str(variant): prepared[variant][operation] for variant in variants}
+        *seconds, of_triad = device.alternate({**calls, "triad": triad}).values()
+        bandwidth = moved / statistics.median(of_triad)
+        for variant, samples in zip(variants, seconds, strict=True):
+            backend, schedule = variant
+            achieved = tensors * problem.bytes / statistics.median(samples)
+            rows.append(
+                {
+                    "shape": written(shape),
+                    "dtype": name_of(dtype),
+                    "operation": operation,
+                    "backend": backend,
+                    "schedule": schedule or "auto",
+                    **timed(samples, "µs"),
+                    "GB/s": achieved / 1e9,
+                    "of triad": achieved / bandwidth,
+                    "extra bytes/element": extra[variant].get(operation, "-"),
+                    "error": errors[variant],
+                    "_plan": planned(backend, operation, dtype, shape, schedule),
+                    "_triad_quartiles": quartiles(of_triad),
+                }
+            )
+    return rows
+
+
+def _extra_bytes(
+    device: Device, shape: Shape, dtype: torch.dtype, backend: str, schedule: str | None
+) -> dict[str, float]:
+    """Memory beyond inputs, outputs and gradients: of forward alone, and of forward and backward together."""
+    elements = shape[0] * shape[1] * shape[2]
+    if not device.is_gpu and elements < LEAST_ELEMENTS_TOLD:
+        return {}
+    outputs = {"forward": 1, "backward": 3}  # y; y, gk and gv
+    peaks = {
+        operation: device.peak_bytes(prepare_operation, shape, dtype, backend, schedule, operation)
+        for operation in TENSORS
+    }
+    return {
+        operation: peak / elements - outputs[operation] * dtype.itemsize
+        for operation, peak in peaks.items()
+        if peak is not None
+    }
+
+
+def prepare_operation(shape: Shape, dtype: torch.dtype, backend: str, schedule: str | None, operation: str) -> Call:
+    """Forward without gradients, or as "backward" both."""
+    problem, function = Problem(shape, dtype), function_of(backend, schedule)
+
+    def forward_and_backward() -> object:
+        with forced_plan(schedule=schedule):
+            return problem.forward_and_backward(function)
+
+    return forward_and_backward if operation == "backward" else lambda: problem.forward(function)
+
+
+def _measure_memory(device: Device, record: Record) -> None:
+    steps = STEPS[device.scale]
+    rows: list[Row] = []
+    slopes: list[Row] = []
+    for backend in backends(device):
+        for dtype in (torch.float32, torch.bfloat16):
+            held = []
+            for T in steps:
+                peak = device.peak_bytes(prepare_operation, (1, T, CHANNELS), dtype, backend, None, "backward")
+                if peak is None:
+                    print("this system does not tell a process's peak memory")
+                    return
+                held.append(peak + 3 * T * CHANNELS * dtype.itemsize)  # k, v and gy were there before
+                least = OF_A_STEP * T * CHANNELS * dtype.itemsize
+                where = {"backend": backend, "dtype": name_of(dtype), "T": T}
+                rows.append({**where, "MB": held[-1] / 1e6, "inputs, outputs, gradients, MB": least / 1e6})
+            slope = statistics.linear_regression(steps, held).slope
+            least = OF_A_STEP * CHANNELS * dtype.itemsize
+            where = {"backend": backend, "dtype": name_of(dtype)}
+            slopes.append({**where, "bytes per step": slope, "of what is least": slope / least})
+    record.add(TITLE_OF_MEMORY, ["backend", "dtype", "T"], rows)
+    record.add("Its slope: bytes for every step of T, and as a part of inputs, outputs and gradients", [], slopes)

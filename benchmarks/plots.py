@@ -1,0 +1,208 @@
+"""Draws records; nothing is measured or computed here but the place of a label."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.records import Record, Row, records_in
+
+mpl.rcParams.update(
+    {
+        "figure.dpi": 150,
+        "figure.constrained_layout.use": True,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#888888",
+        "axes.prop_cycle": mpl.cycler(
+            color=["#c2410c", "#1d4ed8", "#0e7490", "#7c3aed", "#15803d", "#a16207", "#be185d", "#57534e"]
+        ),
+        "lines.markersize": 3,
+        "legend.frameon": False,
+        "legend.fontsize": 7,
+    }
+)
+
+
+def draw(folder: Path) -> list[Path]:
+    """A picture beside every record that says more as one; returns their paths."""
+    drawn = []
+    for record in records_in(folder):
+        if record.name in FIGURES and record.tables:
+            figure = FIGURES[record.name](record)
+            device = record.environment.get("gpu") or f"{record.environment['processor']}, CPU"
+            figure.suptitle(f"{device}, torch {record.environment['torch']}", fontsize=8, color="#888888")
+            drawn.append(folder / f"{record.name}.png")
+            figure.savefig(drawn[-1])
+            plt.close(figure)
+    return drawn
+
+
+def _panels(count: int, height: float, width: float = 6) -> tuple[Figure, list[Axes]]:
+    figure, axes = plt.subplots(1, count, figsize=(width * count, height), squeeze=False)
+    return figure, list(axes[0])
+
+
+def _unique(rows: list[Row], column: str) -> list[Any]:
+    return list(dict.fromkeys(row[column] for row in rows))
+
+
+def _lengths(value: float, _: object = None) -> str:
+    return f"{value / 1024:g}k" if value >= 1024 else f"{value:g}"
+
+
+def _seconds(milliseconds: float, _: object = None) -> str:
+    if milliseconds >= 1e3:
+        return f"{milliseconds / 1e3:g} s"
+    return f"{milliseconds:g} ms" if milliseconds >= 1 else f"{milliseconds * 1e3:g} µs"
+
+
+def _bytes(megabytes: float, _: object = None) -> str:
+    return f"{megabytes / 1e3:g} GB" if megabytes >= 1e3 else f"{megabytes:g} MB"
+
+
+def _lines(axis: Axes, rows: list[Row], series: str, x: str, y: str) -> None:
+    """Logarithmic either way, so that a power of x is a straight line; every line has its name at its end."""
+    ends = []
+    for name in _unique(rows, series):
+        own = [row for row in rows if row[series] == name and row.get(y, 0) > 0]
+        if own:
+            (line,) = axis.loglog([row[x] for row in own], [row[y] for row in own], "o-")
+            ends.append((own[-1][y], own[-1][x], name, line.get_color()))
+    # Names of lines that end side by side are moved apart, from the lowest up.
+    (low, high), apart, taken = axis.get_ylim(), 0.05, 0.0
+    for y_end, x_end, name, colour in sorted(ends):
+        place = axis.transAxes.inverted().transform(axis.transData.transform((x_end, y_end)))
+        taken = max(float(place[1]), taken + apart)
+        axis.annotate(
+            name,
+            (x_end, y_end),
+            xytext=(1.03, taken),
+            textcoords="axes fraction",
+            color=colour,
+            fontsize=8,
+            verticalalignment="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "alpha": 0.6},
+        )
+    axis.set_ylim(low, high)
+    axis.set_xticks(_unique(rows, x))
+    axis.xaxis.set_major_formatter(_lengths)
+    axis.minorticks_off()
+    axis.tick_params(labelsize=8)
+    axis.set_xlabel(x, fontsize=9)
+    axis.grid(color="#eeeeee")
+
+
+def _attention(record: Record) -> Figure:
+    rows = record.tables[0].rows
+    training = [row for row in rows if row["pass"] == "training step"]
+    panels: list[tuple[str, list[Row], str, Callable[..., str]]] = [
+        ("time of forward", [row for row in rows if row["pass"] == "forward"], "ms", _seconds),
+        ("time of a training step", training, "ms", _seconds),
+        ("memory of a training step", training, "MB", _bytes),
+    ]
+    figure, axes = _panels(len(panels), 4)
+    for axis, (title, chosen, column, unit) in zip(axes, panels, strict=True):
+        _lines(axis, chosen, "mixer", "T", column)
+        axis.yaxis.set_major_formatter(unit)
+        axis.set_title(title)
+    return figure
+
+
+def _decode(record: Record) -> Figure:
+    rows = record.tables[0].rows
+    figure, axes = _panels(3, 4)
+    panels: list[tuple[str, str, Callable[..., str]]] = [
+        ("time of a token after so many", "ms", _seconds),
+        ("time of all tokens", "all of them, s", lambda seconds, _: _seconds(1e3 * seconds)),
+        ("what is kept of them", "state or cache, MB", _bytes),
+    ]
+    for axis, (title, column, unit) in zip(axes, panels, strict=True):
+        _lines(axis, rows, "model", "tokens", column)
+        axis.yaxis.set_major_formatter(unit)
+        axis.set_title(title)
+    return figure
+
+
+def _train(record: Record) -> Figure:
+    figure, (axis,) = _panels(1, 4)
+    _lines(axis, record.tables[0].rows, "model", "T", "tokens/s")
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axis.set_title("tokens trained on per second")
+    return figure
+
+
+def _op(record: Record) -> Figure:
+    figure = _bars(record.tables[0].rows, lambda row: f"{row['backend']}, {row['schedule']}", "of triad")
+    for axis in figure.axes:
+        axis.axvline(1, color="#888888", linewidth=0.8)
+        axis.set_xlabel("minimal bytes over time, as a part of a triad's bandwidth")
+    return figure
+
+
+def _peers(record: Record) -> Figure:
+    figure = _bars(record.tables[0].rows, lambda row: str(row["who"]), "of our time")
+    for axis in figure.axes:
+        axis.set_xscale("log")
+        axis.set_xlabel("time in units of ours")
+    return figure
+
+
+def _bars(rows: list[Row], series: Callable[[Row], str], column: str) -> Figure:
+    """A panel for every operation, a group of bars for every shape and dtype, a bar for every series."""
+    operations = _unique(rows, "operation")
+    cases = list(dict.fromkeys((row["shape"], row["dtype"]) for row in rows))
+    names = list(dict.fromkeys(series(row) for row in rows))
+    figure, axes = _panels(len(operations), 2 + 0.15 * len(cases) * (len(names) + 1))
+    thickness = 0.8 / len(names)
+    for axis, operation in zip(axes, operations, strict=True):
+        for i, name in enumerate(names):
+            chosen = [row for row in rows if row["operation"] == operation and series(row) == name]
+            places = [cases.index((row["shape"], row["dtype"])) + i * thickness for row in chosen]
+            axis.barh(places, [row[column] for row in chosen], thickness, label=name)
+        middles = [i + (len(names) - 1) * thickness / 2 for i in range(len(cases))]
+        axis.set_yticks(middles, [f"{shape}  {dtype}" for shape, dtype in cases], fontsize=7)
+        axis.invert_yaxis()
+        axis.set_title(operation)
+    if len(names) > 1:
+        axes[0].legend()
+    return figure
+
+
+def _crossover(record: Record) -> Figure:
+    rows = record.tables[0].rows
+    sweeps = [(sweep, operation) for sweep in _unique(rows, "sweep") for operation in _unique(rows, "operation")]
+    figure, axes = _panels(len(sweeps), 4)
+    for axis, (sweep, operation) in zip(axes, sweeps, strict=True):
+        panel = [row for row in rows if (row["sweep"], row["operation"]) == (sweep, operation)]
+        for schedule in _unique(panel, "schedule"):
+            own = [row for row in panel if row["schedule"] == schedule]
+            axis.plot([row["shape"] for row in own], [row["µs"] for row in own], "o-", label=schedule)
+        chosen = [row for row in panel if row["chosen"]]
+        shapes, times = [row["shape"] for row in chosen], [row["µs"] for row in chosen]
+        axis.plot(shapes, times, "o", fillstyle="none", markersize=10, color="black", label="chosen")
+        axis.set_yscale("log")
+        axis.tick_params(axis="x", rotation=60, labelsize=7)
+        axis.set_title(f"{operation}, over {sweep}")
+        axis.set_ylabel("µs")
+        axis.legend()
+    return figure
+
+
+FIGURES: dict[str, Callable[[Record], Figure]] = {
+    "attention": _attention,
+    "decode": _decode,
+    "train": _train,
+    "op": _op,
+    "peers": _peers,
+    "crossover": _crossover,
+}

@@ -1,0 +1,214 @@
+"""The benchmarks themselves: what is checked before the clock starts, what records keep, and what is read from them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import rwkv_kernels
+from benchmarks import attention, crossover, footprint, op, peers, plots, records
+from benchmarks.__main__ import main
+from benchmarks.device import Device, powers_of_two, timed
+from benchmarks.plans import SCHEDULES
+from benchmarks.problem import Problem
+from benchmarks.records import Record, Row
+
+pytest.importorskip("rwkv_kernels._C", reason="the extension is not built")
+
+SMOKE = Device("cpu", smoke=True)
+
+
+@pytest.mark.parametrize("wrong", ["slightly", "nan", "in_the_last_channel", "in_a_gradient"])
+def test_a_wrong_result_is_seen_before_it_is_timed(wrong: str) -> None:
+    def function(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = rwkv_kernels.wkv(w, u, k, v, backend="cpu")
+        if wrong == "slightly":
+            return y * 1.01
+        if wrong == "in_a_gradient":
+            return y - 0.5 * (u - u.detach())
+        y = y.clone()
+        y[0, 3, -1] += torch.nan if wrong == "nan" else 1.0
+        return y
+
+    problem = Problem((2, 70, 33), torch.float32)
+    assert problem.check(op.function_of("cpu", None)) < 1e-5
+    with pytest.raises(AssertionError, match="of the largest element"):
+        problem.check(function)
+
+
+@pytest.fixture
+def a_cuda_backend_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """The CPU's kernel under the name "cuda", with the plans for an H100; returns what will be forced."""
+    module = op.extension.module
+    forced: list[str | None] = []
+    plan = module.plan_cuda
+
+    def plan_for_the_first_gpu(*problem: object, limits: int, schedule: str | None) -> object:
+        assert limits == 0
+        return plan(*problem, schedule=schedule)
+
+    monkeypatch.setattr(module, "plan_cuda", plan_for_the_first_gpu)
+    monkeypatch.setattr(module, "force_cuda_plan", lambda schedule=None, **_: forced.append(schedule), raising=False)
+    monkeypatch.setattr(op, "backends", lambda device: ["cuda"])
+    monkeypatch.setattr(footprint, "peak_bytes", lambda *_: None)  # another process would not know of this
+    wkv = rwkv_kernels.wkv
+    monkeypatch.setattr(rwkv_kernels, "wkv", lambda *given, backend: wkv(*given, backend="cpu"))
+    return forced
+
+
+def test_every_schedule_is_measured_and_drawn(a_cuda_backend_on_the_cpu: list[str | None], tmp_path: Path) -> None:
+    record = Record("op", tmp_path)
+    op.run(SMOKE, record)
+    rows = record.tables[0].rows
+    assert {row["schedule"] for row in rows} == {"auto", "serial", "chunked", "single_pass"}
+    assert {row["_plan"]["schedule"] for row in rows} == {"serial", "chunked", "single_pass"}
+    # What was forced is always undone.
+    assert a_cuda_backend_on_the_cpu[1::2] == [None] * (len(a_cuda_backend_on_the_cpu) // 2)
+    assert not record.failures
+
+    record = Record("crossover", tmp_path)
+    crossover.run(SMOKE, record)
+    rows = record.tables[0].rows
+    assert len(rows) == 4 * len(SCHEDULES) and {row["schedule"] for row in rows if row["chosen"]} == {
+        "serial",
+        "single_pass",
+    }
+    for first in range(0, len(rows), len(SCHEDULES)):
+        together = rows[first : first + len(SCHEDULES)]
+        assert len([row for row in together if row["chosen"]]) == 1
+        assert min(row["of the fastest"] for row in together) == 1
+    assert not record.failures
+    assert plots.draw(tmp_path) == [tmp_path / "crossover.png", tmp_path / "op.png"]
+
+
+def test_a_failing_case_is_noted_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(problem: Problem, function: object) -> float:
+        assert problem.k.shape[1] == 1, "wrong"
+        return 0.0
+
+    monkeypatch.setattr(Problem, "check", check)
+    monkeypatch.setattr(footprint, "peak_bytes", lambda *_: None)
+    record = Record("op")
+    op.run(SMOKE, record)
+    assert {row["shape"] for row in record.tables[0].rows} == {"2, 1, 64"}
+    assert len(record.failures) == 2 and "AssertionError: wrong" in record.failures[0]
+
+
+def test_peers_come_from_files_and_their_faults_are_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "exact.py").write_text(
+        "from rwkv_kernels import wkv as ours\ndef wkv(w, u, k, v):\n    return ours(w, u, k, v, backend='reference')\n"
+    )
+    (tmp_path / "wrong.py").write_text("def wkv(w, u, k, v):\n    return v + 0 * (w + u + k)\n")
+    (tmp_path / "refusing.py").write_text("def wkv(w, u, k, v):\n    raise ValueError('too long')\n")
+    (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
+    record = Record("peers")
+    peers.run(SMOKE, record, {path.stem: path for path in tmp_path.glob("*.py")})
+    errors = {row["who"]: row["error"] for row in record.tables[0].rows if row["dtype"] == "float32"}
+    assert errors["exact"] < 1e-5 and errors["wrong"] > 0.1
+    assert {"refusing", "broken"}.isdisjoint(errors)
+    output = capsys.readouterr().out
+    assert "peer refusing at (2, 16, 32), torch.float32: ValueError: too long" in output
+    assert "peer broken: not here (ModuleNotFoundError" in output
+
+
+def hold(megabytes: int, megabytes_in_passing: int) -> object:
+    def call() -> object:
+        torch.ones(megabytes_in_passing * 2**20, dtype=torch.int8)
+        return torch.ones(megabytes * 2**20, dtype=torch.int8)
+
+    return call
+
+
+def test_memory_is_what_a_call_holds_at_its_worst() -> None:
+    if not footprint.CLEAR_REFS.exists():
+        pytest.skip("this system does not tell a process's peak memory")
+    for held, in_passing in [(40, 10), (10, 40), (20, 20)]:
+        peak = Device("cpu").peak_bytes(hold, held, in_passing)
+        assert peak is not None and abs(peak / 2**20 - max(held, in_passing)) < 1
+
+
+@pytest.mark.parametrize("mixer", ["AftFull", "AftSimple", "NaiveAttention", "TorchAttention"])
+def test_a_wrong_mixer_is_seen_before_it_is_timed(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention._check_against_each_other()
+    right = getattr(attention.mixers, mixer).forward
+    monkeypatch.setattr(
+        getattr(attention.mixers, mixer), "forward", lambda self, r, k, v: right(self, r, k, v.roll(1, dims=1))
+    )
+    with pytest.raises(AssertionError):
+        attention._check_against_each_other()
+
+
+def test_growth_and_crossover_are_read_from_times() -> None:
+    lengths = powers_of_two(128, 4096)
+    assert lengths == [128, 256, 512, 1024, 2048, 4096]
+
+    def series(name: str, milliseconds: list[float]) -> list[Row]:
+        rows = zip(lengths, milliseconds, strict=True)
+        return [{"mixer": name, "pass": "forward", "T": T, "ms": time, "MB": 0.5 * T} for T, time in rows]
+
+    linear = series("WKV", [3e-3 * T for T in lengths])
+    quadratic = series("attention", [5e-6 * T**2 for T in lengths])
+    assert attention._growth(quadratic) == {
+        "mixer": "attention",
+        "pass": "forward",
+        "up to T": 4096,
+        "of time": pytest.approx(2),
+        "of memory": pytest.approx(1),
+    }
+    # 3e-3 T < 5e-6 T² from T = 600 on.
+    assert attention._crossover(linear, quadratic)["from T"] == 1024
+    assert attention._crossover(quadratic, linear)["from T"] == "not up to 4096"
+
+
+def _record(folder: Path, seconds: dict[str, list[float]], name: str = "times", **place: str) -> Path:
+    record = Record(name, folder)
+    record.environment |= place
+    record.add("times", ["what"], [{"what": what, **timed(samples)} for what, samples in seconds.items()])
+    return folder / f"{name}.json"
+
+
+def test_a_record_is_what_was_saved(tmp_path: Path) -> None:
+    path = _record(tmp_path, {"a": [1.0, 2.0, 3.0]})
+    record = Record.load(path)
+    assert record.tables[0].rows == [{"what": "a", "ms": 2000.0, "spread": 1.0, "_seconds": [1.0, 2.0, 3.0]}]
+    assert record.environment == records.environment()
+    assert "Noisy: in 1 of 1 rows" in record.tables[0].markdown()
+    assert main(["plots", str(tmp_path)]) == 0
+    assert "| a | 2000 | 1 |" in (tmp_path / "tables.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("after", "verdict", "status"),
+    [
+        ([1.0, 1.01, 1.02, 1.03], "the same", 0),
+        ([1.3, 1.31, 1.32, 1.33], "slower", 1),
+        ([0.7, 0.71, 0.72, 0.73], "faster", 0),
+        ([0.7, 1.25, 1.26, 1.9], "the same", 0),  # slower, but no further than the noise
+        ([1.05, 1.051, 1.052, 1.053], "the same", 0),  # no further than is tolerated
+        (None, "gone", 1),
+    ],
+)
+def test_records_are_compared_beyond_their_noise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], after: list[float] | None, verdict: str, status: int
+) -> None:
+    before = _record(tmp_path / "before", {"a": [1.0, 1.01, 1.02, 1.03], "b": [1.0] * 4})
+    new = _record(tmp_path / "after", {"b": [1.0] * 4, **({"a": after} if after else {})})
+    capsys.readouterr()
+    assert main(["compare", str(before), str(new)]) == status
+    output = capsys.readouterr().out
+    assert next(line for line in output.splitlines() if line.startswith("| a |")).endswith(f"{verdict} |")
+    assert main(["compare", str(new), str(new)]) == 0
+
+
+def test_what_cannot_be_compared_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = _record(tmp_path / "before", {"a": [1.0]})
+    assert main(["compare", str(before), str(_record(tmp_path, {"a": [1.0]}, processor="another"))]) == 2
+    assert "their processor differs" in capsys.readouterr().out
+    assert main(["compare", str(before), str(_record(tmp_path, {"a": [1.0]}, name="peers"))]) == 2
+    assert "the other of 'peers'" in capsys.readouterr().out
+    (tmp_path / "other.json").write_text(json.dumps({"a": 1}))
+    assert main(["compare", str(before), str(tmp_path / "other.json")]) == 2
