@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from benchmarks import mixers
 from benchmarks.device import Call, Device, powers_of_two, timed
@@ -22,9 +23,9 @@ DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32, "smoke": torch.float32}
 SHORTEST = 128
 LONGEST = {"cuda": 2**17, "cpu": 2**15, "smoke": 256}
 # Seconds after which a call is long enough: the next one would take twice or four times as long.
-LONG_ENOUGH = {"cuda": 0.1, "cpu": 0.25, "smoke": 0.25}
-PATIENCE = 6.0  # seconds for the runs of one call
-FITTED = 4
+LONG_ENOUGH = {"cuda": 0.1, "cpu": 0.1, "smoke": 0.1}
+PATIENCE = 8.0  # seconds for the runs of one call: more than 20 of what takes four times as long
+FITTED = 3
 PASSES = ("forward", "training step")
 
 
@@ -35,6 +36,7 @@ def run(device: Device, record: Record) -> None:
     for name in _offered(device):
         for operation in PASSES:
             rows += _sweep(device, name, operation)
+            print(f"{name}, {operation}: up to T = {rows[-1]['T']}", flush=True)
     record.add(TITLE, ["mixer", "pass", "T"], rows)
     series = {
         (name, operation): [row for row in rows if (row["mixer"], row["pass"]) == (name, operation)]
@@ -157,5 +159,5 @@ def _check_against_each_other() -> None:
         weights = scores.exp().tril()
         expected = torch.einsum("hts,shd->thd", weights / weights.sum(-1, keepdim=True), values).flatten(1)[None]
         agree(naive, expected)
-        for backend in (mixers.SDPBackend.MATH, mixers.SDPBackend.FLASH_ATTENTION):
+        for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
             agree(mixers.TorchAttention(T, C, backend), expected)

@@ -70,7 +70,7 @@ class TorchAttention(nn.Module):
     def forward(self, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """In O(T²) time, and but for the backend "math" in O(T) memory."""
         with sdpa_kernel(self.backend):
-            return _joined(F.scaled_dot_product_attention(*map(_heads, (r, k, v)), is_causal=True))
+            return _joined(F.scaled_dot_product_attention(_heads(r), _heads(k), _heads(v), is_causal=True))
 
 
 class AftFull(nn.Module):

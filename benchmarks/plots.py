@@ -10,6 +10,7 @@ mpl.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from benchmarks.records import Record, Row, records_in
 
@@ -94,6 +95,7 @@ def _lines(axis: Axes, rows: list[Row], series: str, x: str, y: str) -> None:
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "alpha": 0.6},
         )
     axis.set_ylim(low, high)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_xticks(_unique(rows, x))
     axis.xaxis.set_major_formatter(_lengths)
     axis.minorticks_off()
