@@ -12,6 +12,7 @@ TITLE = "Accuracy: worst error against the float64 oracle, relative to the large
 LENGTHS = [1, 37, 1024, 65536]
 B, CHANNELS = 2, 128
 CHANNELS_OF_THE_LONGEST = 16  # whose step loops keep millions of tensors for autograd
+LONGEST_OF_THE_LOOP = 1024  # the oracle alone takes minutes for the longest
 NAMES = ["y", "state", "gw", "gu", "gk", "gv", "gstate"]
 
 
@@ -22,12 +23,13 @@ def run(device: Device, record: Record) -> None:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             inputs = _inputs(T, dtype)
             exact = _results(tuple(x.double() for x in inputs), "reference")
-            ours, loop = _results(inputs, "cpu"), _results(inputs, "reference")
+            ours = _results(inputs, "cpu")
+            loop = _results(inputs, "reference") if T <= LONGEST_OF_THE_LOOP else None
             row: Row = {"T": T, "dtype": str(dtype).removeprefix("torch.")}
             for name in NAMES:
-                error, loop_error = _error(ours[name], exact[name]), _error(loop[name], exact[name])
-                row[name] = f"{error:.1e} ({loop_error:.1e})"
-                row[f"_{name}"] = (error, loop_error)
+                row[name] = f"{_error(ours[name], exact[name]):.1e}"
+                if loop is not None:
+                    row[name] += f" ({_error(loop[name], exact[name]):.1e})"
             rows.append(row)
     record.add(TITLE, ["T", "dtype"], rows)
 
