@@ -89,6 +89,27 @@ struct Arguments {
   }
 };
 
+// What a step gets: one token, k, v and maybe r [B, C], here as sequences of one step.
+struct TokenArguments : Arguments {
+  std::optional<at::Tensor> r;
+
+  TokenArguments(const at::Tensor& w_, const at::Tensor& u_, const at::Tensor& k_, const at::Tensor& v_,
+                 const std::optional<at::Tensor>& state_, const std::optional<at::Tensor>& r_)
+      : Arguments(w_, u_, one_step("k", k_), one_step("v", v_), state_) {
+    if (!r_.has_value()) return;
+    check_like("r", *r_, {B(), C()}, k.scalar_type(), k);
+    r = with_contiguous_channels(r_->unsqueeze(1));
+  }
+
+  at::Tensor empty_token() const { return at::empty({B(), C()}, k.options()); }
+
+ private:
+  static at::Tensor one_step(const char* name, const at::Tensor& token) {
+    TORCH_CHECK_VALUE(token.dim() == 2, name, ": expected shape [B, C], got ", token.sizes());
+    return token.unsqueeze(1);
+  }
+};
+
 // What backward gets besides.
 struct GradientArguments {
   at::Tensor checkpoints, gy;

@@ -14,6 +14,6 @@ TORCH_LIBRARY(rwkv_kernels, m) {
       "_wkv_backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, Tensor checkpoints, Tensor gy, "
       "Tensor? gstate_out) -> (Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate)");
 
-  // One token, k, v [B, C]; the state moves on in place.
-  m.def("wkv_step(Tensor w, Tensor u, Tensor k, Tensor v, Tensor(a!) state) -> Tensor y");
+  // One token, k, v [B, C]; the state moves on in place. With r [B, C], the result is sigmoid(r) * y.
+  m.def("wkv_step(Tensor w, Tensor u, Tensor k, Tensor v, Tensor(a!) state, Tensor? r=None) -> Tensor y");
 }

@@ -93,7 +93,8 @@ struct StepArguments {
   ChannelParameters parameters;
   int64_t B, C;
   const void *k, *v;  // element [B, C], channels contiguous
-  int64_t k_stride, v_stride;
+  const void* r;      // likewise, or null where nothing gates y
+  int64_t k_stride, v_stride, r_stride;
   void* y;
   void* state;  // state [B, 3, C] of any strides, in elements
   int64_t state_batch_stride, state_row_stride, state_channel_stride;

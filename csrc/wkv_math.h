@@ -99,6 +99,13 @@ WKV_HD Sums<Real> mix(Sums<Real> past, Weights<Real> weights, Real v) {
   return {weights.present * v + weights.past * past.num, weights.past * past.den + weights.present};
 }
 
+// The weight of a logit r beside one of 0: in range, and exactly 0 or 1 at the ends.
+template <class Real>
+WKV_HD Real sigmoid(Real r) {
+  const Weights<Real> weights = weigh(r, Real(0));
+  return weights.past / (weights.past + weights.present);
+}
+
 // The gradients below are those of the true sums, so max is a constant to them: the state's gauge.
 template <class Real>
 struct StepGradients {

@@ -37,6 +37,15 @@ struct ForwardProblem {
   void* checkpoints;  // state [B, checkpoint_count, 3, C] or null
 };
 
+struct StepProblem {
+  DType dtype;
+  int64_t C;
+  Sequence k, v;  // element [B, 1, C]
+  Sequence r;     // element [B, 1, C], or null where nothing gates y
+  void* y;        // element [B, C]
+  void* state;    // state [B, 3, C], overwritten by the one after the token
+};
+
 struct BackwardProblem {
   DType dtype;
   int64_t B, T, C;

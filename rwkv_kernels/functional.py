@@ -29,10 +29,13 @@ def _converter(shape: list[int], B: int, C: int) -> str:
     return f"; rwkv_kernels.compat.{origin}.import_state converts it" if origin else ""
 
 
-def _explain(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, shape: tuple[str, ...]) -> None:
+def _explain(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, shape: tuple[str, ...], r: Tensor | None
+) -> None:
     """Raises for the first argument that does not fit; called only when one does not."""
     layout = f"[{', '.join(shape)}]"
-    for name, tensor in (("w", w), ("u", u), ("k", k), ("v", v)):
+    like_k = [("v", v)] if r is None else [("v", v), ("r", r)]
+    for name, tensor in (("w", w), ("u", u), ("k", k), *like_k):
         _require(isinstance(tensor, Tensor), TypeError, name, "a torch.Tensor", type(tensor).__name__)
     if isinstance(state, (list, tuple)):
         raise TypeError(
@@ -43,9 +46,12 @@ def _explain(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, s
         _require(isinstance(state, Tensor), TypeError, "state", "a torch.Tensor", type(state).__name__)
     _require(k.dim() == len(shape), ValueError, "k", f"shape {layout}", list(k.shape))
     _require(k.dtype in DTYPES, TypeError, "k", "float32, float16, bfloat16 or float64", k.dtype)
-    _require(v.shape == k.shape, ValueError, "v", f"shape {layout} = {list(k.shape)} as k", list(v.shape))
-    _require(v.dtype == k.dtype, TypeError, "v", f"{k.dtype} as k", v.dtype)
-    _require(v.device == k.device, ValueError, "v", f"device {k.device} as k", v.device)
+    for name, tensor in like_k:
+        _require(
+            tensor.shape == k.shape, ValueError, name, f"shape {layout} = {list(k.shape)} as k", list(tensor.shape)
+        )
+        _require(tensor.dtype == k.dtype, TypeError, name, f"{k.dtype} as k", tensor.dtype)
+        _require(tensor.device == k.device, ValueError, name, f"device {k.device} as k", tensor.device)
     for name, tensor in (("w", w), ("u", u)):
         _require(tensor.shape == k.shape[-1:], ValueError, name, f"shape [C] = [{k.shape[-1]}]", list(tensor.shape))
         _require(tensor.dtype in DTYPES, TypeError, name, "float32, float16, bfloat16 or float64", tensor.dtype)
@@ -59,7 +65,9 @@ def _explain(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, s
         _require(state.device == k.device, ValueError, "state", f"device {k.device} as k", state.device)
 
 
-def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, shape: tuple[str, ...]) -> None:
+def _check(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, shape: tuple[str, ...], r: Tensor | None = None
+) -> None:
     # One expression for the good case, because it is part of every call's latency.
     try:
         fits = (
@@ -71,6 +79,7 @@ def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, sha
             and w.dtype in DTYPES
             and u.dtype in DTYPES
             and w.device == u.device == v.device == k.device
+            and (r is None or (r.shape == k.shape and r.dtype == k.dtype and r.device == k.device))
             and (
                 state is None
                 or (
@@ -83,7 +92,7 @@ def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, sha
     except AttributeError:
         fits = False
     if not fits:
-        _explain(w, u, k, v, state, shape)
+        _explain(w, u, k, v, state, shape, r)
 
 
 @overload
@@ -163,17 +172,27 @@ def wkv(
     return (y, state_out) if return_state else y
 
 
-def wkv_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, *, backend: str = "auto") -> Tensor:
+def wkv_step(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    *,
+    r: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """One token of `wkv`, for decoding: the state moves on in place.
 
     Args:
         w, u: [C], as for `wkv`.
         k, v: [B, C], the token's keys and values.
         state: [B, 3, C], (num, den, max), overwritten by the state after the token.
+        r: [B, C] in k's dtype, the token's receptance before its sigmoid, or None. It does not touch the state.
         backend: "auto", or a name from `backends()`.
 
     Returns:
-        y [B, C] in k's dtype.
+        [B, C] in k's dtype: y, or with r sigmoid(r)·y, which is computed in the state's dtype and rounded once.
 
     Not differentiable: call it under torch.no_grad(), or use `wkv` with T = 1.
 
@@ -182,11 +201,11 @@ def wkv_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, *, backe
         TypeError, BackendUnavailable: as for `wkv`. The state is untouched after any of these.
     """
     _require(isinstance(state, Tensor), TypeError, "state", "a torch.Tensor", type(state).__name__)
-    _check(w, u, k, v, state, ("B", "C"))
+    _check(w, u, k, v, state, ("B", "C"), r)
     if torch.is_grad_enabled():
-        for name, tensor in (("w", w), ("u", u), ("k", k), ("v", v), ("state", state)):
+        for name, tensor in (("w", w), ("u", u), ("k", k), ("v", v), ("state", state), ("r", r)):
             _require(
-                not tensor.requires_grad,
+                tensor is None or not tensor.requires_grad,
                 ValueError,
                 name,
                 "no gradient to be required by wkv_step (use torch.no_grad(), or wkv with T = 1)",
@@ -194,7 +213,7 @@ def wkv_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, *, backe
             )
     overlap = not state.is_contiguous() and torch._debug_has_internal_overlap(state) == 1
     _require(not overlap, ValueError, "state", "elements of their own to write to", "an expanded tensor")
-    return select(backend, k).step(w, u, k, v, state)
+    return select(backend, k).step(w, u, k, v, state, r)
 
 
 def empty_state(

@@ -30,7 +30,7 @@ class BackendInfo(NamedTuple):
 
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,13 @@ class Backend:
     step: Step
 
 
-def _reference_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Tensor:
-    y, state_out = reference.wkv(w, u, k.unsqueeze(1), v.unsqueeze(1), state)
+def _reference_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None) -> Tensor:
+    # In the dtype of the sums, so that the gated result is rounded once.
+    wide_k, wide_v = (x.unsqueeze(1).to(state.dtype) for x in (k, v))
+    y, state_out = reference.wkv(w, u, wide_k, wide_v, state)
     state.copy_(state_out)
-    return y.squeeze(1)
+    y = y.squeeze(1)
+    return (y if r is None else torch.sigmoid(r.to(state.dtype)) * y).to(k.dtype)
 
 
 REFERENCE = Backend("reference", lambda: None, lambda k: None, reference.wkv, _reference_step)
@@ -136,7 +139,7 @@ def _compiled() -> tuple[Forward, Step]:
     forward = autograd.attach(_library, ops.wkv_forward.default, ops._wkv_backward.default, intervals.__getitem__)
 
     @torch.library.register_fake("rwkv_kernels::wkv_step", lib=_library)
-    def fake_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Tensor:
+    def fake_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None = None) -> Tensor:
         return torch.empty_like(k, memory_format=torch.contiguous_format)
 
     return forward, ops.wkv_step.default

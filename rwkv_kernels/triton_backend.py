@@ -211,12 +211,14 @@ def _reduction(w: Tensor, partials: Tensor, gw: Tensor, gu: Tensor) -> Launch:
     return Launch("reduce", _ceil_div(C, channels), arguments, {"CHANNELS": channels, "ROWS": 32}, warps=4)
 
 
-def step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, list[Launch]]:
+def step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None) -> tuple[Tensor, list[Launch]]:
     """What a step returns, and the launch that fills it and moves the state; B and C are at least 1."""
     B, C = k.shape
     k, v = _with_contiguous_channels(k), _with_contiguous_channels(v)
+    r = None if r is None else _with_contiguous_channels(r)
     y = torch.empty((B, C), dtype=k.dtype, device=k.device)
-    arguments = (w.contiguous(), u.contiguous(), k, v, state, y, k.stride(0), v.stride(0), *state.stride(), C)
+    strides = (k.stride(0), v.stride(0), 0 if r is None else r.stride(0), *state.stride())
+    arguments = (w.contiguous(), u.contiguous(), k, v, r, state, y, *strides, C)
     channels, _ = widths(_device_limits(k.device)[1])
     return y, [Launch("step", B * _ceil_div(C, channels), arguments, {"CHANNELS": channels})]
 
@@ -305,22 +307,22 @@ def _backward_operator(
     return results
 
 
-def _step_operator(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Tensor:
+def _step_operator(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None = None) -> Tensor:
     B, C = k.shape
     token, parameter = ((B, C), k.dtype), ((C,), None)
     _check(
         k, ("w", w, *parameter), ("u", u, *parameter), ("k", k, *token), ("v", v, *token),
-        ("state", state, (B, 3, C), torch.float32),
+        ("r", r, *token), ("state", state, (B, 3, C), torch.float32),
     )  # fmt: skip
     if k.numel() == 0:
         return k.new_empty(k.shape)
-    y, launches = step(w, u, k, v, state)
+    y, launches = step(w, u, k, v, state, r)
     _run(launches, k.device)
     return y
 
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def attach(library: torch.library.Library) -> tuple[Forward, Step]:
@@ -333,13 +335,13 @@ def attach(library: torch.library.Library) -> tuple[Forward, Step]:
         "_triton_backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, Tensor checkpoints, Tensor gy, "
         "Tensor? gstate_out) -> (Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate)"
     )
-    library.define("triton_step(Tensor w, Tensor u, Tensor k, Tensor v, Tensor(a!) state) -> Tensor y")
+    library.define("triton_step(Tensor w, Tensor u, Tensor k, Tensor v, Tensor(a!) state, Tensor? r=None) -> Tensor y")
     library.impl("triton_forward", _forward_operator, DEVICE.upper())
     library.impl("_triton_backward", _backward_operator, DEVICE.upper())
     library.impl("triton_step", _step_operator, DEVICE.upper())
 
     @torch.library.register_fake("rwkv_kernels::triton_step", lib=library)
-    def fake_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Tensor:
+    def fake_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None = None) -> Tensor:
         return torch.empty_like(k, memory_format=torch.contiguous_format)
 
     ops = torch.ops.rwkv_kernels

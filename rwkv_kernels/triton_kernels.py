@@ -584,11 +584,11 @@ def reduce(w, partials, gw, gu, C: tl.int32, rows: tl.int32, CHANNELS: tl.conste
 
 @kernel
 def step(
-    w, u, k, v, state, y, k_stride: tl.int64, v_stride: tl.int64,
+    w, u, k, v, r, state, y, k_stride: tl.int64, v_stride: tl.int64, r_stride: tl.int64,
     state_batch_stride: tl.int64, state_row_stride: tl.int64, state_channel_stride: tl.int64,
     C: tl.int32, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """y of one token, the state in place."""
+    """y of one token, gated where there is an r, and the state in place."""
     b, _, c, exists = locate(C, 1, CHANNELS, 1)
     log_decay = -tl.exp(load_parameter(w, c, 1))
     kt = key_logit(tl.load(k + b * k_stride + c))
@@ -599,6 +599,9 @@ def step(
     num = tl.where(den == 0, 0.0, num)
     past, present = weigh(max, load_parameter(u, c, 1) + kt)
     y_num, y_den = mix(num, den, past, present, vt)
-    tl.store(y + b * C + c, (y_num * reciprocal(y_den)).to(y.dtype.element_ty), mask=exists)
+    yt = y_num * reciprocal(y_den)
+    if r is not None:
+        yt *= tl.sigmoid(tl.load(r + b * r_stride + c).to(tl.float32))
+    tl.store(y + b * C + c, yt.to(y.dtype.element_ty), mask=exists)
     num, den, max = advance(num, den, max, log_decay, kt, vt)
     store_state(state, state_row_stride, num, den, max, exists)

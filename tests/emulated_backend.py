@@ -50,7 +50,7 @@ def _backward(*arguments: Any) -> Any:
     return gpu_programs.backward(_Current.executor, *arguments, **_Current.backward_plan)
 
 
-def _step(*arguments: Tensor) -> Tensor:
+def _step(*arguments: Any) -> Tensor:
     return gpu_programs.step(_Current.executor, *arguments)
 
 

@@ -200,6 +200,14 @@ def _sequence(memory: Memory, name: str, tensor: Tensor) -> dict[str, int]:
     return {name: address, f"{name}_batch_stride": tensor.stride(0), f"{name}_time_stride": tensor.stride(1)}
 
 
+def _token(memory: Memory, name: str, tensor: Tensor | None) -> dict[str, int]:
+    if tensor is None:
+        return {f"{name}_stride": 0}
+    if tensor.stride(1) != 1:
+        tensor = tensor.contiguous()
+    return {name: memory.given(tensor), f"{name}_stride": tensor.stride(0)}
+
+
 def _parameters(memory: Memory, w: Tensor, u: Tensor) -> dict[str, Any]:
     return {"w": memory.given(w), "u": memory.given(u), "w_dtype": name_of(w.dtype), "u_dtype": name_of(u.dtype)}
 
@@ -280,18 +288,18 @@ def backward(
     return tuple(results.values())
 
 
-def step(executor: Executor, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Tensor:
-    """y; the state moves on in place."""
+def step(
+    executor: Executor, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None = None
+) -> Tensor:
+    """y, or with r sigmoid(r) * y; the state moves on in place."""
     memory = Memory()
     y = memory.output(tuple(k.shape), k.dtype)
-    k, v = (x if x.stride(1) == 1 else x.contiguous() for x in (k, v))
     strides = dict(zip(("batch", "row", "channel"), state.stride(), strict=True))
     arguments = {
         **_parameters(memory, w, u),
-        "k": memory.given(k),
-        "v": memory.given(v),
-        "k_stride": k.stride(0),
-        "v_stride": v.stride(0),
+        **_token(memory, "k", k),
+        **_token(memory, "v", v),
+        **_token(memory, "r", r),
         "y": y.data_ptr(),
         "state": memory.given(state),
         **{f"state_{name}_stride": stride for name, stride in strides.items()},

@@ -52,14 +52,28 @@ def test_wkv_explains_what_is_wrong(name: str, backend: str) -> None:
         rwkv_kernels.wkv(**arguments)
 
 
-@pytest.mark.parametrize("name", ["w_of_other_C", "u_of_integers", "state_of_other_shape", "backend_unknown"])
+WRONG_OF_STEP: dict[str, tuple[Change, type[Exception], str]] = {
+    **{name: WRONG[name] for name in ("w_of_other_C", "u_of_integers", "state_of_other_shape", "backend_unknown")},
+    "r_of_other_shape": (
+        _set("r", torch.zeros(2, 20)),
+        ValueError,
+        r"r: expected shape \[B, C\] = \[2, 19\] as k, got \[2, 20\]",
+    ),
+    "r_of_rank_1": (_set("r", torch.zeros(19)), ValueError, r"r: expected shape \[B, C\] .* as k, got \[19\]"),
+    "r_of_other_dtype": (_set("r", torch.zeros(2, 19).half()), TypeError, "r: expected torch.float32 as k, got"),
+    "r_on_another_device": (_set("r", torch.zeros(2, 19, device="meta")), ValueError, f"r: {ELSEWHERE}"),
+    "r_not_a_tensor": (_set("r", 1.0), TypeError, "r: expected a torch.Tensor, got float"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_OF_STEP)
 def test_wkv_step_explains_what_is_wrong_and_leaves_the_state(name: str, backend: str) -> None:
     tensors = make(Problem(with_state=True))
     w, u, k, v, state = tensors.inputs
     assert state is not None
     before = state.clone()
     arguments: dict[str, Any] = {"w": w, "u": u, "k": k[:, 0], "v": v[:, 0], "state": state, "backend": backend}
-    change, error, message = WRONG[name]
+    change, error, message = WRONG_OF_STEP[name]
     change(arguments)
     with pytest.raises(error, match=message):
         rwkv_kernels.wkv_step(**arguments)
@@ -98,10 +112,11 @@ def test_wkv_step_wants_a_state_and_one_token(backend: str) -> None:
         rwkv_kernels.wkv_step(w, u, k, v, state, backend=backend)
 
 
-@pytest.mark.parametrize("name", ["w", "u", "k", "v", "state"])
+@pytest.mark.parametrize("name", ["w", "u", "k", "v", "state", "r"])
 def test_wkv_step_refuses_to_lose_a_gradient(name: str, backend: str) -> None:
     w, u, k, v, state = make(Problem(with_state=True)).inputs
-    arguments = {"w": w, "u": u, "k": k[:, 0].clone(), "v": v[:, 0].clone(), "state": state}
+    token = {name: x[:, 0].clone() for name, x in (("k", k), ("v", v), ("r", k))}
+    arguments = {"w": w, "u": u, **token, "state": state}
     arguments[name].requires_grad_()
     with pytest.raises(ValueError, match=f"{name}: expected no gradient to be required by wkv_step"):
         rwkv_kernels.wkv_step(**arguments, backend=backend)
@@ -142,6 +157,18 @@ def test_the_operators_check_their_arguments_too(native_backend: str) -> None:
     ]:
         with pytest.raises(error):
             ops.wkv_forward(*wrong)
+    kt, vt = k[:, 0], v[:, 0]
+    for wrong_step, error in [
+        ((w, u, k[0, 0], v[0, 0], state), ValueError),
+        ((w, u, k, v, state), ValueError),
+        ((w, u, kt, vt[:, :3], state), ValueError),
+        ((w, u, kt, vt, state[:1]), ValueError),
+        ((w, u, kt, vt, state, kt[:1]), ValueError),
+        ((w, u, kt, vt, state, k), ValueError),
+        ((w, u, kt, vt, state, kt.double()), TypeError),
+    ]:
+        with pytest.raises(error):
+            ops.wkv_step(*wrong_step)
     checkpoints = ops.wkv_forward(w, u, k, v, state, True)[2]
     for wrong_backward in [
         (w, u, k, v, state, checkpoints.new_zeros(2, 5, 3, 19), v, None),

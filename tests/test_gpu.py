@@ -62,6 +62,9 @@ def test_edges_of_tiles_and_chunks(
     state = rwkv_kernels.empty_state(problem.B, problem.C, dtype=w.dtype)
     y = rwkv_kernels.wkv_step(w, u, k[:, 0], v[:, 0], state, backend=gpu_backend)
     torch.testing.assert_close(y, v[:, 0])
+    state = rwkv_kernels.empty_state(problem.B, problem.C, dtype=w.dtype)
+    gated = rwkv_kernels.wkv_step(w, u, k[:, 0], v[:, 0], state, r=k[:, 0], backend=gpu_backend)
+    torch.testing.assert_close(gated, (k[:, 0].double().sigmoid() * v[:, 0]).to(dtype))
 
 
 @pytest.mark.parametrize("schedule_by_name", SCHEDULES)
@@ -273,14 +276,16 @@ def test_a_graph_of_one_step_decodes_a_sequence(gpu_backend: str) -> None:
     w, u, k, v, initial = tensors.inputs
     assert initial is not None
     eager = initial.clone()
-    expected = [rwkv_kernels.wkv_step(w, u, k[:, t], v[:, t], eager, backend=gpu_backend) for t in range(50)]
+    r = tensors.gy
+    expected = [rwkv_kernels.wkv_step(w, u, k[:, t], v[:, t], eager, r=r[:, t], backend=gpu_backend) for t in range(50)]
 
-    kt, vt, state = torch.empty_like(k[:, 0]), torch.empty_like(v[:, 0]), initial.clone()
-    graph, replayed = _capture(lambda: {"y": rwkv_kernels.wkv_step(w, u, kt, vt, state, backend=gpu_backend)})
+    kt, vt, rt, state = *(torch.empty_like(x[:, 0]) for x in (k, v, r)), initial.clone()
+    graph, replayed = _capture(lambda: {"y": rwkv_kernels.wkv_step(w, u, kt, vt, state, r=rt, backend=gpu_backend)})
     state.copy_(initial)  # the rehearsal moved it on
     for t in range(50):
         kt.copy_(k[:, t])
         vt.copy_(v[:, t])
+        rt.copy_(r[:, t])
         graph.replay()
         assert torch.equal(replayed["y"], expected[t]), t
     assert torch.equal(state, eager)

@@ -1,10 +1,26 @@
 """Every backend against the float64 oracle: outputs, states and all gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from problems import DTYPES, PROBLEMS, Problem, assert_close, assert_solves, least_scale, make, oracle, solve
+from problems import (
+    DTYPES,
+    PROBLEMS,
+    Problem,
+    assert_close,
+    assert_solves,
+    assert_tensor_close,
+    largest_logit,
+    least_scale,
+    make,
+    oracle,
+    solve,
+    tolerance,
+)
 
 import rwkv_kernels
+from rwkv_kernels import reference
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -13,6 +29,38 @@ def test_outputs_and_gradients_equal_the_oracle(name: str, dtype: torch.dtype, b
     if name == "k_of_10000" and dtype == torch.float16:
         name = "k_of_1000"  # 3 standard deviations of 1e4 are near float16's largest number, 4 beyond it
     assert_solves(make(PROBLEMS[name], dtype), backend)
+
+
+GATED = (
+    "small_with_state",
+    "one_channel",
+    "wide",
+    "u_of_plus_50",
+    "k_of_20",
+    "transposed",
+    "time_major",
+    "every_second_channel",
+    "expanded",
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("name", GATED)
+def test_gated_steps_equal_the_oracle(name: str, dtype: torch.dtype, backend: str) -> None:
+    """With an r that is as large as k and lies in memory as k does."""
+    problem = replace(PROBLEMS[name], T=3)
+    tensors = make(problem, dtype)
+    w, u, k, v, state = tensors.inputs
+    r = make(problem, dtype, seed=1).k
+    running = rwkv_kernels.empty_state(problem.B, problem.C, dtype=w.dtype) if state is None else state.clone()
+    found = [
+        rwkv_kernels.wkv_step(w, u, kt, vt, running, r=rt, backend=backend)
+        for kt, vt, rt in zip(*(x.unbind(1) for x in (k, v, r)), strict=True)
+    ]
+    y, _ = reference.wkv(*tensors.exact().inputs)
+    # The gate is the weight of the logit r beside one of 0, so r adds to what the logits cost.
+    allowed = tolerance(dtype, problem.T, largest_logit(tensors) + float(r.abs().max()))
+    assert_tensor_close("gated", torch.stack(found, 1), r.double().sigmoid() * y, allowed)
 
 
 @pytest.mark.parametrize("T", [1, 37, 1024])

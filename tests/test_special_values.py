@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import DTYPES, Problem, make, solve
+from problems import DTYPES, Problem, Tensors, make, solve
 
 import rwkv_kernels
 from rwkv_kernels import reference
@@ -48,6 +48,37 @@ def test_a_nan_of_any_bits_stays_nan_in_16_bit_outputs(argument: str, bits: int,
     assert any(x.isnan().any() for x in expected.values())
     for name, tensor in expected.items():
         assert torch.equal(found[name].isnan(), tensor.isnan()), name
+
+
+def _step(tensors: Tensors, backend: str, r: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result of one step and the state after it."""
+    assert tensors.state is not None
+    state = tensors.state.clone()
+    y = rwkv_kernels.wkv_step(tensors.w, tensors.u, tensors.k[:, 0], tensors.v[:, 0], state, r=r, backend=backend)
+    return y, state
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_a_gate_is_exactly_open_or_shut_at_its_ends(dtype: torch.dtype, backend: str) -> None:
+    tensors = make(Problem(T=1, C=C, with_state=True), dtype)
+    y, after = _step(tensors, backend, None)
+    for r, gate in [(torch.inf, 1), (1e4, 1), (-1e4, 0), (-torch.inf, 0)]:
+        gated, state = _step(tensors, backend, torch.full_like(y, r))
+        assert torch.equal(gated, gate * y), r
+        assert torch.equal(state, after), r
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_nan_in_r_stays_where_it_is(dtype: torch.dtype, backend: str) -> None:
+    tensors = make(Problem(T=1, C=C, with_state=True), dtype)
+    r = make(Problem(T=1, C=C), dtype, seed=1).k[:, 0]
+    clean, after = _step(tensors, backend, r)
+    hit = torch.zeros(2, C, dtype=torch.bool)
+    hit[1, 5] = True
+    gated, state = _step(tensors, backend, r.masked_fill(hit, torch.nan))
+    assert torch.equal(gated.isnan(), hit)
+    assert torch.equal(gated[~hit], clean[~hit])
+    assert torch.equal(state, after)
 
 
 def test_a_key_of_minus_infinity_has_no_weight(backend: str) -> None:

@@ -57,8 +57,10 @@ def test_opcheck(with_state: bool, requires_grad: bool, native_backend: str) -> 
         gradients = (v.detach().clone(), after if with_state else None)
         backward_inputs = [x if x is None else x.detach() for x in (w, u, k, v, given, checkpoints)]
         torch.library.opcheck(ops._wkv_backward.default, (*backward_inputs, *gradients))
-        step_inputs = (w.detach(), u.detach(), k.detach()[:, 0], v.detach()[:, 0], state.detach().clone())
-        torch.library.opcheck(ops.wkv_step.default, step_inputs)
+        kt, vt = k.detach()[:, 0], v.detach()[:, 0]
+        for r in (None, vt):
+            step_inputs = (w.detach(), u.detach(), kt, vt, state.detach().clone(), r)
+            torch.library.opcheck(ops.wkv_step.default, step_inputs)
 
 
 def test_gradcheck(compiled_backend: str) -> None:
@@ -96,13 +98,15 @@ def test_compiled_code_follows_use_backend() -> None:
         torch.testing.assert_close(compiled(k[:, :3]), reference.wkv(w, u, k[:, :3], v[:, :3])[0])
 
 
-def test_compiles_the_step(compiled_backend: str) -> None:
+@pytest.mark.parametrize("gated", [False, True])
+def test_compiles_the_step(gated: bool, compiled_backend: str) -> None:
     w, u, k, v, state = _inputs(compiled_backend)
+    r = v[:, 1] if gated else None
     eager, traced = state.clone(), state.clone()
     compiled = torch.compile(rwkv_kernels.wkv_step, fullgraph=True)
     with rwkv_kernels.use_backend(compiled_backend):
-        expected = rwkv_kernels.wkv_step(w, u, k[:, 0], v[:, 0], eager)
-        torch.testing.assert_close(compiled(w, u, k[:, 0], v[:, 0], traced), expected)
+        expected = rwkv_kernels.wkv_step(w, u, k[:, 0], v[:, 0], eager, r=r)
+        torch.testing.assert_close(compiled(w, u, k[:, 0], v[:, 0], traced, r=r), expected)
     torch.testing.assert_close(traced, eager)
 
 

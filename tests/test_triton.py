@@ -27,6 +27,7 @@ INTERPRETED = (
     "nan_is_in_the_same_places or any_bits or minus_infinity_has_no_weight or without_any_weight or 16_bit_number or "
     "(nan_stays and float16) or does_not_reach_back or (far_key and 45) or (extremes and 1e-30) or "
     "steps_equal or gauge or whatever_its_max or none_is_the_empty or is_not_modified or no_steps or nothing_to_do or "
+    "gate_is_exactly or nan_in_r or "
     "plans or opcheck or check_their_arguments or float64_and_says or "
     "compiles_the_step or (compiles_whole and with_state) or exports or func_grad or test_vmap or per_sample or "
     "forward_mode"
@@ -97,8 +98,9 @@ def test_opcheck_triton(requires_grad: bool, triton: str) -> None:
         _, after, checkpoints = ops.triton_forward(w, u, k, v, None, True)
         detached = [x.detach() for x in (w, u, k, v)]
         torch.library.opcheck(ops._triton_backward.default, (*detached, None, checkpoints, v.detach() + 1, after))
-        step = (*detached[:2], detached[2][:, 0], detached[3][:, 0], state.detach().clone())
-        torch.library.opcheck(ops.triton_step.default, step)
+        kt, vt = detached[2][:, 0], detached[3][:, 0]
+        for r in (None, vt):
+            torch.library.opcheck(ops.triton_step.default, (*detached[:2], kt, vt, state.detach().clone(), r))
 
 
 def test_the_triton_operators_check_their_arguments_too(triton: str) -> None:
@@ -115,6 +117,8 @@ def test_the_triton_operators_check_their_arguments_too(triton: str) -> None:
     ]:
         with pytest.raises(error):
             ops.triton_forward(*wrong)
+    with pytest.raises(ValueError, match="r: expected shape"):
+        ops.triton_step(w, u, k[:, 0], v[:, 0], state, k[0])
     with pytest.raises(ValueError, match="checkpoints: expected shape"):
         ops._triton_backward(w, u, k, v, state, checkpoints.new_zeros(1, 5, 3, 5), v, None)
 

@@ -166,14 +166,18 @@ def test_ptx_does_not_depend_on_the_order_of_programs_and_threads(runner: Any) -
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ptx_steps_equal_the_oracle(dtype: torch.dtype, runner: Any) -> None:
+def test_ptx_steps_equal_the_oracle(dtype: torch.dtype, gated: bool, runner: Any) -> None:
     tensors = make(Problem(B=3, T=1, C=70, with_state=True), dtype)
     w, u, k, v, state = tensors.inputs
     assert w is not None and u is not None and k is not None and v is not None and state is not None
     expected = solve(tensors.exact(), "reference")
+    r = tensors.gy[:, 0] if gated else None
+    if r is not None:
+        expected["y"] *= r.double().sigmoid()[:, None]
     after = state.clone()
-    y, launches = triton_backend.step(w, u, k[:, 0], v[:, 0], after)
+    y, launches = triton_backend.step(w, u, k[:, 0], v[:, 0], after, r)
     _run(runner, launches)
     found = {"y": y[:, None], "state_mean": after[:, 0] / after[:, 1], "state_log_den": log_denominator(after)}
     assert_close(found, {name: expected[name] for name in found}, tensors)

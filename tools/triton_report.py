@@ -64,7 +64,7 @@ def launches_of(plan: Plan, dtype: torch.dtype, B: int, T: int, C: int) -> list[
     k = torch.empty(B, T, C, dtype=dtype)
     (_, _, checkpoints), forward = triton_backend.forward(plan, w, w, k, k, state, True)
     _, backward = triton_backend.backward(plan, w, w, k, k, state, checkpoints, k, state)
-    _, step = triton_backend.step(w, w, k[:, 0], k[:, 0], state)
+    _, step = triton_backend.step(w, w, k[:, 0], k[:, 0], state, k[:, 0])
     return forward + backward + step
 
 

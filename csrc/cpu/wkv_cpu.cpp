@@ -362,12 +362,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   return {gw.to(w.scalar_type()), gu.to(u.scalar_type()), gk, gv, gstate};
 }
 
-at::Tensor step(const at::Tensor& w, const at::Tensor& u, const at::Tensor& k, const at::Tensor& v, at::Tensor& state) {
-  TORCH_CHECK_VALUE(k.dim() == 2, "k: expected shape [B, C], got ", k.sizes());
-  check_like("v", v, k.sizes(), k.scalar_type(), k);
-  const auto [y, state_out, checkpoints] = forward(w, u, k.unsqueeze(1), v.unsqueeze(1), state, false);
-  state.copy_(state_out);
-  return y.squeeze(1);
+at::Tensor step(const at::Tensor& w, const at::Tensor& u, const at::Tensor& k, const at::Tensor& v, at::Tensor& state,
+                const std::optional<at::Tensor>& r) {
+  const TokenArguments arguments(w, u, k, v, state, r);
+  const at::Tensor y = arguments.empty_token();
+  if (y.numel() == 0) return y;
+
+  const ParameterTable parameters(arguments);
+  const at::Tensor moved = initial_state(arguments);
+  const StepProblem problem = {arguments.dtype,
+                               arguments.C(),
+                               sequence_of(arguments.k),
+                               sequence_of(arguments.v),
+                               arguments.r.has_value() ? sequence_of(*arguments.r) : Sequence{},
+                               y.data_ptr(),
+                               moved.data_ptr()};
+  Units(plan_for(arguments), arguments.B(), 1, arguments.C(), 1).for_each([&](const Span& span) {
+    selected_cpu_kernels().step(problem, parameters.pointers, span);
+  });
+  state.copy_(moved);
+  return y;
 }
 
 }  // namespace

@@ -30,6 +30,9 @@ struct CpuKernels {
   // Carries `state` [3, C] over the span. Writes y and checkpoints unless `problem.y` is null.
   void (*forward)(const ForwardProblem& problem, const Parameters& parameters, const Span& span, void* state);
 
+  // The span's one token.
+  void (*step)(const StepProblem& problem, const Parameters& parameters, const Span& span);
+
   // Carries `adjoint` [2, C], the gradient of the state's (num, den), from after the span to before it. Writes gk and
   // gv and adds to `gw_gu` [2, C], the gradients of log_decay and u, unless `gw_gu` is null.
   void (*backward)(const BackwardProblem& problem, const Parameters& parameters, const Span& span, void* adjoint,

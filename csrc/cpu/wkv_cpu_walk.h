@@ -1,5 +1,6 @@
-// The CPU walks over time, forward and backward. A vector holds neighbouring channels; a tile of steps is walked for
-// one vector after the other, so that memory is read row by row and the sums stay in registers.
+// The CPU walks over time, forward and backward, and the one token of a step. A vector holds neighbouring channels; a
+// tile of steps is walked for one vector after the other, so that memory is read row by row and the sums stay in
+// registers.
 //
 // Included once per instruction set, by a file that has defined WKV_ISA and WKV_SIMD_BYTES.
 #pragma once
@@ -249,6 +250,29 @@ struct Walk {
     if (streams) finish_streaming();
   }
 
+  // ---- one token ----
+
+  static void step_span(const StepProblem& problem, const Parameters& parameters, const Span& span) {
+    const int64_t C = problem.C;
+    const Element* k = rows_of<Element>(problem.k, span.b).data;
+    const Element* v = rows_of<Element>(problem.v, span.b).data;
+    const Element* r = problem.r.data != nullptr ? rows_of<Element>(problem.r, span.b).data : nullptr;
+    Element* y = static_cast<Element*>(problem.y) + span.b * C;
+    Real* state = static_cast<Real*>(problem.state) + span.b * 3 * C;
+    for (int64_t c = span.c_begin; c < span.c_end; c += kLanes) {
+      const int count = at_most(kLanes, span.c_end - c);
+      const State<Lanes> before = load_state(state, C, c, count);
+      const RunningScale<Lanes> scale{channels_at(parameters, c, count).channel};
+      const Lanes kt = scale.logit(load_some(k + c, count));
+      const Lanes vt = load_some(v + c, count);
+      const Sums<Lanes> now = mix(before.sums, scale.read_weights(before.max, kt), vt);
+      const Lanes yt = now.num / now.den;
+      store_some(y + c, r != nullptr ? sigmoid(load_some(r + c, count)) * yt : yt, count);
+      const Sums<Lanes> after = mix(before.sums, scale.advance_weights(before.max, kt), vt);
+      store_state(state, C, c, count, {after, scale.next_max(before.max, kt)});
+    }
+  }
+
   // ---- backward ----
 
   // The state before a step, in its tile's scale.
@@ -470,6 +494,10 @@ inline void forward(const ForwardProblem& problem, const Parameters& parameters,
   });
 }
 
+inline void step(const StepProblem& problem, const Parameters& parameters, const Span& span) {
+  with_element(problem.dtype, [&](auto element) { Walk<decltype(element)>::step_span(problem, parameters, span); });
+}
+
 inline void backward(const BackwardProblem& problem, const Parameters& parameters, const Span& span, void* adjoint,
                      double* gw_gu) {
   with_element(problem.dtype, [&](auto element) {
@@ -479,7 +507,7 @@ inline void backward(const BackwardProblem& problem, const Parameters& parameter
   });
 }
 
-inline constexpr CpuKernels kKernels = {WKV_ISA_NAME, exponentiate, forward, backward};
+inline constexpr CpuKernels kKernels = {WKV_ISA_NAME, exponentiate, forward, step, backward};
 
 }  // namespace WKV_ISA
 }  // namespace wkv

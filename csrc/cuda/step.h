@@ -1,4 +1,4 @@
-// One token: y, and the state moved on in place. A thread for each channel of each sequence.
+// One token: y, gated where there is an r, and the state moved on in place. A thread for each channel of each sequence.
 #pragma once
 
 #include "block.h"
@@ -25,6 +25,10 @@ struct Step {
                                       load_parameter<Real>(parameters.u, parameters.u_dtype, c)}};
       const Real kt = scale.logit(to_real(static_cast<const Element*>(arguments.k)[b * arguments.k_stride + c]));
       const Real vt = to_real(static_cast<const Element*>(arguments.v)[b * arguments.v_stride + c]);
+      // An infinite r is a gate that stands open, and changes no bit.
+      const Real rt = arguments.r == nullptr
+                          ? Real(INFINITY)
+                          : to_real(static_cast<const Element*>(arguments.r)[b * arguments.r_stride + c]);
 
       Real* num =
           static_cast<Real*>(arguments.state) + b * arguments.state_batch_stride + c * arguments.state_channel_stride;
@@ -35,7 +39,7 @@ struct Step {
       const State<Real> state = {{empty ? Real(0) : *num, *den}, empty ? Real(kEmptyMax) : *max};
 
       const Sums<Real> now = mix(state.sums, scale.read_weights(state.max, kt), vt);
-      from_real(now.num / now.den, static_cast<Element*>(arguments.y)[i]);
+      from_real(sigmoid(rt) * (now.num / now.den), static_cast<Element*>(arguments.y)[i]);
       const Sums<Real> after = mix(state.sums, scale.advance_weights(state.max, kt), vt);
       *num = after.num;
       *den = after.den;

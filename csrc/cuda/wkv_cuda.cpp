@@ -143,14 +143,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   return {gw.to(w.scalar_type()), gu.to(u.scalar_type()), gk, gv, gstate};
 }
 
-at::Tensor step(const at::Tensor& w, const at::Tensor& u, const at::Tensor& k, const at::Tensor& v, at::Tensor& state) {
-  TORCH_CHECK_VALUE(k.dim() == 2, "k: expected shape [B, C], got ", k.sizes());
-  check_like("v", v, k.sizes(), k.scalar_type(), k);
-  const Arguments arguments(w, u, k.unsqueeze(1), v.unsqueeze(1), std::nullopt);
+at::Tensor step(const at::Tensor& w, const at::Tensor& u, const at::Tensor& k, const at::Tensor& v, at::Tensor& state,
+                const std::optional<at::Tensor>& r) {
+  const TokenArguments arguments(w, u, k, v, std::nullopt, r);
   check_like("state", state, {arguments.B(), 3, arguments.C()}, state_type(k), k);
   at::assert_no_internal_overlap(state);
   const c10::cuda::CUDAGuard guard(k.device());
-  const at::Tensor y = at::empty(k.sizes(), k.options());
+  const at::Tensor y = arguments.empty_token();
   if (y.numel() == 0) return y;
 
   const StepArguments given = {.parameters = parameters_of(arguments),
@@ -158,8 +157,10 @@ at::Tensor step(const at::Tensor& w, const at::Tensor& u, const at::Tensor& k, c
                                .C = arguments.C(),
                                .k = arguments.k.const_data_ptr(),
                                .v = arguments.v.const_data_ptr(),
+                               .r = data_or_null(arguments.r),
                                .k_stride = arguments.k.stride(0),
                                .v_stride = arguments.v.stride(0),
+                               .r_stride = arguments.r.has_value() ? arguments.r->stride(0) : 0,
                                .y = y.data_ptr(),
                                .state = state.data_ptr(),
                                .state_batch_stride = state.stride(0),

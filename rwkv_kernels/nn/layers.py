@@ -71,24 +71,24 @@ class TimeMix(nn.Module):
     def _project(self, x: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         k = self.key(_mix(x, previous, self.time_mix_k))
         v = self.value(_mix(x, previous, self.time_mix_v))
-        return k, v, torch.sigmoid(self.receptance(_mix(x, previous, self.time_mix_r)))
+        return k, v, self.receptance(_mix(x, previous, self.time_mix_r))
 
     def forward(
         self, x: Tensor, shift: Tensor, state: Tensor, packing: Packing | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, C], shift [B, C], state [B, 3, C] -> the output [B, T, C] and the new shift and state."""
         previous, shift = _shift(x, shift, packing)
-        k, v, gate = self._project(x, previous)
+        k, v, r = self._project(x, previous)
         if packing is None:
             y, state = wkv(self.time_decay, self.time_first, k, v, state, return_state=True)
         else:
             y, state = wkv_of_packed(self.time_decay, self.time_first, k, v, state, packing)
-        return self.output(gate * y), shift, state
+        return self.output(torch.sigmoid(r) * y), shift, state
 
     def step(self, x: Tensor, shift: Tensor, state: Tensor) -> Tensor:
         """One token, x [B, C] -> [B, C]; shift and state move on in place."""
-        k, v, gate = self._project(x, shift)
-        y: Tensor = self.output(gate * wkv_step(self.time_decay, self.time_first, k, v, state))
+        k, v, r = self._project(x, shift)
+        y: Tensor = self.output(wkv_step(self.time_decay, self.time_first, k, v, state, r=r))
         shift.copy_(x)
         return y
 
