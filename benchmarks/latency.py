@@ -51,10 +51,10 @@ def _calls(backend: str) -> dict[str, Call]:
 
     def step(B: int) -> Call:
         given = (w, u, kt[:B], vt[:B], state[:B])
-        return lambda: wkv_step(*given, backend=backend)
+        return lambda: wkv_step(*given, r=vt[:B], backend=backend)
 
     return {
-        **{f"{backend}: wkv_step at ({B}, {C})": step(B) for B in (1, 8, 64)},
+        **{f"{backend}: wkv_step with r at ({B}, {C})": step(B) for B in (1, 8, 64)},
         f"{backend}: wkv at (1, 1, {C})": lambda: wkv(w, u, k, v, backend=backend),
         f"{backend}: wkv with a state at (1, 1, {C})": lambda: wkv(w, u, k, v, state[:1], backend=backend),
     }

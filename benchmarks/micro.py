@@ -59,4 +59,4 @@ def test_step(benchmark: BenchmarkFixture, backend: str, dtype: torch.dtype) -> 
     with torch.device(DEVICE.type):
         w, u, state = torch.randn(C), torch.randn(C), rwkv_kernels.empty_state(B, C)
         k, v = torch.randn(2, B, C, dtype=dtype)
-    _measure(benchmark, lambda: rwkv_kernels.wkv_step(w, u, k, v, state, backend=backend))
+    _measure(benchmark, lambda: rwkv_kernels.wkv_step(w, u, k, v, state, r=v, backend=backend))
