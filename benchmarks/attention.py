@@ -23,8 +23,8 @@ DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32, "smoke": torch.float32}
 SHORTEST = 128
 LONGEST = {"cuda": 2**17, "cpu": 2**15, "smoke": 256}
 # Seconds after which a call is long enough: the next one would take twice or four times as long.
-LONG_ENOUGH = {"cuda": 0.1, "cpu": 0.1, "smoke": 0.1}
-PATIENCE = 8.0  # seconds for the runs of one call: more than 20 of what takes four times as long
+LONG_ENOUGH = {"cuda": 0.1, "cpu": 0.2, "smoke": 0.1}
+PATIENCE = 20.0  # seconds for the runs of one call: more than 20 of what takes four times as long
 FITTED = 3
 PASSES = ("forward", "training step")
 

@@ -75,7 +75,8 @@ def _rows(device: Device, shape: tuple[int, int, int], version: str) -> list[Row
         ("WKV of one layer with gradients", operator_and_backward),
     ]:
         seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for turn in range(-1, RUNS if T <= 512 else RUNS_OF_LONG):  # the first one warms up
+        # The first of the short ones warms up.
+        for turn in range(-1, RUNS) if T <= 512 else range(RUNS_OF_LONG):
             for way, context in ways.items():
                 with context():
                     elapsed = _seconds(call, device)
