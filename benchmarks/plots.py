@@ -78,15 +78,18 @@ def _lines(axis: Axes, rows: list[Row], series: str, x: str, y: str) -> None:
         if own:
             (line,) = axis.loglog([row[x] for row in own], [row[y] for row in own], "o-")
             ends.append((own[-1][y], own[-1][x], name, line.get_color()))
-    # Names of lines that end side by side are moved apart, from the lowest up.
-    (low, high), apart, taken = axis.get_ylim(), 0.05, 0.0
-    for y_end, x_end, name, colour in sorted(ends):
-        place = axis.transAxes.inverted().transform(axis.transData.transform((x_end, y_end)))
-        taken = max(float(place[1]), taken + apart)
+    # Names of lines that end side by side are moved apart, from the lowest up, and if they reach the top, down again.
+    limits, apart, ends = axis.get_ylim(), 0.05, sorted(ends)
+    heights: list[float] = []
+    for y_end, x_end, *_ in ends:
+        height = float(axis.transAxes.inverted().transform(axis.transData.transform((x_end, y_end)))[1])
+        heights.append(max(height, heights[-1] + apart) if heights else height)
+    heights = [min(height, 1 - apart * (len(ends) - 1 - i)) for i, height in enumerate(heights)]
+    for height, (y_end, x_end, name, colour) in zip(heights, ends, strict=True):
         axis.annotate(
             name,
             (x_end, y_end),
-            xytext=(1.03, taken),
+            xytext=(1.03, height),
             textcoords="axes fraction",
             color=colour,
             fontsize=8,
@@ -94,7 +97,7 @@ def _lines(axis: Axes, rows: list[Row], series: str, x: str, y: str) -> None:
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "alpha": 0.6},
         )
-    axis.set_ylim(low, high)
+    axis.set_ylim(limits)
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_xticks(_unique(rows, x))
     axis.xaxis.set_major_formatter(_lengths)
