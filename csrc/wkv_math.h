@@ -151,8 +151,13 @@ struct Channel {
   Real log_decay, u;
 };
 
-// The two scales below answer the same questions, so that a walk over time is written once. `at` is what a scale must
-// remember of a step to name its weights again in the backward walk.
+template <class Real>
+struct StepWeights {
+  Weights<Real> read, advance;
+};
+
+// The scales below answer the same questions, so that a walk over time is written once. `at` is what a scale has to
+// know of a step to name its weights, and all that the backward walk remembers of its key.
 
 // The classic form: max is the largest decayed logit so far. Two exponentials a step, right for any input.
 template <class Real>
@@ -160,10 +165,15 @@ struct RunningScale {
   Channel<Real> channel;
 
   WKV_HD Real logit(Real k) const { return key_logit(k); }
-  WKV_HD Real at(Real max, Real) const { return max; }
+  WKV_HD Real at(Real max, Real k) const { return max - k; }
+  WKV_HD StepWeights<Real> weights(Real lead) const {
+    return {weigh(lead, channel.u), weigh(lead + channel.log_decay, Real(0))};
+  }
+  WKV_HD Real next_max(Real max, Real k) const { return larger(k, max + channel.log_decay); }
+
+  // Of a single step, which has nothing to remember.
   WKV_HD Weights<Real> read_weights(Real max, Real k) const { return weigh(max, channel.u + k); }
   WKV_HD Weights<Real> advance_weights(Real max, Real k) const { return weigh(max + channel.log_decay, k); }
-  WKV_HD Real next_max(Real max, Real k) const { return larger(k, max + channel.log_decay); }
 };
 
 // One reference for a tile of steps: e^{k - reference} serves read and advance alike. One exponential a step.
@@ -177,8 +187,9 @@ struct SharedScale {
   WKV_HD Real logit(Real k) const { return k; }
   WKV_HD Real weight(Real logit) const { return exp2_clamped(logit * Real(kLog2E) - reference_log2); }
   WKV_HD Real at(Real, Real k) const { return weight(k); }
-  WKV_HD Weights<Real> read_weights(Real key_weight, Real) const { return {Real(1), bonus * key_weight}; }
-  WKV_HD Weights<Real> advance_weights(Real key_weight, Real) const { return {decay, key_weight}; }
+  WKV_HD StepWeights<Real> weights(Real key_weight) const {
+    return {{Real(1), bonus * key_weight}, {decay, key_weight}};
+  }
   WKV_HD Real next_max(Real max, Real) const { return max; }
 };
 
