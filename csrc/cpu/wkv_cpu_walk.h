@@ -152,6 +152,10 @@ struct Walk {
     return {range.reference(channels.channel) * Lanes(Real(kLog2E)), channels.decay, channels.bonus};
   }
 
+  static WKV_INLINE RunningScale<Lanes> running_scale(const ChannelVector& channels) {
+    return {channels.channel, all(channels.channel.is_moderate()), channels.bonus * channels.decay};
+  }
+
   // ---- forward ----
 
   enum class Output { none, stored, streamed };
@@ -192,7 +196,7 @@ struct Walk {
     const auto keys = widened.widen(k, steps);
     const auto range = range_of(keys, steps, channels.channel, state.max);
     if (__builtin_expect(!shares(range, channels, steps), 0)) {
-      const RunningScale<Lanes> scale{channels.channel};
+      const auto scale = running_scale(channels);
       return apart([=] { return forward_steps<output>(scale, keys, v, y, steps, state); });
     }
     const auto scale = shared_scale(channels, range);
@@ -283,7 +287,7 @@ struct Walk {
     const auto range = range_of(keys, steps, channels.channel, state.max);
     tile.shared = shares(range, channels, steps);
     if (__builtin_expect(!tile.shared, 0)) {
-      const RunningScale<Lanes> scale{channels.channel};
+      const auto scale = running_scale(channels);
       return apart([=] { return replay_steps(scale, keys, v, steps, state, saved); });
     }
     const auto scale = shared_scale(channels, range);
@@ -327,7 +331,7 @@ struct Walk {
                                          Rows<const Element> gy, int steps, const SavedStep* saved, Carried carried,
                                          Element* gk, Element* gv) {
     if (__builtin_expect(!tile.shared, 0)) {
-      const RunningScale<Lanes> scale{channels.channel};
+      const auto scale = running_scale(channels);
       return apart([=] { return reverse_steps<writes>(scale, v, gy, steps, saved, carried, gk, gv); });
     }
     const SharedScale<Lanes> scale{tile.reference_log2, channels.decay, channels.bonus};

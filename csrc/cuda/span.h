@@ -98,6 +98,11 @@ struct SpanWalk {
     return {reference * Lanes(kLog2E), channel.decay, channel.bonus};
   }
 
+  WKV_HD RunningScale<Lanes> running_scale() const {
+    const bool lifts = !std::is_same_v<Lanes, double> && warp_agrees(all(channel.channel.is_moderate()));
+    return {channel.channel, lifts, channel.bonus * channel.decay};
+  }
+
   template <class Scale>
   WKV_HD State<Lanes> advance(const Scale& scale, Column<const Element> k, Column<const Element> v,
                               State<Lanes> state) const {
@@ -119,7 +124,7 @@ struct SpanWalk {
       const auto sums = advance(scale, k, v, empty_state<Lanes>()).sums;
       return leave_shared_scale(sums, scale.reference_log2);
     }
-    return advance(RunningScale<Lanes>{channel.channel}, k, v, empty_state<Lanes>());
+    return advance(running_scale(), k, v, empty_state<Lanes>());
   }
 
   // ---- forward ----
@@ -150,7 +155,7 @@ struct SpanWalk {
       state.sums = {state.sums.num * enter, state.sums.den * enter};
       return leave_shared_scale(outputs(scale, k, v, y, state).sums, scale.reference_log2);
     }
-    return outputs(RunningScale<Lanes>{channel.channel}, k, v, y, state);
+    return outputs(running_scale(), k, v, y, state);
   }
 
   // ---- backward ----
@@ -192,7 +197,7 @@ struct SpanWalk {
       state.sums = {state.sums.num * enter, state.sums.den * enter};
       replay_steps(scale, k, v, state, replayed.saved);
     } else {
-      replayed.max_after = replay_steps(RunningScale<Lanes>{channel.channel}, k, v, state, replayed.saved).max;
+      replayed.max_after = replay_steps(running_scale(), k, v, state, replayed.saved).max;
     }
   }
 
@@ -235,7 +240,7 @@ struct SpanWalk {
       reverse_steps<writes>(scale, v, gy, gk, gv, replayed.saved, gathered);
       rescale(scale.weight(max_before));
     } else {
-      reverse_steps<writes>(RunningScale<Lanes>{channel.channel}, v, gy, gk, gv, replayed.saved, gathered);
+      reverse_steps<writes>(running_scale(), v, gy, gk, gv, replayed.saved, gathered);
     }
   }
 };
