@@ -122,18 +122,34 @@ BUDGETS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=gpu_programs.name_of)
-@pytest.mark.parametrize("schedule", ["serial", "single_pass"])
-def test_a_kernel_keeps_to_its_budget(schedule: str, dtype: torch.dtype, folder: Path) -> None:
-    problem = Problem(B=33, T=512, C=64)
+def _counts(problem: Problem, schedule: str, dtype: torch.dtype, folder: Path) -> dict[str, Budget]:
+    """For each kernel of the operator and its gradient."""
     executed: dict[str, Counter[str]] = {}
     runner = gpu_programs.PtxRunner(folder, SUITE_ARCHITECTURE, counted=executed)
     forward = {"schedule": schedule, "warps": 1 if schedule == "serial" else 4}
     with emulated_backend.emulated(runner, forward, {"schedule": schedule}) as backend:
         solve(make(problem, dtype), backend)
-    for kernel, counts in executed.items():
-        spent = _spent(counts, problem.B * problem.T * problem.C)
-        print(f"{kernel} {schedule} {gpu_programs.name_of(dtype)}", *(f"{value:.2f}" for value in spent))
-        budget = BUDGETS.get((kernel.removesuffix("_single_pass"), schedule, gpu_programs.name_of(dtype)))
+    elements = problem.B * problem.T * problem.C
+    return {kernel: _spent(counts, elements) for kernel, counts in executed.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=gpu_programs.name_of)
+@pytest.mark.parametrize("schedule", ["serial", "single_pass"])
+def test_a_kernel_keeps_to_its_budget(schedule: str, dtype: torch.dtype, folder: Path) -> None:
+    name = gpu_programs.name_of(dtype)
+    for kernel, spent in _counts(Problem(B=33, T=512, C=64), schedule, dtype, folder).items():
+        print(f"{kernel} {schedule} {name}", *(f"{value:.2f}" for value in spent))
+        budget = BUDGETS.get((kernel.removesuffix("_single_pass"), schedule, name))
         if budget is not None:
             assert all(value <= limit for value, limit in zip(spent, budget, strict=True)), (kernel, spent, budget)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=gpu_programs.name_of)
+@pytest.mark.parametrize("schedule", ["serial", "single_pass"])
+def test_keys_that_spread_cost_half_as_much_again_at_most(schedule: str, dtype: torch.dtype, folder: Path) -> None:
+    usual = _counts(Problem(T=512, C=64), schedule, dtype, folder)
+    spread = _counts(Problem(T=512, C=64, k_scale=20.0), schedule, dtype, folder)
+    for kernel in usual:
+        ratio = spread[kernel].instructions / usual[kernel].instructions
+        print(f"{kernel} {schedule} {gpu_programs.name_of(dtype)} {ratio:.2f}")
+        assert ratio <= 1.5, (kernel, ratio)
