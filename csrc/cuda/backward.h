@@ -263,6 +263,10 @@ struct Backward {
     if (part.begin == part.end) return;
     neighbours.listen(part, lane);
     const int64_t last = block.arguments.chunks - 1;
+    if (neighbours.hears_one()) {
+      block.heard.set(thread.span(), lane, {load_chunk_adjoint(block, last - part.begin, thread), Lanes(0)});
+      return;
+    }
     struct Given {
       Sums<Lanes> adjoint;
       Lanes max;  // that the adjoint is relative to
@@ -278,7 +282,7 @@ struct Backward {
                                                return Given{join_adjoint(behind.adjoint, decay, own.adjoint), own.max};
                                              });
     Lanes decay = Lanes(0);
-    if (part.begin != 0) {
+    if (part.begin != neighbours.first_heard()) {
       decay = Lanes(static_cast<int>(part.end - part.begin)) * decay_of_chunk + heard.max -
               max_before_chunk(block, last - part.begin + 1, thread);
     }
