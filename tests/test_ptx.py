@@ -83,8 +83,9 @@ def test_the_oldest_architecture_equals_the_oracle(dtype: torch.dtype, folder: P
 
 def test_groups_of_chunks_hand_over(folder: Path) -> None:
     runner = gpu_programs.PtxRunner(folder, SUITE_ARCHITECTURE, "random")
-    with emulated_backend.emulated(runner, *PLANS["single_pass_of_small_tiles"]) as backend:
-        assert_solves(make(GROUPS_OF_CHUNKS["of_3"], torch.bfloat16), backend)
+    for plan in ("single_pass_of_small_tiles", "single_pass_of_two_spans"):
+        with emulated_backend.emulated(runner, *PLANS[plan]) as backend:
+            assert_solves(make(GROUPS_OF_CHUNKS["of_3"], torch.bfloat16), backend)
 
 
 class Budget(NamedTuple):
