@@ -31,6 +31,9 @@ inline constexpr double kLog2E = 1.44269504088896340736;
 // still room for terms 2^-24 times smaller above the smallest normal number, e^-87.3.
 inline constexpr double kSharedSpread = 60.0;
 
+// What a channel's constants may multiply weights by is at most e^30 and at least e^-30: sums have room for that.
+inline constexpr double kModerateLogit = 30.0;
+
 // ---- a scalar as a Real; a vector type brings its own ----
 
 WKV_HD bool all(bool condition) { return condition; }
@@ -156,20 +159,36 @@ WKV_HD Real key_logit(Real k) {
 template <class Real>
 struct Channel {
   Real log_decay, u;
+
+  WKV_HD auto is_moderate() const { return abs(u) - log_decay <= Real(kModerateLogit); }
 };
 
-// The two scales below answer the same questions, so that a walk over time is written once. `at` is what a scale must
-// remember of a step to name its weights again in the backward walk.
+template <class Real>
+struct StepWeights {
+  Weights<Real> read, advance;
+};
 
-// The classic form: max is the largest decayed logit so far. Two exponentials a step, right for any input.
+// The scales below answer the same questions, so that a walk over time is written once. `at` is what a scale has to
+// know of a step to name its weights, and all that the backward walk remembers of its key.
+
+// The classic form, right for any input: max is the largest decayed logit so far. Two exponentials a step, or one where
+// the channel is moderate: y is a ratio, so the weights of a read may have any factor in common, and with a certain one
+// they are those of advance, the present lifted.
 template <class Real>
 struct RunningScale {
   Channel<Real> channel;
+  bool lifts = false;  // as is right for a moderate channel
+  Real lift{};         // e^{u + log_decay}
 
   WKV_HD Real logit(Real k) const { return key_logit(k); }
-  WKV_HD Real at(Real max, Real) const { return max; }
-  WKV_HD Weights<Real> read_weights(Real max, Real k) const { return weigh(max, channel.u + k); }
-  WKV_HD Weights<Real> advance_weights(Real max, Real k) const { return weigh(max + channel.log_decay, k); }
+  WKV_HD Real at(Real max, Real k) const { return max - k; }
+  WKV_HD StepWeights<Real> weights(Real lead) const {
+    const Weights<Real> advance = weigh(lead + channel.log_decay, Real(0));
+    if (lifts) [[likely]] {
+      return {{advance.past, lift * advance.present}, advance};
+    }
+    return {weigh(lead, channel.u), advance};
+  }
   WKV_HD Real next_max(Real max, Real k) const { return larger(k, max + channel.log_decay); }
 };
 
@@ -184,8 +203,9 @@ struct SharedScale {
   WKV_HD Real logit(Real k) const { return k; }
   WKV_HD Real weight(Real logit) const { return exp2_clamped(logit * Real(kLog2E) - reference_log2); }
   WKV_HD Real at(Real, Real k) const { return weight(k); }
-  WKV_HD Weights<Real> read_weights(Real key_weight, Real) const { return {Real(1), bonus * key_weight}; }
-  WKV_HD Weights<Real> advance_weights(Real key_weight, Real) const { return {decay, key_weight}; }
+  WKV_HD StepWeights<Real> weights(Real key_weight) const {
+    return {{Real(1), bonus * key_weight}, {decay, key_weight}};
+  }
   WKV_HD Real next_max(Real max, Real) const { return max; }
 };
 

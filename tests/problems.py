@@ -63,6 +63,8 @@ PROBLEMS = {
     "u_of_plus_1000": Problem(u=1000.0),
     "u_of_minus_1000": Problem(u=-1000.0, with_state=True),
     "k_of_20": Problem(T=130, k_scale=20.0),
+    "k_of_20_and_u_of_plus_25": Problem(T=80, k_scale=20.0, u=25.0),
+    "k_of_20_and_u_of_minus_25": Problem(T=80, k_scale=20.0, u=-25.0, with_state=True),
     "k_of_1000": Problem(T=130, k_scale=1000.0, with_state=True),
     "k_of_10000": Problem(T=70, k_scale=1e4),
     "transposed": Problem(T=70, layout="transposed"),

@@ -31,6 +31,8 @@ PLANS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "chunks_of_several_tiles": ({"warps": 1, "chunk_len": 64}, {"chunk_len": 128}),
     "single_pass": ({"schedule": "single_pass"}, {"schedule": "single_pass"}),
     "single_pass_of_small_tiles": ({"schedule": "single_pass", "warps": 1}, {"schedule": "single_pass"}),
+    # Every chunk ends at a checkpoint.
+    "single_pass_of_two_spans": ({"schedule": "single_pass", "warps": 2}, {"schedule": "single_pass"}),
 }
 
 
@@ -88,13 +90,13 @@ GROUPS_OF_CHUNKS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=gpu_programs.name_of)
 @pytest.mark.parametrize("group", GROUPS_OF_CHUNKS)
-def test_groups_of_chunks_hand_over(group: str, dtype: torch.dtype, library: Any) -> None:
+@pytest.mark.parametrize("plan", ["single_pass_of_small_tiles", "single_pass_of_two_spans"])
+def test_groups_of_chunks_hand_over(plan: str, group: str, dtype: torch.dtype, library: Any) -> None:
     problem = GROUPS_OF_CHUNKS[group]
-    for operation, warps in (("forward", 1), ("backward", None)):
-        sizes = (problem.B, problem.T, problem.C)
-        plan = _C.plan_cuda(operation, gpu_programs.name_of(dtype), *sizes, schedule="single_pass", warps=warps)
-        assert f"of_{plan['group']}" == group and plan["group"] < plan["chunks"] - 1
-    with _emulated(library, "single_pass_of_small_tiles") as backend:
+    for operation, request in zip(("forward", "backward"), PLANS[plan], strict=True):
+        made = _C.plan_cuda(operation, gpu_programs.name_of(dtype), problem.B, problem.T, problem.C, **request)
+        assert f"of_{made['group']}" == group and made["group"] < made["chunks"] - 1
+    with _emulated(library, plan) as backend:
         assert_solves(make(problem, dtype), backend)
 
 

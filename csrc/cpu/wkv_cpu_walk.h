@@ -153,6 +153,10 @@ struct Walk {
     return {range.reference(channels.channel) * Lanes(Real(kLog2E)), channels.decay, channels.bonus};
   }
 
+  static WKV_INLINE RunningScale<Lanes> running_scale(const ChannelVector& channels) {
+    return {channels.channel, all(channels.channel.is_moderate()), channels.bonus * channels.decay};
+  }
+
   // ---- forward ----
 
   enum class Output { none, stored, streamed };
@@ -170,11 +174,10 @@ struct Walk {
     }
 #pragma GCC unroll 4
     for (int step = 0; step < steps; ++step) {
-      const Lanes kt = scale.logit(load(k.row(step)));
       const Lanes vt = load(v.row(step));
-      const Lanes at = load(ats + step * kLanes);
+      const auto weights = scale.weights(load(ats + step * kLanes));
       if constexpr (output != Output::none) {
-        const Sums<Lanes> now = mix(state.sums, scale.read_weights(at, kt), vt);
+        const Sums<Lanes> now = mix(state.sums, weights.read, vt);
         const Lanes yt = now.num / now.den;
         if constexpr (output == Output::streamed) {
           stream_line(y.row(step), &yt);
@@ -182,7 +185,7 @@ struct Walk {
           store(y.row(step), yt);
         }
       }
-      state.sums = mix(state.sums, scale.advance_weights(at, kt), vt);
+      state.sums = mix(state.sums, weights.advance, vt);
     }
     return state;
   }
@@ -194,7 +197,7 @@ struct Walk {
     const auto keys = widened.widen(k, steps);
     const auto range = range_of(keys, steps, channels.channel, state.max);
     if (__builtin_expect(!shares(range, channels, steps), 0)) {
-      const RunningScale<Lanes> scale{channels.channel};
+      const auto scale = running_scale(channels);
       return apart([=] { return forward_steps<output>(scale, keys, v, y, steps, state); });
     }
     const auto scale = shared_scale(channels, range);
@@ -265,10 +268,11 @@ struct Walk {
       const RunningScale<Lanes> scale{channels_at(parameters, c, count).channel};
       const Lanes kt = scale.logit(load_some(k + c, count));
       const Lanes vt = load_some(v + c, count);
-      const Sums<Lanes> now = mix(before.sums, scale.read_weights(before.max, kt), vt);
+      const auto weights = scale.weights(scale.at(before.max, kt));
+      const Sums<Lanes> now = mix(before.sums, weights.read, vt);
       const Lanes yt = now.num / now.den;
       store_some(y + c, r != nullptr ? sigmoid(load_some(r + c, count)) * yt : yt, count);
-      const Sums<Lanes> after = mix(before.sums, scale.advance_weights(before.max, kt), vt);
+      const Sums<Lanes> after = mix(before.sums, weights.advance, vt);
       store_state(state, C, c, count, {after, scale.next_max(before.max, kt)});
     }
   }
@@ -295,7 +299,7 @@ struct Walk {
       const Lanes kt = scale.logit(load(k.row(step)));
       const Lanes at = scale.at(state.max, kt);
       saved[step] = {state.sums, at};
-      state = {mix(state.sums, scale.advance_weights(at, kt), load(v.row(step))), scale.next_max(state.max, kt)};
+      state = {mix(state.sums, scale.weights(at).advance, load(v.row(step))), scale.next_max(state.max, kt)};
     }
     return state;
   }
@@ -308,7 +312,7 @@ struct Walk {
     const auto range = range_of(keys, steps, channels.channel, state.max);
     tile.shared = shares(range, channels, steps);
     if (__builtin_expect(!tile.shared, 0)) {
-      const RunningScale<Lanes> scale{channels.channel};
+      const auto scale = running_scale(channels);
       return apart([=] { return replay_steps(scale, keys, v, steps, state, saved); });
     }
     const auto scale = shared_scale(channels, range);
@@ -327,17 +331,16 @@ struct Walk {
   };
 
   template <bool writes, class Scale>
-  static WKV_INLINE Carried reverse_steps(const Scale& scale, Rows<const Element> k, Rows<const Element> v,
-                                          Rows<const Element> gy, int steps, const SavedStep* saved, Carried carried,
-                                          Element* gk, Element* gv) {
+  static WKV_INLINE Carried reverse_steps(const Scale& scale, Rows<const Element> v, Rows<const Element> gy, int steps,
+                                          const SavedStep* saved, Carried carried, Element* gk, Element* gv) {
 #pragma GCC unroll 2
     for (int step = steps - 1; step >= 0; --step) {
-      const Lanes kt = scale.logit(load(k.row(step)));
       const Lanes vt = load(v.row(step));
       const SavedStep& before = saved[step];
+      const auto weights = scale.weights(before.at);
       StepGradients<Lanes> at_step;
-      advance_adjoint(before.sums, scale.advance_weights(before.at, kt), vt, carried.adjoint, at_step);
-      read_adjoint(before.sums, scale.read_weights(before.at, kt), vt, load(gy.row(step)), carried.adjoint, at_step);
+      advance_adjoint(before.sums, weights.advance, vt, carried.adjoint, at_step);
+      read_adjoint(before.sums, weights.read, vt, load(gy.row(step)), carried.adjoint, at_step);
       if constexpr (writes) {
         store(gk + step * kColumn, at_step.gk);
         store(gv + step * kColumn, at_step.gv);
@@ -349,16 +352,16 @@ struct Walk {
   }
 
   template <bool writes>
-  static WKV_INLINE Carried reverse_tile(const ChannelVector& channels, const SavedTile& tile, Rows<const Element> k,
-                                         Rows<const Element> v, Rows<const Element> gy, int steps,
-                                         const SavedStep* saved, Carried carried, Element* gk, Element* gv) {
+  static WKV_INLINE Carried reverse_tile(const ChannelVector& channels, const SavedTile& tile, Rows<const Element> v,
+                                         Rows<const Element> gy, int steps, const SavedStep* saved, Carried carried,
+                                         Element* gk, Element* gv) {
     if (__builtin_expect(!tile.shared, 0)) {
-      const RunningScale<Lanes> scale{channels.channel};
-      return apart([=] { return reverse_steps<writes>(scale, k, v, gy, steps, saved, carried, gk, gv); });
+      const auto scale = running_scale(channels);
+      return apart([=] { return reverse_steps<writes>(scale, v, gy, steps, saved, carried, gk, gv); });
     }
     const SharedScale<Lanes> scale{tile.reference_log2, channels.decay, channels.bonus};
     carried.adjoint = {carried.adjoint.num * tile.leave, carried.adjoint.den * tile.leave};
-    carried = reverse_steps<writes>(scale, k, v, gy, steps, saved, carried, gk, gv);
+    carried = reverse_steps<writes>(scale, v, gy, steps, saved, carried, gk, gv);
     carried.adjoint = {carried.adjoint.num * tile.enter, carried.adjoint.den * tile.enter};
     return carried;
   }
@@ -425,7 +428,6 @@ struct Walk {
             const int count = at_most(kLanes, span.c_end - c);
             carried[i] =
                 reverse_tile<writes>(channels_at(parameters, c, count), tiles[i][begin / kTileSteps],
-                                     whole(k.from(t + begin, c), tile_steps, count, k_copy),
                                      whole(v.from(t + begin, c), tile_steps, count, v_copy),
                                      whole(gy.from(t + begin, c), tile_steps, count, gy_copy), tile_steps,
                                      saved[i] + begin, carried[i], gk_staged.row(0) + first, gv_staged.row(0) + first);

@@ -221,8 +221,8 @@ struct Backward {
     auto& replayed = thread.replayed;
     walk.replay(block.column(k, thread), block.column(v, thread), thread.keys, state, replayed);
     Gathered own{{Lanes(0), Lanes(0)}, Lanes(0), Lanes(0)};
-    walk.template reverse<false>(block.column(k, thread), block.column(v, thread), block.column(gy, thread), {}, {},
-                                 replayed, state.max, replayed.max_after, own);
+    walk.template reverse<false>(block.column(v, thread), block.column(gy, thread), {}, {}, replayed, state.max,
+                                 replayed.max_after, own);
     block.adjoints.set(span, lane, own.adjoint);
   }
 
@@ -263,6 +263,10 @@ struct Backward {
     if (part.begin == part.end) return;
     neighbours.listen(part, lane);
     const int64_t last = block.arguments.chunks - 1;
+    if (neighbours.hears_one()) {
+      block.heard.set(thread.span(), lane, {load_chunk_adjoint(block, last - part.begin, thread), Lanes(0)});
+      return;
+    }
     struct Given {
       Sums<Lanes> adjoint;
       Lanes max;  // that the adjoint is relative to
@@ -278,7 +282,7 @@ struct Backward {
                                                return Given{join_adjoint(behind.adjoint, decay, own.adjoint), own.max};
                                              });
     Lanes decay = Lanes(0);
-    if (part.begin != 0) {
+    if (part.begin != neighbours.first_heard()) {
       decay = Lanes(static_cast<int>(part.end - part.begin)) * decay_of_chunk + heard.max -
               max_before_chunk(block, last - part.begin + 1, thread);
     }
@@ -307,12 +311,12 @@ struct Backward {
   WKV_HD static void reverse(const Block& block, int rows, Thread& thread) {
     const Walk walk{block.channels.get(thread.lane()), block.steps_of(thread.span(), rows)};
     if (walk.steps == 0) return;
-    const Element *k = block.k, *v = block.v, *gy = block.gy;
+    const Element *v = block.v, *gy = block.gy;
     thread.gathered.adjoint = carried_to(block, thread.span() + 1, rows, thread.lane());
     const auto max_at = [&](int boundary) { return block.span_max[boundary * Geo::kLanes + thread.lane()]; };
-    walk.template reverse<true>(block.column(k, thread), block.column(v, thread), block.column(gy, thread),
-                                block.column(block.k, thread), block.column(block.v, thread), thread.replayed,
-                                max_at(thread.span()), max_at(thread.span() + 1), thread.gathered);
+    walk.template reverse<true>(block.column(v, thread), block.column(gy, thread), block.column(block.k, thread),
+                                block.column(block.v, thread), thread.replayed, max_at(thread.span()),
+                                max_at(thread.span() + 1), thread.gathered);
   }
 
   // Needs gk and gv; leaves the next `carry`, and behind the last tile each span's part of the gradients of log_decay

@@ -82,14 +82,25 @@ struct Forward {
       return Lanes(static_cast<double>(count * arguments.chunk_len)) * channels.log_decay(lane);
     }
 
-    // What chunk i gave to those behind it.
+    WKV_HD Real* checkpoint_at(int64_t t, const Thread& thread) const {
+      const int64_t row = b * checkpoint_count(Geo::dtype, arguments.T) + t / Geo::kInterval - 1;
+      return state_at(arguments.checkpoints, row, thread);
+    }
+    // Of a single pass: what chunk i, the last one of its group, gives is the state after it, which is stored anyway.
+    WKV_HD bool gives_checkpoint(int64_t i) const {
+      return pass == Pass::single && arguments.checkpoints != nullptr && arguments.chunk_len % Geo::kInterval == 0 &&
+             static_cast<uint32_t>(i + 1) % arguments.hand_over.group == 0;
+    }
+    // What chunk i gives to those behind it.
+    WKV_HD Real* chunk_state_at(int64_t i, const Thread& thread) const {
+      return gives_checkpoint(i) ? checkpoint_at((i + 1) * arguments.chunk_len, thread)
+                                 : state_at(arguments.chunk_states, b * (arguments.chunks - 1) + i, thread);
+    }
     WKV_HD State<Lanes> load_chunk_state(int64_t i, const Thread& thread) const {
-      const int64_t row = b * (arguments.chunks - 1) + i;
-      return load_state(state_at(arguments.chunk_states, row, thread), arguments.C, channels_of(thread), Lanes());
+      return load_state(chunk_state_at(i, thread), arguments.C, channels_of(thread), Lanes());
     }
     WKV_HD void store_chunk_state(const Thread& thread, State<Lanes> state) const {
-      const int64_t row = b * (arguments.chunks - 1) + chunk;
-      store_state(state_at(arguments.chunk_states, row, thread), arguments.C, channels_of(thread), state);
+      store_state(chunk_state_at(chunk, thread), arguments.C, channels_of(thread), state);
     }
   };
 
@@ -197,9 +208,9 @@ struct Forward {
     if (block.spans == 1) thread.keys = walk.range_of(k);
     const State<Lanes> state = carried_to(block, span, rows, thread.lane());
     const int64_t t_span = t + span * kSteps;
-    if (arguments.checkpoints != nullptr && t_span > 0 && t_span % Geo::kInterval == 0) {
-      const int64_t row = block.b * checkpoint_count(Geo::dtype, arguments.T) + t_span / Geo::kInterval - 1;
-      store_state(block.state_at(arguments.checkpoints, row, thread), arguments.C, block.channels_of(thread), state);
+    const bool was_given = span == 0 && block.gives_checkpoint(block.chunk - 1);
+    if (arguments.checkpoints != nullptr && t_span > 0 && t_span % Geo::kInterval == 0 && !was_given) {
+      store_state(block.checkpoint_at(t_span, thread), arguments.C, block.channels_of(thread), state);
     }
     thread.after = walk.forward(k, v, block.column(block.k, thread), thread.keys, state);
   }

@@ -80,12 +80,17 @@ struct Neighbours {
   WKV_HD bool is_heard() const { return place.position + 1 < chunks; }
   WKV_HD bool last_of_group() const { return place.position % group == group - 1; }
 
-  // The positions that this chunk hears of; each of the block's spans takes a part of them, in order.
+  // The positions that this chunk hears of go from here to its own; each of the block's spans takes a part of them, in
+  // order.
+  WKV_HD int64_t first_heard() const {
+    return place.position < group ? 0 : place.position - place.position % group - 1;
+  }
+  WKV_HD bool hears_one() const { return first_heard() + 1 == place.position; }
   struct Part {
     int64_t begin, end;
   };
   WKV_HD Part heard_by(int span, int spans) const {
-    const int64_t first = place.position < group ? 0 : place.position - place.position % group - 1;
+    const int64_t first = first_heard();
     const int count = static_cast<int>(place.position - first);
     return {first + count * span / spans, first + count * (span + 1) / spans};
   }

@@ -98,13 +98,18 @@ struct SpanWalk {
     return {reference * Lanes(kLog2E), channel.decay, channel.bonus};
   }
 
+  WKV_HD RunningScale<Lanes> running_scale() const {
+    const bool lifts = !std::is_same_v<Lanes, double> && warp_agrees(all(channel.channel.is_moderate()));
+    return {channel.channel, lifts, channel.bonus * channel.decay};
+  }
+
   template <class Scale>
   WKV_HD State<Lanes> advance(const Scale& scale, Column<const Element> k, Column<const Element> v,
                               State<Lanes> state) const {
     for_steps<kSteps>(steps, [&](int step) {
       const Lanes kt = scale.logit(load_lanes(k.at(step)));
-      const auto weights = scale.advance_weights(scale.at(state.max, kt), kt);
-      state = {mix(state.sums, weights, load_lanes(v.at(step))), scale.next_max(state.max, kt)};
+      const auto weights = scale.weights(scale.at(state.max, kt));
+      state = {mix(state.sums, weights.advance, load_lanes(v.at(step))), scale.next_max(state.max, kt)};
     });
     return state;
   }
@@ -119,7 +124,7 @@ struct SpanWalk {
       const auto sums = advance(scale, k, v, empty_state<Lanes>()).sums;
       return leave_shared_scale(sums, scale.reference_log2);
     }
-    return advance(RunningScale<Lanes>{channel.channel}, k, v, empty_state<Lanes>());
+    return advance(running_scale(), k, v, empty_state<Lanes>());
   }
 
   // ---- forward ----
@@ -131,9 +136,11 @@ struct SpanWalk {
       const Lanes kt = scale.logit(load_lanes(k.at(step)));
       const Lanes vt = load_lanes(v.at(step));
       const Lanes at = scale.at(state.max, kt);
-      const Sums<Lanes> now = mix(state.sums, scale.read_weights(at, kt), vt);
+      state.max = scale.next_max(state.max, kt);
+      const auto weights = scale.weights(at);
+      const Sums<Lanes> now = mix(state.sums, weights.read, vt);
       store_lanes(y.at(step), now.num / now.den);
-      state = {mix(state.sums, scale.advance_weights(at, kt), vt), scale.next_max(state.max, kt)};
+      state.sums = mix(state.sums, weights.advance, vt);
     });
     return state;
   }
@@ -148,7 +155,7 @@ struct SpanWalk {
       state.sums = {state.sums.num * enter, state.sums.den * enter};
       return leave_shared_scale(outputs(scale, k, v, y, state).sums, scale.reference_log2);
     }
-    return outputs(RunningScale<Lanes>{channel.channel}, k, v, y, state);
+    return outputs(running_scale(), k, v, y, state);
   }
 
   // ---- backward ----
@@ -174,7 +181,7 @@ struct SpanWalk {
       const Lanes kt = scale.logit(load_lanes(k.at(step)));
       const Lanes at = scale.at(state.max, kt);
       saved[step] = {state.sums, at};
-      state = {mix(state.sums, scale.advance_weights(at, kt), load_lanes(v.at(step))), scale.next_max(state.max, kt)};
+      state = {mix(state.sums, scale.weights(at).advance, load_lanes(v.at(step))), scale.next_max(state.max, kt)};
     });
     return state;
   }
@@ -190,7 +197,7 @@ struct SpanWalk {
       state.sums = {state.sums.num * enter, state.sums.den * enter};
       replay_steps(scale, k, v, state, replayed.saved);
     } else {
-      replayed.max_after = replay_steps(RunningScale<Lanes>{channel.channel}, k, v, state, replayed.saved).max;
+      replayed.max_after = replay_steps(running_scale(), k, v, state, replayed.saved).max;
     }
   }
 
@@ -201,17 +208,15 @@ struct SpanWalk {
   };
 
   template <bool writes, class Scale>
-  WKV_HD void reverse_steps(const Scale& scale, Column<const Element> k, Column<const Element> v,
-                            Column<const Element> gy, Column<Element> gk, Column<Element> gv,
-                            const SavedStep (&saved)[kSteps], Gathered& gathered) const {
+  WKV_HD void reverse_steps(const Scale& scale, Column<const Element> v, Column<const Element> gy, Column<Element> gk,
+                            Column<Element> gv, const SavedStep (&saved)[kSteps], Gathered& gathered) const {
     for_unrolled_steps_back<kSteps>(steps, [&](int step) {
-      const Lanes kt = scale.logit(load_lanes(k.at(step)));
       const Lanes vt = load_lanes(v.at(step));
       const SavedStep before = saved[step];
+      const auto weights = scale.weights(before.at);
       StepGradients<Lanes> at_step;
-      advance_adjoint(before.sums, scale.advance_weights(before.at, kt), vt, gathered.adjoint, at_step);
-      read_adjoint(before.sums, scale.read_weights(before.at, kt), vt, load_lanes(gy.at(step)), gathered.adjoint,
-                   at_step);
+      advance_adjoint(before.sums, weights.advance, vt, gathered.adjoint, at_step);
+      read_adjoint(before.sums, weights.read, vt, load_lanes(gy.at(step)), gathered.adjoint, at_step);
       if constexpr (writes) {
         store_lanes(gk.at(step), at_step.gk);
         store_lanes(gv.at(step), at_step.gv);
@@ -224,19 +229,18 @@ struct SpanWalk {
   // Takes the gradient of the state after the span, relative to `max_after`, to that of the state before it, relative
   // to `max_before`, that state's own. Writes gk and gv, which may lie where k and v do, and adds to the others.
   template <bool writes>
-  WKV_HD void reverse(Column<const Element> k, Column<const Element> v, Column<const Element> gy, Column<Element> gk,
-                      Column<Element> gv, const Replayed& replayed, Lanes max_before, Lanes max_after,
-                      Gathered& gathered) const {
+  WKV_HD void reverse(Column<const Element> v, Column<const Element> gy, Column<Element> gk, Column<Element> gv,
+                      const Replayed& replayed, Lanes max_before, Lanes max_after, Gathered& gathered) const {
     const auto rescale = [&](Lanes factor) {
       gathered.adjoint = {gathered.adjoint.num * factor, gathered.adjoint.den * factor};
     };
     rescale(exponential(replayed.max_after - max_after));
     if (replayed.shared) {
       const auto scale = shared_scale(replayed.max_after);
-      reverse_steps<writes>(scale, k, v, gy, gk, gv, replayed.saved, gathered);
+      reverse_steps<writes>(scale, v, gy, gk, gv, replayed.saved, gathered);
       rescale(scale.weight(max_before));
     } else {
-      reverse_steps<writes>(RunningScale<Lanes>{channel.channel}, k, v, gy, gk, gv, replayed.saved, gathered);
+      reverse_steps<writes>(running_scale(), v, gy, gk, gv, replayed.saved, gathered);
     }
   }
 };

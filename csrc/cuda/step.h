@@ -38,9 +38,10 @@ struct Step {
       const bool empty = *den == Real(0);
       const State<Real> state = {{empty ? Real(0) : *num, *den}, empty ? Real(kEmptyMax) : *max};
 
-      const Sums<Real> now = mix(state.sums, scale.read_weights(state.max, kt), vt);
+      const auto weights = scale.weights(scale.at(state.max, kt));
+      const Sums<Real> now = mix(state.sums, weights.read, vt);
       from_real(sigmoid(rt) * (now.num / now.den), static_cast<Element*>(arguments.y)[i]);
-      const Sums<Real> after = mix(state.sums, scale.advance_weights(state.max, kt), vt);
+      const Sums<Real> after = mix(state.sums, weights.advance, vt);
       *num = after.num;
       *den = after.den;
       *max = scale.next_max(state.max, kt);
