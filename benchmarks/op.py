@@ -1,7 +1,9 @@
 """The operator by itself: time, bandwidth and memory of every backend and schedule, forward and backward."""
 
 import statistics
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,6 +39,8 @@ DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "smoke": (torch.float32, torch.bfloat16),
 }
+# Shared CPUs change their speed for many seconds at a time; several rounds over all cases show it in the spread.
+ROUNDS = {"cuda": 1, "cpu": 4, "smoke": 1}
 TENSORS = {"forward": 3, "backward": 5}
 OF_A_STEP = 6  # k, v, gy, y, gk, gv
 LEAST_ELEMENTS_TOLD = 2**20  # a process's memory is counted in pages
@@ -95,47 +99,70 @@ def written(shape: Shape) -> str:
 
 def run(device: Device, record: Record) -> None:
     """Every shape, dtype, backend and schedule, checked against float64 before it is timed; then memory against T."""
-    rows = []
-    for shape in SHAPES[device.scale]:
-        for dtype in DTYPES[device.scale]:
-            with record.attempt(f"{shape} {dtype}"):
-                rows += _rows(device, shape, dtype)
-    record.add(TITLE, ["shape", "dtype", "operation", "backend", "schedule"], rows)
+    cases = [Case(shape, dtype) for shape in SHAPES[device.scale] for dtype in DTYPES[device.scale]]
+    for _ in range(ROUNDS[device.scale]):
+        for case in list(cases):
+            with record.attempt(f"{case.shape} {case.dtype}"):
+                case.measure(device)
+                continue
+            cases.remove(case)
+    keys = ["shape", "dtype", "operation", "backend", "schedule"]
+    record.add(TITLE, keys, [row for case in cases for row in case.rows()])
     _measure_memory(device, record)
 
 
-def _rows(device: Device, shape: Shape, dtype: torch.dtype) -> list[Row]:
-    problem = Problem(shape, dtype)
-    variants = [(backend, schedule) for backend in backends(device) for schedule in schedules(backend)]
-    errors = {variant: problem.check(function_of(*variant)) for variant in variants}
-    prepared = {variant: calls_of(problem, *variant) for variant in variants}
-    extra = {variant: _extra_bytes(device, shape, dtype, *variant) for variant in variants}
-    moved, triad = device.triad()
-    rows: list[Row] = []
-    for operation, tensors in TENSORS.items():
-        calls = {str(variant): prepared[variant][operation] for variant in variants}
-        *seconds, of_triad = device.alternate({**calls, "triad": triad}).values()
-        bandwidth = moved / statistics.median(of_triad)
-        for variant, samples in zip(variants, seconds, strict=True):
+Variant = tuple[str, str | None]  # backend and schedule
+
+
+@dataclass
+class Case:
+    """One shape and dtype, and what has been measured of it."""
+
+    shape: Shape
+    dtype: torch.dtype
+    errors: dict[Variant, float] = field(default_factory=dict)
+    extra: dict[Variant, dict[str, float]] = field(default_factory=dict)
+    seconds: dict[tuple[str, Variant], list[float]] = field(default_factory=lambda: defaultdict(list))
+    triad: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    triad_bytes: int = 0
+
+    def measure(self, device: Device) -> None:
+        """A round of runs, and before the first one what there is to know besides time."""
+        problem = Problem(self.shape, self.dtype)
+        variants = [(backend, schedule) for backend in backends(device) for schedule in schedules(backend)]
+        if not self.errors:
+            self.errors = {variant: problem.check(function_of(*variant)) for variant in variants}
+            self.extra = {variant: _extra_bytes(device, self.shape, self.dtype, *variant) for variant in variants}
+        prepared = {variant: calls_of(problem, *variant) for variant in variants}
+        self.triad_bytes, triad = device.triad()
+        for operation in TENSORS:
+            calls = {str(variant): prepared[variant][operation] for variant in variants}
+            *seconds, of_triad = device.alternate({**calls, "triad": triad}).values()
+            self.triad[operation] += of_triad
+            for variant, samples in zip(variants, seconds, strict=True):
+                self.seconds[operation, variant] += samples
+
+    def rows(self) -> Iterator[Row]:
+        """A row for every operation and variant."""
+        B, T, C = self.shape
+        for (operation, variant), samples in self.seconds.items():
             backend, schedule = variant
-            achieved = tensors * problem.bytes / statistics.median(samples)
-            rows.append(
-                {
-                    "shape": written(shape),
-                    "dtype": name_of(dtype),
-                    "operation": operation,
-                    "backend": backend,
-                    "schedule": schedule or "auto",
-                    **timed(samples, "µs"),
-                    "GB/s": achieved / 1e9,
-                    "of triad": achieved / bandwidth,
-                    "extra bytes/element": extra[variant].get(operation, "-"),
-                    "error": errors[variant],
-                    "_plan": planned(backend, operation, dtype, shape, schedule),
-                    "_triad_quartiles": quartiles(of_triad),
-                }
-            )
-    return rows
+            bandwidth = self.triad_bytes / statistics.median(self.triad[operation])
+            achieved = TENSORS[operation] * B * T * C * self.dtype.itemsize / statistics.median(samples)
+            yield {
+                "shape": written(self.shape),
+                "dtype": name_of(self.dtype),
+                "operation": operation,
+                "backend": backend,
+                "schedule": schedule or "auto",
+                **timed(samples, "µs"),
+                "GB/s": achieved / 1e9,
+                "of triad": achieved / bandwidth,
+                "extra bytes/element": self.extra[variant].get(operation, "-"),
+                "error": self.errors[variant],
+                "_plan": planned(backend, operation, self.dtype, self.shape, schedule),
+                "_triad_quartiles": quartiles(self.triad[operation]),
+            }
 
 
 def _extra_bytes(
