@@ -66,3 +66,14 @@ def test_python_modules_import_downwards_only() -> None:
     for path in (ROOT / "rwkv_kernels").glob("*/*.py"):
         names = _imports(str(path.relative_to(ROOT / "rwkv_kernels").with_suffix("")))
         assert {name for name in names if not name.startswith("nn")} <= {"functional"}, path
+
+
+def test_documents_quote_the_records() -> None:
+    recorded = (ROOT / "benchmarks" / "results" / "cpu" / "tables.md").read_text().splitlines()
+    readme = (ROOT / "README.md").read_text()
+    measured = readme[readme.index("## Measured") : readme.index("## Read the code")]
+    migrating = (ROOT / "docs" / "migrating.md").read_text()
+    quoted = [line for line in measured.splitlines() if line.startswith("| ")]
+    quoted += [line for line in migrating.splitlines() if re.match(r"\| \d+, \d+, \d+ \|", line)]
+    assert len(quoted) > 20
+    assert [line for line in quoted if line not in recorded] == []
