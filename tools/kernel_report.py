@@ -165,7 +165,7 @@ def _resources(log: str, codes: Codes, full_tiles: Codes) -> Iterator[Kernel]:
 def blocks() -> dict[tuple[str, str], Block]:
     """The blocks that the operators launch, by kernel and dtype."""
     sizes = [f"{name}_{axis}_stride" for name in ("k", "v", "gy") for axis in ("batch", "time")]
-    sizes += ["k_stride", "v_stride", *(f"state_{axis}_stride" for axis in ("batch", "row", "channel"))]
+    sizes += ["k_stride", "v_stride", "r_stride", *(f"state_{axis}_stride" for axis in ("batch", "row", "channel"))]
     nowhere: dict[str, int | str] = {**dict.fromkeys(sizes, 0), "w_dtype": "float32", "u_dtype": "float32"}
     found = {}
     for dtype in DTYPES.values():
