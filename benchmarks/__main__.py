@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.compare import compare
 from benchmarks.device import Device, keep_freed_memory
-from benchmarks.records import Record, write_tables
+from benchmarks.records import Record, environment, write_tables
 
 # The modules of this package that measure, where each runs. What may leave a GPU in an error is last.
 EVERYWHERE = ("cpu", "cuda")
@@ -39,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--device", choices=EVERYWHERE, default="cuda" if torch.cuda.is_available() else "cpu")
+    common.add_argument(
+        "--device", choices=EVERYWHERE, help="default: a GPU, if there is one and the benchmark has a use"
+    )
     common.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
     common.add_argument("--results", type=Path, help="folder for the record, its tables and its plot")
     common.add_argument(
@@ -72,16 +74,15 @@ def _run_all(arguments: argparse.Namespace, options: list[str]) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     keep_freed_memory()
-    if arguments.device != "cpu":  # which it is already, and every call pays for what is set
-        torch.set_default_device(arguments.device)
     device = Device(arguments.device, arguments.smoke)
-    record = Record(arguments.command, arguments.results)
+    record = Record(arguments.command, arguments.results, environment(device.type) | {"smoke": device.smoke})
     module = importlib.import_module(f"benchmarks.{arguments.command}")
     with record.attempt(arguments.command):
         module.run(device, record, *([dict(arguments.peer)] if arguments.command == "peers" else []))
     record.save()
     if arguments.results:
-        _draw(arguments.results)
+        with record.attempt("pictures and tables"):
+            _draw(arguments.results)
     for failure in record.failures:
         print(f"FAILED {failure}")
     print(f"\n({arguments.command}: {time.perf_counter() - started:.0f} s)", flush=True)
@@ -97,12 +98,18 @@ def _draw(folder: Path) -> None:
 
 def main(options: list[str]) -> int:
     """Runs one command; the exit status is 0 if nothing failed."""
-    arguments = _parser().parse_args(options)
+    parser = _parser()
+    arguments = parser.parse_args(options)
     if arguments.command == "compare":
         return compare(arguments.before, arguments.after, arguments.tolerance)
     if arguments.command == "plots":
         _draw(arguments.folder)
         return 0
+    devices = BENCHMARKS.get(arguments.command, EVERYWHERE)
+    if arguments.device is None:
+        arguments.device = "cuda" if "cuda" in devices and torch.cuda.is_available() else "cpu"
+    if arguments.device not in devices:
+        parser.error(f"{arguments.command} runs on {' and '.join(devices)}, not on {arguments.device}")
     return _run_all(arguments, options[1:]) if arguments.command == "all" else _run(arguments)
 
 

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from torch.nn.attention import SDPBackend
 from benchmarks import mixers
 from benchmarks.device import Call, Device, powers_of_two, timed
 from benchmarks.records import Record, Row
-from rwkv_kernels import wkv
 
 TITLE = "A token mixer against T, B = 1"
 TITLE_OF_GROWTH = "Growth: time ~ T^p and memory ~ T^q, fitted to the longest {lengths} lengths"
@@ -35,8 +34,10 @@ def run(device: Device, record: Record) -> None:
     rows: list[Row] = []
     for name in _offered(device):
         for operation in PASSES:
-            rows += _sweep(device, name, operation)
-            print(f"{name}, {operation}: up to T = {rows[-1]['T']}", flush=True)
+            with record.attempt(f"{name}, {operation}"):
+                for row in _sweep(device, name, operation):
+                    rows.append(row)
+                    print(f"{name}, {operation}, T = {row['T']}: {row['ms']:.3g} ms", flush=True)
     record.add(TITLE, ["mixer", "pass", "T"], rows)
     series = {
         (name, operation): [row for row in rows if (row["mixer"], row["pass"]) == (name, operation)]
@@ -45,8 +46,12 @@ def run(device: Device, record: Record) -> None:
     }
     growth = [_growth(own) for own in series.values() if own]
     record.add(TITLE_OF_GROWTH.format(lengths=FITTED), [], growth)
-    crossovers = [_crossover(series["WKV", operation], own) for (_, operation), own in series.items() if own]
-    record.add(TITLE_OF_CROSSOVER, [], [row for row in crossovers if row["than"] != "WKV"])
+    crossovers = [
+        _crossover(series["WKV", operation], own)
+        for (name, operation), own in series.items()
+        if name != "WKV" and own and series["WKV", operation]
+    ]
+    record.add(TITLE_OF_CROSSOVER, [], crossovers)
 
 
 def prepare_pass(name: str, operation: str, T: int, C: int, dtype: torch.dtype) -> Call:
@@ -64,22 +69,22 @@ def prepare_pass(name: str, operation: str, T: int, C: int, dtype: torch.dtype) 
     return forward if operation == "forward" else training_step
 
 
-def _sweep(device: Device, name: str, operation: str) -> list[Row]:
+def _sweep(device: Device, name: str, operation: str) -> Iterator[Row]:
     """Rows for T = 128, 256, ..."""
     C, dtype = WIDTH[device.scale], DTYPE[device.scale]
-    rows: list[Row] = []
     for T in powers_of_two(SHORTEST, LONGEST[device.scale]):
         try:
-            samples = device.seconds(prepare_pass(name, operation, T, C, dtype), PATIENCE)
+            with device.default():
+                call = prepare_pass(name, operation, T, C, dtype)
+            samples = device.patiently({name: call}, PATIENCE)[name]
             peak = device.peak_bytes(prepare_pass, name, operation, T, C, dtype)
         except (torch.OutOfMemoryError, MemoryError) as error:
             print(f"{name}, {operation}: T = {T} does not fit ({type(error).__name__})", flush=True)
             break
         memory = {"MB": peak / 1e6} if peak is not None else {}
-        rows.append({"mixer": name, "pass": operation, "T": T, **timed(samples), **memory})
+        yield {"mixer": name, "pass": operation, "T": T, **timed(samples), **memory}
         if statistics.median(samples) > LONG_ENOUGH[device.scale]:
             break
-    return rows
 
 
 def _offered(device: Device) -> list[str]:
@@ -87,7 +92,8 @@ def _offered(device: Device) -> list[str]:
     offered = []
     for name in mixers.NAMES:
         try:
-            prepare_pass(name, "training step", SHORTEST, WIDTH[device.scale], DTYPE[device.scale])()
+            with device.default():
+                prepare_pass(name, "training step", SHORTEST, WIDTH[device.scale], DTYPE[device.scale])()
         except RuntimeError as refusal:
             print(f"{name}: not offered here ({str(refusal).splitlines()[0]})", flush=True)
         else:
@@ -133,7 +139,7 @@ def _check_against_each_other() -> None:
     """In float64, where mixers are cases of each other: what is timed must be what its name says."""
     torch.manual_seed(0)
     T, C = 48, 2 * mixers.HEAD_CHANNELS
-    r, k, v = torch.randn(3, 1, T, C, dtype=torch.float64, device="cpu")
+    r, k, v = torch.randn(3, 1, T, C, dtype=torch.float64)
 
     # Each weight is written out, [T, T, C].
     def weighted_mean(logits: Tensor) -> Tensor:
@@ -143,16 +149,17 @@ def _check_against_each_other() -> None:
     def agree(found: Callable[[Tensor, Tensor, Tensor], Tensor], expected: Tensor, tolerance: float = 1e-9) -> None:
         torch.testing.assert_close(found(r, k, v), expected, rtol=tolerance, atol=tolerance)
 
-    with torch.device("cpu"), torch.no_grad():
+    with torch.no_grad():
         aft = mixers.AftFull(T, C).double()
         aft.biases.normal_()
         agree(aft, torch.sigmoid(r) * weighted_mean(aft.biases[..., None] + k))
         agree(mixers.AftSimple(T, C), torch.sigmoid(r) * weighted_mean(k.expand(T, T, C)))
         # WKV is AFT whose biases fall with the distance, but for the present step.
-        w, u = torch.tensor(-1.0).double(), torch.tensor(0.5).double()
-        distance = torch.arange(T)[:, None] - torch.arange(T)
-        falling = torch.where(distance > 0, -w.exp() * (distance - 1), u)
-        agree(lambda r, k, v: wkv(w.expand(C), u.expand(C), k, v), weighted_mean(falling[..., None] + k))
+        ours = mixers.Wkv(T, C).double()
+        ours.u.normal_()
+        distance = (torch.arange(T)[:, None] - torch.arange(T))[..., None]
+        falling = torch.where(distance > 0, -ours.w.exp() * (distance - 1), ours.u)
+        agree(ours, torch.sigmoid(r) * weighted_mean(falling + k))
         naive = mixers.NaiveAttention(T, C)
         q, keys, values = (x.unflatten(-1, (2, -1))[0] for x in (r, k, v))
         scores = torch.einsum("thd,shd->hts", q, keys) / math.sqrt(mixers.HEAD_CHANNELS)

@@ -8,7 +8,8 @@ from benchmarks.records import Record, Row, Table
 
 TITLE = "{before} -> {after}: medians, the lower and upper quartile in brackets"
 # What two records must share for their times to be comparable.
-PLACE = ("processor", "threads", "instruction_set", "gpu")
+LEAST_SAMPLES = 3
+PLACE = ("device", "smoke", "processor", "threads", "instruction_set", "gpu")
 
 
 class NotComparableError(Exception):
@@ -22,7 +23,7 @@ def compare(before: Path, after: Path, tolerance: float) -> int:
     """
     try:
         rows = compared(Record.load(before), Record.load(after), tolerance)
-    except (NotComparableError, KeyError, TypeError, ValueError) as reason:
+    except (NotComparableError, OSError, KeyError, TypeError, ValueError) as reason:
         print(f"{before} and {after} cannot be compared: {reason or 'one of them is not a record'}")
         return 2
     print(Table(TITLE.format(before=before, after=after), [], rows).markdown())
@@ -48,12 +49,15 @@ def compared(before: Record, after: Record, tolerance: float) -> list[Row]:
 
 def _samples(record: Record) -> dict[str, list[float]]:
     """Seconds by what was measured."""
-    return {
-        ", ".join(str(row[key]) for key in table.keys): row["_seconds"]
-        for table in record.tables
-        for row in table.rows
-        if "_seconds" in row
-    }
+    samples: dict[str, list[float]] = {}
+    for table in record.tables:
+        for row in table.rows:
+            key = ", ".join(str(row[key]) for key in table.keys)
+            if key in samples:
+                raise NotComparableError(f"{record.name!r} has measured {key!r} twice")
+            if "_seconds" in row:
+                samples[key] = row["_seconds"]
+    return samples
 
 
 def _compared_row(key: str, old: list[float] | None, new: list[float] | None, tolerance: float) -> Row:
@@ -62,7 +66,9 @@ def _compared_row(key: str, old: list[float] | None, new: list[float] | None, to
         return {**row, "verdict": "new" if old is None else "gone"}
     (old_low, old_median, old_high), (new_low, new_median, new_high) = quartiles(old), quartiles(new)
     ratio = new_median / old_median
-    verdict = "the same"
+    verdict = "the same" if min(len(old), len(new)) >= LEAST_SAMPLES else "too few to tell"
+    if verdict != "the same":
+        return {**row, "ratio": ratio, "verdict": verdict}
     if ratio > 1 + tolerance and new_low > old_high:
         verdict = "slower"
     if ratio < 1 / (1 + tolerance) and new_high < old_low:

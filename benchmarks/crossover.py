@@ -32,7 +32,8 @@ def run(device: Device, record: Record) -> None:
 
 
 def _rows(device: Device, sweep: str, shape: Shape) -> list[Row]:
-    problem = Problem(shape, torch.bfloat16)
+    with device.default():
+        problem = Problem(shape, torch.bfloat16)
     prepared = {schedule: calls_of(problem, "cuda", schedule) for schedule in SCHEDULES}
     rows: list[Row] = []
     for operation in TENSORS:

@@ -28,9 +28,10 @@ def run(device: Device, record: Record) -> None:
     (channels, layers), longest = SIZES[device.scale], LONGEST[device.scale]
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.is_gpu else torch.float32
-    rwkv = RWKV(VOCAB, channels, layers).to(dtype).eval()
-    transformer = Transformer(VOCAB, channels, layers, longest).to(dtype).eval()
-    _check(transformer)
+    with device.default():
+        rwkv = RWKV(VOCAB, channels, layers).to(dtype).eval()
+        transformer = Transformer(VOCAB, channels, layers, longest).to(dtype).eval()
+        _check(transformer)
     state, cache = rwkv.empty_state(BATCH), KeyValueCache(transformer, BATCH, longest)
     steps: dict[str, Callable[[Tensor], Tensor]] = {
         "RWKV, state": lambda token: rwkv.step(token, state),
@@ -61,7 +62,7 @@ def run(device: Device, record: Record) -> None:
 def _generate(device: Device, steps: dict[str, Callable[[Tensor], Tensor]], tokens: int) -> dict[str, list[float]]:
     """Seconds of every token, the likeliest being taken each time."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    chosen = {name: torch.zeros(BATCH, dtype=torch.int64) for name in steps}
+    chosen = {name: torch.zeros(BATCH, dtype=torch.int64, device=device.type) for name in steps}
     for _ in range(tokens // BURST):
         for name, step in steps.items():
             for _ in range(BURST):

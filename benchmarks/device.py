@@ -5,6 +5,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,10 @@ class Device:
         """What the sizes of a benchmark are chosen by: "cuda", "cpu" or "smoke"."""
         return "smoke" if self.smoke else self.type
 
+    def default(self) -> AbstractContextManager[object]:
+        """Where new tensors are made inside the block; not for what is timed, as every call pays for a default."""
+        return torch.device(self.type) if self.is_gpu else nullcontext()
+
     def alternate(self, calls: dict[str, Call], runs: int = RUNS, warm_up: int = 2) -> Seconds:
         """Seconds of each call over several runs, none with its data in the cache.
 
@@ -80,8 +85,7 @@ class Device:
         if self.smoke:
             runs, warm_up = 2, 1
         clock = _gpu_seconds if self.is_gpu else _cpu_seconds
-        # 1 GiB is beyond every L2, and writing it takes an H100 some 350 µs, in which the CPU has queued what is timed:
-        # the events then enclose the kernels alone, not the time to launch them.
+        # Beyond every cache.
         size = {"cuda": 2**30, "cpu": 2**27, "smoke": 2**20}[self.scale]
         cold = torch.empty(size, dtype=torch.int8, device=self.type)
 
@@ -89,6 +93,9 @@ class Device:
             cold.zero_()
             # What was written last still waits in the cache to go to memory: these reads send it there.
             cold[: size // 4].view(torch.int64).sum()
+            if self.is_gpu:
+                # Some 2 ms, in which the CPU has queued what is timed: the events then enclose the kernels alone.
+                torch.cuda._sleep(4_000_000)
 
         turns = [(name, call) for _ in range(warm_up + runs) for name, call in calls.items()]
         seconds: Seconds = {name: [] for name in calls}
@@ -96,11 +103,11 @@ class Device:
             seconds[name].append(elapsed)
         return {name: samples[warm_up:] for name, samples in seconds.items()}
 
-    def seconds(self, call: Call, limit: float) -> list[float]:
-        """Samples of a call that may be slow: 20 or more, or as many as take `limit` seconds together, but 3."""
-        first = self.alternate({"call": call}, runs=1, warm_up=1)["call"]
-        runs = max(3, min(RUNS, round(limit / first[0])))
-        return self.alternate({"call": call}, runs, warm_up=0)["call"]
+    def patiently(self, calls: dict[str, Call], limit: float) -> Seconds:
+        """`alternate` for calls that may be slow: as many runs as take the slowest `limit` seconds, but 3 to 25."""
+        first = self.alternate(calls, runs=1, warm_up=1)
+        slowest = max(samples[0] for samples in first.values())
+        return self.alternate(calls, max(3, min(RUNS, round(limit / slowest))), warm_up=0)
 
     def synchronize(self) -> None:
         """Waits for what was launched."""
@@ -110,7 +117,7 @@ class Device:
     def triad(self) -> tuple[int, Call]:
         """What the bandwidth of the memory is told by: the bytes that it moves, and a sum of two large tensors."""
         elements = {"cuda": 2**27, "cpu": 2**23, "smoke": 2**10}[self.scale]
-        a, b, target = (torch.ones(elements) for _ in range(3))
+        a, b, target = (torch.ones(elements, device=self.type) for _ in range(3))
         return 3 * a.nbytes, lambda: torch.add(a, b, alpha=2.0, out=target)
 
     def peak_bytes(self, prepare: Callable[..., Call], *arguments: object) -> int | None:
@@ -120,7 +127,8 @@ class Device:
         """
         if not self.is_gpu:
             return footprint.peak_bytes(prepare, *arguments)
-        call = prepare(*arguments)
+        with self.default():
+            call = prepare(*arguments)
         call()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -37,7 +37,7 @@ OF_THE_CPU = ["gpu_programs", "gpu_plan", "gpu_check", "ptx", "triton_compiled",
 
 
 # Of the benchmarks those that tell of a kernel, each with the seconds that it may take.
-BENCHMARKS = {"op": 120, "crossover": 90, "latency": 60, "peers": 120}
+BENCHMARKS = {"op": 120, "crossover": 90, "latency": 90, "peers": 120}
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,11 @@ def run(stage: Stage) -> dict[str, Any]:
     return {"stage": stage.name, "outcome": outcome, "seconds": time.perf_counter() - started}
 
 
-def write_record(results: Path, outcomes: list[dict[str, Any]]) -> None:
+def write_record(results: Path, outcomes: list[dict[str, Any]], device: str) -> None:
     """Writes check.json, what is known so far: a record of the check itself, beside those of the benchmarks."""
-    from benchmarks.records import Record, Table  # not before the build: it loads what the build makes
+    from benchmarks.records import Record, Table, environment  # not before the build: it loads what the build makes
 
-    Record("check", results, tables=[Table(TITLE, KEYS, outcomes)]).save()
+    Record("check", results, environment(device), [Table(TITLE, KEYS, outcomes)]).save()
 
 
 def main() -> int:
@@ -139,7 +139,7 @@ def main() -> int:
         "--results", type=Path, default=Path("build/gpu-check"), help="folder of the records and the plots"
     )
     parser.add_argument("--only", action="append", default=[], metavar="STAGE", help="these stages and the build")
-    parser.add_argument("--peer", action="append", default=[], help="NAME=FILE, see benchmarks/gpu/peers.py")
+    parser.add_argument("--peer", action="append", default=[], help="NAME=FILE, see benchmarks/peers.py")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print(
@@ -154,7 +154,7 @@ def main() -> int:
         if arguments.only and stage.name not in ["build", *arguments.only]:
             continue
         outcomes.append(run(stage))
-        write_record(results, outcomes)
+        write_record(results, outcomes, arguments.device)
         if stage.name == "build" and outcomes[-1]["outcome"] != "passed":
             break  # the other stages would tell of an older build
 

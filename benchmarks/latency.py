@@ -25,11 +25,11 @@ CALLS_IN_A_GRAPH = 100
 
 def run(device: Device, record: Record) -> None:
     """Microseconds per call."""
-    one = torch.zeros(1)
+    one = torch.zeros(1, device=device.type)
     calls: dict[str, Call] = {"torch: one.add_(1), next to an empty kernel": lambda: one.add_(1)}
     for backend in backends(device):
-        calls |= _calls(backend)
-    torch.set_default_device(None)  # every call would pay for it
+        with device.default():
+            calls |= _calls(backend)
     rows = [_import_row(device)]
     for what, call in calls.items():
         with record.attempt(what), torch.no_grad():
@@ -40,7 +40,7 @@ def run(device: Device, record: Record) -> None:
 def _import_row(device: Device) -> Row:
     seconds = [
         float(subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True).stdout)
-        for _ in range(2 if device.smoke else 20)
+        for _ in range(2 if device.smoke else 5)
     ]
     return {"what": "import rwkv_kernels after torch", "way": "once", **timed(seconds, "µs")}
 

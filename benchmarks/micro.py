@@ -23,7 +23,7 @@ ALL_SHAPES = pytest.mark.parametrize("shape", SHAPES, ids=written)
 
 
 def _problem(shape: Shape, dtype: torch.dtype) -> Problem:
-    with torch.device(DEVICE.type):
+    with DEVICE.default():
         return Problem(shape, dtype)
 
 
@@ -56,7 +56,7 @@ def test_backward(benchmark: BenchmarkFixture, backend: str, dtype: torch.dtype,
 @DTYPES
 def test_step(benchmark: BenchmarkFixture, backend: str, dtype: torch.dtype) -> None:
     B, C = 8, 768
-    with torch.device(DEVICE.type):
+    with DEVICE.default():
         w, u, state = torch.randn(C), torch.randn(C), rwkv_kernels.empty_state(B, C)
         k, v = torch.randn(2, B, C, dtype=dtype)
     _measure(benchmark, lambda: rwkv_kernels.wkv_step(w, u, k, v, state, r=v, backend=backend))

@@ -128,10 +128,13 @@ class Case:
 
     def measure(self, device: Device) -> None:
         """A round of runs, and before the first one what there is to know besides time."""
-        problem = Problem(self.shape, self.dtype)
+        with device.default():
+            problem = Problem(self.shape, self.dtype)
         variants = [(backend, schedule) for backend in backends(device) for schedule in schedules(backend)]
         if not self.errors:
-            self.errors = {variant: problem.check(function_of(*variant)) for variant in variants}
+            for variant in variants:
+                with forced_plan(schedule=variant[1]):  # in backward, too
+                    self.errors[variant] = problem.check(function_of(*variant))
             self.extra = {variant: _extra_bytes(device, self.shape, self.dtype, *variant) for variant in variants}
         prepared = {variant: calls_of(problem, *variant) for variant in variants}
         self.triad_bytes, triad = device.triad()

@@ -8,7 +8,7 @@ the `RUN_CUDA` of BlinkDL's RWKV-LM it is one line, `return RUN_CUDA(*k.shape, w
 import importlib.metadata
 import importlib.util
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -29,14 +29,14 @@ SHAPES: dict[str, list[Shape]] = {
 }
 DTYPES = {"cuda": (torch.float32, torch.bfloat16), "cpu": (torch.float32,), "smoke": (torch.float32, torch.bfloat16)}
 LONGEST_LOOP = 1024  # steps; a dozen launches each
-PATIENCE = 5.0  # seconds for the runs of one call
+PATIENCE = 5.0  # seconds for the runs of the slowest
 
 
 def _fla() -> Function:
     from fla.ops.rwkv4 import fused_recurrent_rwkv4
 
     def wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        state = rwkv_kernels.empty_state(k.shape[0], k.shape[2]).to(k.dtype)  # it keeps states in k's dtype
+        state = rwkv_kernels.empty_state(k.shape[0], k.shape[2], device=k.device).to(k.dtype)  # it wants k's dtype
         return fused_recurrent_rwkv4(w, u, k, v, state.unsqueeze(2))[0]  # type: ignore[no-any-return]
 
     return wkv
@@ -103,40 +103,41 @@ def load(device: Device, files: dict[str, Path]) -> dict[str, Function]:
 def run(device: Device, record: Record, files: dict[str, Path]) -> None:
     """A row for every shape, dtype, operation and implementation, ours first."""
     ours = {f"rwkv_kernels, {backend}": function_of(backend, None) for backend in backends(device)}
-    functions = {**ours, **load(device, files)}
+    others = load(device, files)
     rows: list[Row] = []
     for shape in SHAPES[device.scale]:
         for dtype in DTYPES[device.scale]:
             with record.attempt(f"{shape} {dtype}"):
-                rows += _rows(device, shape, dtype, functions)
+                with device.default():
+                    problem = Problem(shape, dtype)
+                errors = {who: problem.check(function) for who, function in ours.items()}
+                errors |= _errors_of_others(problem, others, f"{shape}, {dtype}")
+                where = {"shape": written(shape), "dtype": name_of(dtype)}
+                rows += _rows(device, problem, where, {**ours, **others}, errors)
     record.add(TITLE, ["shape", "dtype", "operation", "who"], rows)
 
 
-def _rows(device: Device, shape: Shape, dtype: torch.dtype, functions: dict[str, Function]) -> list[Row]:
-    problem = Problem(shape, dtype)
-    rows: list[Row] = []
-    ours: dict[str, float] = {}
-    for who, function in functions.items():
+def _errors_of_others(problem: Problem, others: dict[str, Function], where: str) -> dict[str, float]:
+    """Of those that solve the problem; a peer may refuse one, or be wrong."""
+    errors = {}
+    for who, function in others.items():
         try:
-            error = problem.error(function)
-            calls = {"forward": lambda f=function: problem.forward(f), "backward": problem.prepare_backward(function)}
-            for operation in TENSORS:
-                samples = device.seconds(calls[operation], PATIENCE)
-                median = statistics.median(samples)
-                ours.setdefault(operation, median)
-                rows.append(
-                    {
-                        "shape": written(shape),
-                        "dtype": name_of(dtype),
-                        "operation": operation,
-                        "who": who,
-                        **timed(samples),
-                        "of our time": median / ours[operation],
-                        "error": error,
-                    }
-                )
+            errors[who] = problem.error(function)
         except Exception as refusal:
-            if not ours:
-                raise
-            print(f"peer {who} at {shape}, {dtype}: {type(refusal).__name__}: {refusal}", flush=True)
-    return rows
+            print(f"peer {who} at {where}: {type(refusal).__name__}: {refusal}", flush=True)
+    return errors
+
+
+def _rows(
+    device: Device, problem: Problem, where: Row, functions: dict[str, Function], errors: dict[str, float]
+) -> Iterator[Row]:
+    calls = {
+        "forward": {who: lambda f=functions[who]: problem.forward(f) for who in errors},
+        "backward": {who: problem.prepare_backward(functions[who]) for who in errors},
+    }
+    for operation in TENSORS:
+        seconds = device.patiently(calls[operation], PATIENCE)
+        ours = statistics.median(next(iter(seconds.values())))
+        for who, samples in seconds.items():
+            times = {**timed(samples), "of our time": statistics.median(samples) / ours}
+            yield {**where, "operation": operation, "who": who, **times, "error": errors[who]}

@@ -107,15 +107,17 @@ def write_tables(folder: Path) -> None:
     sections = []
     for record in records_in(folder):
         where = ", ".join(f"{key} {value}" for key, value in record.environment.items())
-        command = f"python -m benchmarks {record.name} --results {folder}"
+        options = f"--device {record.environment['device']}{' --smoke' * record.environment.get('smoke', False)}"
+        command = f"python -m benchmarks {record.name} {options} --results {folder}"
         sections += [table.markdown() for table in record.tables]
         sections.append(f"`{command}`: {where}.")
     (folder / "tables.md").write_text("\n\n".join(sections) + "\n")
 
 
-def environment() -> dict[str, Any]:
-    """What a record must say to be comparable."""
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """What a record of the device must say to be comparable."""
     return {
+        "device": device,
         "rwkv_kernels": rwkv_kernels.__version__,
         "commit": _output("git", "describe", "--always", "--dirty"),
         "torch": torch.__version__,
@@ -123,7 +125,7 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "instruction_set": rwkv_kernels.build_info().cpu_instruction_set,
-        **(_gpu() if torch.cuda.is_available() else {}),
+        **(_gpu() if device == "cuda" else {}),
     }
 
 

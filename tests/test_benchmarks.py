@@ -1,7 +1,9 @@
 """The benchmarks themselves: what is checked before the clock starts, what records keep, and what is read from them."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -38,34 +40,50 @@ def test_a_wrong_result_is_seen_before_it_is_timed(wrong: str) -> None:
         problem.check(function)
 
 
+class OfACall(NamedTuple):
+    forward: str | None
+    backward: str | None
+
+
 @pytest.fixture
-def a_cuda_backend_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+def schedules_in_force(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[OfACall]]:
     """The CPU's kernel under the name "cuda", with the plans for an H100; returns what will be forced."""
     module = op.extension.module
-    forced: list[str | None] = []
-    plan = module.plan_cuda
+    plan, wkv = module.plan_cuda, rwkv_kernels.wkv
+    in_force: list[str | None] = [None]
+    calls: list[OfACall] = []
 
     def plan_for_the_first_gpu(*problem: object, limits: int, schedule: str | None) -> object:
         assert limits == 0
         return plan(*problem, schedule=schedule)
 
+    def observed(*given: Tensor, backend: str) -> Tensor:
+        y, forward = wkv(*given, backend="cpu"), in_force[-1]
+        if y.requires_grad:
+            y.register_hook(lambda gy: calls.append(OfACall(forward, in_force[-1])))
+        return y
+
     monkeypatch.setattr(module, "plan_cuda", plan_for_the_first_gpu)
-    monkeypatch.setattr(module, "force_cuda_plan", lambda schedule=None, **_: forced.append(schedule), raising=False)
+    monkeypatch.setattr(module, "force_cuda_plan", lambda schedule=None, **_: in_force.append(schedule), raising=False)
     monkeypatch.setattr(op, "backends", lambda device: ["cuda"])
-    monkeypatch.setattr(footprint, "peak_bytes", lambda *_: None)  # another process would not know of this
-    wkv = rwkv_kernels.wkv
-    monkeypatch.setattr(rwkv_kernels, "wkv", lambda *given, backend: wkv(*given, backend="cpu"))
-    return forced
+    monkeypatch.setattr(rwkv_kernels, "wkv", observed)
+
+    def called_here(prepare: Callable[..., Callable[[], object]], *arguments: object) -> None:
+        prepare(*arguments)()
+
+    monkeypatch.setattr(footprint, "peak_bytes", called_here)  # another process would not know of this
+    yield calls
+    assert in_force[-1] is None
 
 
-def test_every_schedule_is_measured_and_drawn(a_cuda_backend_on_the_cpu: list[str | None], tmp_path: Path) -> None:
+def test_every_schedule_is_measured_and_drawn(schedules_in_force: list[OfACall], tmp_path: Path) -> None:
     record = Record("op", tmp_path)
     op.run(SMOKE, record)
     rows = record.tables[0].rows
     assert {row["schedule"] for row in rows} == {"auto", "serial", "chunked", "single_pass"}
     assert {row["_plan"]["schedule"] for row in rows} == {"serial", "chunked", "single_pass"}
-    # What was forced is always undone.
-    assert a_cuda_backend_on_the_cpu[1::2] == [None] * (len(a_cuda_backend_on_the_cpu) // 2)
+    assert {call.forward for call in schedules_in_force} == {None, *SCHEDULES}
+    assert all(call.forward == call.backward for call in schedules_in_force)
     assert not record.failures
 
     record = Record("crossover", tmp_path)
@@ -131,7 +149,7 @@ def test_memory_is_what_a_call_holds_at_its_worst() -> None:
         assert peak is not None and abs(peak / 2**20 - max(held, in_passing)) < 1
 
 
-@pytest.mark.parametrize("mixer", ["AftFull", "AftSimple", "NaiveAttention", "TorchAttention"])
+@pytest.mark.parametrize("mixer", ["Wkv", "AftFull", "AftSimple", "NaiveAttention", "TorchAttention"])
 def test_a_wrong_mixer_is_seen_before_it_is_timed(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     attention._check_against_each_other()
     right = getattr(attention.mixers, mixer).forward
@@ -189,6 +207,7 @@ def test_a_record_is_what_was_saved(tmp_path: Path) -> None:
         ([0.7, 0.71, 0.72, 0.73], "faster", 0),
         ([0.7, 1.25, 1.26, 1.9], "the same", 0),  # slower, but no further than the noise
         ([1.05, 1.051, 1.052, 1.053], "the same", 0),  # no further than is tolerated
+        ([1.3], "too few to tell", 0),
         (None, "gone", 1),
     ],
 )
@@ -212,3 +231,17 @@ def test_what_cannot_be_compared_is_not(tmp_path: Path, capsys: pytest.CaptureFi
     assert "the other of 'peers'" in capsys.readouterr().out
     (tmp_path / "other.json").write_text(json.dumps({"a": 1}))
     assert main(["compare", str(before), str(tmp_path / "other.json")]) == 2
+    assert main(["compare", str(before), str(tmp_path / "nowhere.json")]) == 2
+
+
+def test_a_peer_may_be_wrong_but_not_we(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "function_of", lambda *_: lambda w, u, k, v: v + 0 * (w + u + k))
+    record = Record("peers")
+    peers.run(SMOKE, record, {})
+    assert not record.tables and len(record.failures) == 2 and "off by" in record.failures[0]
+
+
+def test_a_benchmark_runs_where_it_can(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["crossover", "--device", "cpu"])
+    assert "crossover runs on cuda, not on cpu" in capsys.readouterr().err

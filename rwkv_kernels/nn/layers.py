@@ -116,7 +116,8 @@ class ChannelMix(nn.Module):
             nn.init.zeros_(linear.weight)
 
     def _network(self, x: Tensor, previous: Tensor) -> Tensor:
-        k = torch.relu(self.key(_mix(x, previous, self.time_mix_k))).square()
+        k = torch.relu(self.key(_mix(x, previous, self.time_mix_k)))
+        k = k * k  # square() is a power to autocast on GPUs, which takes it in float32
         gate = torch.sigmoid(self.receptance(_mix(x, previous, self.time_mix_r)))
         out: Tensor = gate * self.value(k)
         return out
