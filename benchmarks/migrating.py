@@ -16,7 +16,7 @@ TITLE = "transformers' RwkvForCausalLM before and after the patch, 4 layers, flo
 # With gradients, the loop's time grows with T²: every step of it writes a whole gradient of k and of v.
 SHAPES = [(4, 512, 768), (1, 4096, 768)]
 LAYERS, VOCAB = 4, 256  # a model of bytes: with a large vocabulary, the head would be most of both times
-RUNS = 5
+RUNS = 3
 LONGEST_OF_MANY_RUNS = 512  # beyond it, the loop is measured once
 
 
