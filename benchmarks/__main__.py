@@ -13,7 +13,7 @@ from benchmarks.compare import compare
 from benchmarks.device import Device, keep_freed_memory
 from benchmarks.records import Record, environment, write_tables
 
-# The modules of this package that measure, where each runs. What may leave a GPU in an error is last.
+# The modules of this package that measure, and where each runs.
 EVERYWHERE = ("cpu", "cuda")
 BENCHMARKS = {
     "op": EVERYWHERE,

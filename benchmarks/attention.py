@@ -146,8 +146,8 @@ def _check_against_each_other() -> None:
         past = torch.ones(T, T, dtype=torch.bool).tril()[..., None]
         return (logits.masked_fill(~past, -torch.inf).softmax(1) * v).sum(1)[None]
 
-    def agree(found: Callable[[Tensor, Tensor, Tensor], Tensor], expected: Tensor, tolerance: float = 1e-9) -> None:
-        torch.testing.assert_close(found(r, k, v), expected, rtol=tolerance, atol=tolerance)
+    def agree(found: Callable[[Tensor, Tensor, Tensor], Tensor], expected: Tensor) -> None:
+        torch.testing.assert_close(found(r, k, v), expected, rtol=1e-9, atol=1e-9)
 
     with torch.no_grad():
         aft = mixers.AftFull(T, C).double()

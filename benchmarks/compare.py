@@ -7,8 +7,8 @@ from benchmarks.device import quartiles
 from benchmarks.records import Record, Row, Table
 
 TITLE = "{before} -> {after}: medians, the lower and upper quartile in brackets"
+LEAST_SAMPLES = 3  # which a verdict rests on
 # What two records must share for their times to be comparable.
-LEAST_SAMPLES = 3
 PLACE = ("device", "smoke", "processor", "threads", "instruction_set", "gpu")
 
 
@@ -52,11 +52,12 @@ def _samples(record: Record) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {}
     for table in record.tables:
         for row in table.rows:
+            if "_seconds" not in row:
+                continue
             key = ", ".join(str(row[key]) for key in table.keys)
             if key in samples:
                 raise NotComparableError(f"{record.name!r} has measured {key!r} twice")
-            if "_seconds" in row:
-                samples[key] = row["_seconds"]
+            samples[key] = row["_seconds"]
     return samples
 
 

@@ -2,7 +2,7 @@
 
 Each way is a function of (r, k, v), [B, T, C] all, and gives [B, T, C], of which step t depends on steps up to t. For
 attention, r is the query. Sources: WKV and the gate sigmoid(r), arXiv 2305.13048, equations 14 and 15; AFT-full and
-AFT-simple, arXiv 2105.14103, equations 2 and 5, in their causal form.
+AFT-simple, arXiv 2105.14103, in their causal form.
 """
 
 import math

@@ -47,7 +47,7 @@ class OfACall(NamedTuple):
 
 @pytest.fixture
 def schedules_in_force(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[OfACall]]:
-    """The CPU's kernel under the name "cuda", with the plans for an H100; returns what will be forced."""
+    """The CPU's kernel under the name "cuda", with the plans for an H100; yields what each call was forced to."""
     module = op.extension.module
     plan, wkv = module.plan_cuda, rwkv_kernels.wkv
     in_force: list[str | None] = [None]
@@ -133,8 +133,8 @@ def test_peers_come_from_files_and_their_faults_are_their_own(
     assert "peer broken: not here (ModuleNotFoundError" in output
 
 
-def hold(megabytes: int, megabytes_in_passing: int) -> object:
-    def call() -> object:
+def hold(megabytes: int, megabytes_in_passing: int) -> Callable[[], Tensor]:
+    def call() -> Tensor:
         torch.ones(megabytes_in_passing * 2**20, dtype=torch.int8)
         return torch.ones(megabytes * 2**20, dtype=torch.int8)
 
