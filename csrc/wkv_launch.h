@@ -80,7 +80,7 @@ struct ReduceArguments {
   int64_t C;
   const void* partials;
   int64_t rows;  // B · chunks
-  void* gw;
+  void* gw;  // as w and u
   void* gu;
 };
 

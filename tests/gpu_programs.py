@@ -268,8 +268,8 @@ def backward(
     B, T, C = k.shape
     memory = Memory()
     results = {
-        "gw": memory.output((C,), state_dtype(k.dtype)),
-        "gu": memory.output((C,), state_dtype(k.dtype)),
+        "gw": memory.output((C,), w.dtype),
+        "gu": memory.output((C,), u.dtype),
         "gk": memory.output((B, T, C), k.dtype),
         "gv": memory.output((B, T, C), k.dtype),
         "gstate": memory.output((B, 3, C), state_dtype(k.dtype)),

@@ -63,6 +63,23 @@ WKV_HD Lanes load_log_decay(const ChannelParameters& parameters, int64_t c, int 
   return -exp_accurate(load_parameters(parameters.w, parameters.w_dtype, c, count, Lanes()));
 }
 
+template <class Real>
+WKV_HD void store_parameter(void* values, DType dtype, int64_t c, Real value) {
+  switch (dtype) {
+    case DType::float32:
+      static_cast<float*>(values)[c] = static_cast<float>(value);
+      break;
+    case DType::float16:
+      from_real(static_cast<float>(value), static_cast<Half*>(values)[c]);
+      break;
+    case DType::bfloat16:
+      from_real(static_cast<float>(value), static_cast<Bfloat16*>(values)[c]);
+      break;
+    default:
+      static_cast<double*>(values)[c] = static_cast<double>(value);
+  }
+}
+
 template <class Lanes>
 struct ChannelLanes {
   Channel<Lanes> channel;

@@ -124,8 +124,8 @@ struct Reduce {
       // The log-decay -exp(w) is its own derivative.
       const auto& parameters = arguments.parameters;
       const double log_decay = -std::exp(load_parameter<Real>(parameters.w, parameters.w_dtype, c));
-      static_cast<Real*>(arguments.gw)[c] = static_cast<Real>(total.num * log_decay);
-      static_cast<Real*>(arguments.gu)[c] = static_cast<Real>(total.den);
+      store_parameter(arguments.gw, parameters.w_dtype, c, static_cast<Real>(total.num * log_decay));
+      store_parameter(arguments.gu, parameters.u_dtype, c, static_cast<Real>(total.den));
     });
   }
 };

@@ -114,7 +114,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   const Arguments arguments(w, u, k, v, state);
   const GradientArguments gradients(arguments, checkpoints, gy, gstate_out);
   const c10::cuda::CUDAGuard guard(k.device());
-  const at::Tensor gw = arguments.empty_parameter(), gu = arguments.empty_parameter();
+  const at::Tensor gw = at::empty_like(arguments.w), gu = at::empty_like(arguments.u);
   const at::Tensor gk = arguments.empty_sequence(), gv = arguments.empty_sequence();
   const at::Tensor gstate = arguments.empty_state();
   if (gk.numel() == 0) {
@@ -140,7 +140,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
                                      .gstate = gstate.data_ptr()};
     run(backward_launches(plan, given, gw.data_ptr(), gu.data_ptr(), workspace.data_ptr()));
   }
-  return {gw.to(w.scalar_type()), gu.to(u.scalar_type()), gk, gv, gstate};
+  return {gw, gu, gk, gv, gstate};
 }
 
 at::Tensor step(const at::Tensor& w, const at::Tensor& u, const at::Tensor& k, const at::Tensor& v, at::Tensor& state,
