@@ -102,6 +102,7 @@ py::dict plan_cuda(const std::string& operation, const std::string& dtype, int64
   result["T"] = plan.T;
   result["C"] = plan.C;
   result["spans"] = plan.spans;
+  result["tiles"] = plan.tiles;
   result["tile_steps"] = plan.tile_steps;
   result["chunk_len"] = plan.chunk_len;
   result["chunks"] = plan.chunks;

@@ -39,6 +39,7 @@ bool is_single_pass(const Plan& plan) { return plan.signal_count > 0; }
 HandOver hand_over_of(const Plan& plan, void* workspace) {
   const int64_t signal_bytes = plan.signal_count * static_cast<int64_t>(sizeof(uint32_t));
   return {static_cast<uint32_t*>(after(workspace, plan.workspace_bytes - signal_bytes)),
+          static_cast<uint32_t>(plan.channel_tiles), static_cast<uint32_t>(plan.B * plan.channel_tiles),
           static_cast<uint32_t>(plan.group)};
 }
 
@@ -51,7 +52,9 @@ void add_single_pass(const Plan& plan, Kernel kernel, const Arguments& arguments
                       {kClearThreads, 1, 1},
                       0,
                       ClearArguments{arguments.hand_over.signals, plan.signal_count}});
-  const Extent grid{static_cast<unsigned>(plan.signal_count - 1), 1, 1};
+  // Blocks begin chunk by chunk: in this order a device starts them.
+  const Extent grid{static_cast<unsigned>(plan.channel_tiles), static_cast<unsigned>(plan.B),
+                    static_cast<unsigned>(plan.chunks)};
   launches.push_back(
       {kernel, plan.dtype, grid, {static_cast<unsigned>(plan.threads), 1, 1}, plan.shared_bytes, arguments});
 }
@@ -96,6 +99,7 @@ std::vector<Launch> forward_launches(const Plan& plan, ForwardArguments whole, v
   const Extent block{static_cast<unsigned>(plan.threads), 1, 1};
   whole.chunk_len = plan.chunk_len;
   whole.chunks = plan.chunks;
+  whole.tiles = plan.tiles;
   whole.chunk_states = workspace;
 
   std::vector<Launch> launches;

@@ -21,9 +21,9 @@ struct ChannelParameters {
 
 // In a single pass the blocks of a launch hand states from chunk to chunk: docs/kernels.md.
 struct HandOver {
-  uint32_t*
-      signals;     // a counter of the blocks that have begun, and a flag for each of them; all zero before the launch
-  uint32_t group;  // chunks that start from the same state before them
+  uint32_t* signals;        // Plan::signal_count, all zero before the launch
+  uint32_t tiles, columns;  // Plan::channel_tiles, and times B: what hands over along the chunks
+  uint32_t group;           // chunks that start from the same state before them
 };
 
 // The kernels "summarise_states", "forward" and "forward_single_pass". `chunk_states` [B, chunks - 1, 3, C] has the
@@ -38,6 +38,7 @@ struct ForwardArguments {
   void* checkpoints;  // or null
   void* chunk_states;
   int64_t chunk_len, chunks;
+  int tiles;  // Plan::tiles
   HandOver hand_over;
 };
 
@@ -80,7 +81,7 @@ struct ReduceArguments {
   int64_t C;
   const void* partials;
   int64_t rows;  // B · chunks
-  void* gw;  // as w and u
+  void* gw;      // as w and u
   void* gu;
 };
 

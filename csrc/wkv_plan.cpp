@@ -20,8 +20,23 @@ constexpr int64_t kBackwardBlocksPerMultiprocessor = 6;
 // One span walks without a summary, four need one and a barrier; with fewer blocks than this per multiprocessor the
 // threads of single spans are too few to hide latencies.
 constexpr int64_t kBlocksForSingleSpans = 16;
+// Unless each has a ring of tiles: then it takes one warp for each scheduler, and room for as many rings. Modelled,
+// too.
+constexpr int64_t kRingsPerMultiprocessor = 4;
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
+
+int shared_of_forward(const Plan& plan, int spans, int tiles) { return ForwardLayout(plan.dtype, spans, tiles).size; }
+
+bool has_room_for_rings(const Plan& plan, const DeviceLimits& limits) {
+  return plan.operation == Operation::forward &&
+         kRingsPerMultiprocessor * shared_of_forward(plan, 1, 2) <= limits.shared_per_multiprocessor;
+}
+
+// Whether sequences and channels alone make so many blocks for each multiprocessor.
+bool has_blocks(const Plan& plan, const DeviceLimits& limits, int64_t per_multiprocessor) {
+  return plan.B * plan.channel_tiles >= per_multiprocessor * limits.multiprocessors;
+}
 
 int choose_spans(const Plan& plan, const DeviceLimits& limits, const PlanRequest& request) {
   const int most = max_spans(plan.dtype);
@@ -41,14 +56,22 @@ int choose_spans(const Plan& plan, const DeviceLimits& limits, const PlanRequest
   }
   const bool single_pass = std::strcmp(plan.schedule, "single_pass") == 0;
   const int64_t useful = ceil_div(plan.T, span_steps(plan.operation));
-  const bool many_blocks = plan.B * plan.channel_tiles >= kBlocksForSingleSpans * limits.multiprocessors;
-  int spans = !single_pass && many_blocks ? 1 : static_cast<int>(std::min<int64_t>({useful, 4, most}));
+  const int64_t blocks_for_single_spans =
+      has_room_for_rings(plan, limits) ? kRingsPerMultiprocessor : kBlocksForSingleSpans;
+  const bool alone = !single_pass && has_blocks(plan, limits, blocks_for_single_spans);
+  int spans = alone ? 1 : static_cast<int>(std::min<int64_t>({useful, 4, most}));
   // Two blocks at least of a single pass shall fit a multiprocessor: some wait while others work.
   const auto fits = [&](int64_t shared) {
     return shared <= limits.shared_per_block && (!single_pass || 2 * shared <= limits.shared_per_multiprocessor);
   };
-  while (spans > 1 && !fits(ForwardLayout(plan.dtype, spans).size)) --spans;
+  while (spans > 1 && !fits(shared_of_forward(plan, spans, 1))) --spans;
   return spans;
+}
+
+bool channels_suffice(const Plan& plan, const DeviceLimits& limits) {
+  if (plan.operation == Operation::backward) return has_blocks(plan, limits, kBackwardBlocksPerMultiprocessor);
+  return has_blocks(plan, limits,
+                    has_room_for_rings(plan, limits) ? kRingsPerMultiprocessor : kForwardBlocksPerMultiprocessor);
 }
 
 // How many chunks the device can use at once.
@@ -63,7 +86,7 @@ const char* why_no_single_pass(const Plan& plan) {
   if (lane_count(plan.dtype) < 32) return "a single pass needs a warp for the lanes of a span, and float64 has half";
   const int64_t tiles = ceil_div(
       plan.T, plan.operation == Operation::forward ? span_steps(plan.operation) : checkpoint_interval(plan.dtype));
-  if (tiles >= kMaxGridX / (plan.B * plan.channel_tiles)) return "a single pass has more blocks than a grid";
+  if (plan.B > kMaxGridY || tiles > kMaxGridZ) return "a single pass has more blocks than a grid";
   return nullptr;
 }
 
@@ -87,7 +110,7 @@ void choose_schedule(Plan& plan, const DeviceLimits& limits, const PlanRequest& 
   } else if (request.chunk_len != 0) {
     plan.schedule = "chunked";
     plan.reason = "chunk_len was asked for";
-  } else if (wanted_chunks(plan, limits) == 1) {
+  } else if (channels_suffice(plan, limits)) {
     plan.schedule = "serial";
     plan.reason = "the channels alone keep the device busy";
   } else if (plan.T <= least_tile) {
@@ -134,7 +157,9 @@ Plan make_plan(Operation operation, DType dtype, int64_t B, int64_t T, int64_t C
   plan.tile_steps = plan.spans * span_steps(operation);
   plan.threads = plan.spans * lane_count(dtype);
   const bool forward = operation == Operation::forward;
-  plan.shared_bytes = forward ? ForwardLayout(dtype, plan.spans).size : BackwardLayout(dtype).size;
+  const bool single_pass = std::strcmp(plan.schedule, "single_pass") == 0;
+  plan.tiles = !single_pass && plan.spans == 1 && T > plan.tile_steps && has_room_for_rings(plan, limits) ? 2 : 1;
+  plan.shared_bytes = forward ? shared_of_forward(plan, plan.spans, plan.tiles) : BackwardLayout(dtype).size;
   if (plan.shared_bytes > limits.shared_per_block) {
     refuse("plan: a block needs " + std::to_string(plan.shared_bytes) + " bytes of shared memory, the device has " +
            std::to_string(limits.shared_per_block));
@@ -148,12 +173,12 @@ Plan make_plan(Operation operation, DType dtype, int64_t B, int64_t T, int64_t C
 
   const int64_t value = C * state_bytes(dtype);
   plan.workspace_bytes = B * value * (forward ? 3 * (plan.chunks - 1) : 2 * (plan.chunks - 1) + 2 * plan.chunks);
-  if (std::strcmp(plan.schedule, "single_pass") == 0) {
+  if (single_pass && plan.chunks > 1) {
     // The more chunks hand over together, the fewer wait in a row, and the more each has to read and join. So it is
     // four in a row among the blocks that run at the same time, four on each multiprocessor, which takes them half as
     // long as the data of these blocks does on an H100: modelled. One warp awaits the chunks of a group.
     plan.group = std::clamp<int64_t>(ceil_div(limits.multiprocessors, B * plan.channel_tiles), 1, 32);
-    plan.signal_count = 1 + plan.chunks * B * plan.channel_tiles;
+    plan.signal_count = (1 + plan.chunks) * B * plan.channel_tiles;
     plan.workspace_bytes += plan.signal_count * static_cast<int64_t>(sizeof(uint32_t));
   }
   return plan;

@@ -48,22 +48,20 @@ constexpr int backward_spans(DType dtype) {
 
 // Of each channel: log-decay, u, decay and bonus. Of the block: its place in the problem.
 constexpr int kChannelValues = 4;
-constexpr int kPlaceBytes = 16;
+constexpr int kPlaceBytes = 32;
 
 constexpr int kBackwardThreads = backward_spans(DType::float32) * lane_count(DType::float32);
 static_assert(kBackwardThreads == backward_spans(DType::float64) * lane_count(DType::float64));
 
 // Where things lie in a block's shared memory, in bytes.
 struct ForwardLayout {
-  int k, v, summaries, carry, channels, heard, place, size;
+  int tile, summaries, carry, channels, heard, place, size;
 
-  constexpr ForwardLayout(DType dtype, int spans) {
+  constexpr ForwardLayout(DType dtype, int spans, int tiles) {
     const int row = tile_channels(dtype) * static_cast<int>(element_bytes(dtype));
-    const int tile = spans * span_steps(Operation::forward) * row;
     const int state = 3 * tile_channels(dtype) * static_cast<int>(state_bytes(dtype));
-    k = 0;
-    v = k + tile;
-    summaries = v + tile;
+    tile = 2 * spans * span_steps(Operation::forward) * row;  // k, then v
+    summaries = tiles * tile;
     carry = summaries + spans * state;
     channels = carry + state;
     heard = channels + kChannelValues * tile_channels(dtype) * static_cast<int>(state_bytes(dtype));
@@ -109,6 +107,7 @@ struct Plan {
   DType dtype;
   int64_t B, T, C;
   int spans;
+  int tiles;  // that a block has in shared memory; two are a ring, of which one arrives while the other is walked
   int64_t tile_steps;
   int64_t chunk_len;
   int64_t chunks;

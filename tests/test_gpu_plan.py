@@ -57,12 +57,14 @@ def test_the_plan_covers_every_element_once_and_fits_the_device(seed: int) -> No
         assert plan["threads"] == plan["spans"] * lanes <= 256
         assert plan["shared_bytes"] <= limits["shared_per_block"]
         assert plan["channel_tiles"] < 2**31 and plan["batch_per_launch"] <= 65535
-        assert plan["chunks"] <= 65535 or plan["schedule"] == "single_pass"
+        assert plan["chunks"] <= 65535
         assert (plan["schedule"] == "serial") == (plan["chunks"] == 1)
         assert request["schedule"] in (None, plan["schedule"]) or plan["chunks"] == 1
+        ring = operation == "forward" and plan["spans"] == 1 and plan["schedule"] != "single_pass" and T > 32
+        assert plan["tiles"] in ((1, 2) if ring else (1,))
         if plan["schedule"] == "single_pass":
             assert plan["chunk_len"] == plan["tile_steps"] and 1 <= plan["group"] <= 32
-            assert plan["signal_count"] == 1 + plan["chunks"] * B * plan["channel_tiles"] < 2**31
+            assert plan["signal_count"] == (1 + plan["chunks"]) * B * plan["channel_tiles"] < 2**32
         if operation == "backward":
             assert plan["tile_steps"] == _C.checkpoint_interval(dtype), "a tile starts from a checkpoint"
         if request.get("warps"):
@@ -84,6 +86,20 @@ def test_few_channels_are_split_over_time_and_many_are_not(operation: str) -> No
     assert double["schedule"] == "chunked" and "single pass needs a warp" in double["reason"]
     short = _C.plan_cuda(operation, "bfloat16", 1, 5, 768)
     assert short["schedule"] == "serial" and short["reason"] == "one tile holds the whole sequence"
+
+
+def test_a_span_alone_has_a_ring_where_a_multiprocessor_has_room_for_four() -> None:
+    def tiles_and_spans(dtype: str, B: int, limits: dict[str, int]) -> tuple[int, int]:
+        plan = _C.plan_cuda("forward", dtype, B, 1024, 2048, limits)
+        assert plan["schedule"] == "serial"
+        return plan["tiles"], plan["spans"]
+
+    for dtype in DTYPES:
+        assert tiles_and_spans(dtype, 17, H100) == (2, 1)
+    # Turing has no asynchronous copies either; there many blocks share a multiprocessor, or four spans a block.
+    assert tiles_and_spans("float32", 20, T4) == (1, 1)
+    assert tiles_and_spans("float32", 10, T4)[0] == 1
+    assert _C.plan_cuda("forward", "float32", 64, 32, 4096, H100)["tiles"] == 1, "there is one tile"
 
 
 @pytest.mark.parametrize("operation", ["forward", "backward"])

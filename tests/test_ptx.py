@@ -61,8 +61,9 @@ def test_the_suite_passes_on_the_ptx() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=gpu_programs.name_of)
 def test_the_order_of_threads_and_blocks_changes_no_bit(dtype: torch.dtype, folder: Path) -> None:
-    tensors = make(Problem(B=2, T=200, C=70, with_state=True), dtype)
-    for plan in set(plans_for(dtype)) & {"serial", "chunked", "single_pass_of_small_tiles"}:
+    # Rows of whole vectors, which are copied asynchronously; most other problems have none.
+    tensors = make(Problem(B=2, T=200, C=72, with_state=True), dtype)
+    for plan in set(plans_for(dtype)) & {"serial", "serial_single_spans", "chunked", "single_pass_of_small_tiles"}:
         runner = gpu_programs.PtxRunner(folder, SUITE_ARCHITECTURE)
         with emulated_backend.emulated(runner, *PLANS[plan]) as backend:
             assert_solves(tensors, backend)

@@ -48,6 +48,7 @@ struct Backward {
     KeyRange<Lanes> keys;
     typename Walk::Replayed replayed;
     Gathered gathered;
+    Sums<Lanes> own;
 
     WKV_HD int lane() const { return index % Geo::kLanes; }
     WKV_HD int span() const { return index / Geo::kLanes; }
@@ -108,8 +109,12 @@ struct Backward {
     }
     WKV_HD int64_t channel_of(const Thread& thread) const { return c + thread.lane() * Geo::kLaneChannels; }
     template <class E>
-    WKV_HD Column<E> column(E* tile, const Thread& thread) const {
-      return {tile + thread.span() * kSteps * Geo::kTileChannels + thread.lane() * Geo::kLaneChannels};
+    WKV_HD static E* span(E* tile, const Thread& thread) {
+      return tile + thread.span() * kSteps * Geo::kTileChannels;
+    }
+    template <class E>
+    WKV_HD static Column<E> column(E* tile, const Thread& thread) {
+      return {span(tile, thread) + thread.lane() * Geo::kLaneChannels};
     }
     WKV_HD static int steps_of(int span, int rows) { return clamp_count(rows - span * kSteps, kSteps); }
     WKV_HD static int spans_of(int rows) { return (rows - 1) / kSteps + 1; }
@@ -120,10 +125,8 @@ struct Backward {
       using Typed = std::conditional_t<std::is_const_v<Values>, const Real, Real>;
       return static_cast<Typed*>(values) + row * values_of_row * arguments.C + channel_of(thread);
     }
-    // The state after t steps, of which there are a multiple of the interval, or all.
     WKV_HD const Real* checkpoint_at(int64_t t, const Thread& thread) const {
-      const int64_t row = b * checkpoint_count(Geo::dtype, arguments.T) + (t + Geo::kInterval - 1) / Geo::kInterval - 1;
-      return values_at(arguments.checkpoints, row, 3, thread);
+      return values_at(arguments.checkpoints, checkpoint_row(Geo::dtype, arguments.T, b, t), 3, thread);
     }
   };
 
@@ -162,14 +165,13 @@ struct Backward {
   WKV_HD static void begin(const Block& block, Thread& thread) {
     const auto& arguments = block.arguments;
     thread.gathered = {{Lanes(0), Lanes(0)}, Lanes(0), Lanes(0)};
+    block.channels.template load<Real>(arguments.parameters, block.c, block.columns, thread.index, block.threads());
     if (thread.span() != 0) return;
-    const int count = block.channels_of(thread);
-    const auto& parameters = arguments.parameters;
-    block.channels.set(thread.lane(), ChannelLanes<Lanes>::load(parameters, block.channel_of(thread), count));
     Sums<Lanes> adjoint{Lanes(0), Lanes(0)};
     if (block.chunk == arguments.chunks - 1) {
       if (arguments.gstate_out != nullptr) {
-        adjoint = load_adjoint(block.values_at(arguments.gstate_out, block.b, 3, thread), arguments.C, count);
+        adjoint = load_adjoint(block.values_at(arguments.gstate_out, block.b, 3, thread), arguments.C,
+                               block.channels_of(thread));
       }
     } else if (pass == Pass::replay) {
       adjoint = load_chunk_adjoint(block, block.chunk + 1, thread);
@@ -180,9 +182,10 @@ struct Backward {
   // Leaves k, v and gy of the tile, the state that it starts from, and the max of the one after it.
   WKV_HD static void stage_tile(const Block& block, int64_t t, int rows, Thread& thread) {
     const auto& arguments = block.arguments;
+    const int64_t t_span = t + thread.span() * kSteps;
     const auto bring = [&](Element* tile, const Sequence& sequence) {
-      stage(tile, rows_from<Element>(sequence, block.b, t, block.c), rows, block.columns, thread.index,
-            block.threads());
+      stage<kSteps>(block.span(tile, thread), rows_from<Element>(sequence, block.b, t_span, block.c),
+                    block.steps_of(thread.span(), rows), block.columns, thread.lane());
     };
     bring(block.k, arguments.k);
     bring(block.v, arguments.v);
@@ -201,7 +204,7 @@ struct Backward {
   WKV_HD static void summarise(const Block& block, int rows, Thread& thread) {
     const Walk walk{block.channels.get(thread.lane()), block.steps_of(thread.span(), rows)};
     const Element *k = block.k, *v = block.v;
-    thread.keys = walk.range_of(block.column(k, thread));
+    thread.keys = walk.range_of(block.column(block.k, thread));
     if (thread.span() + 1 >= block.spans_of(rows)) return;
     const auto summary = walk.summary(block.column(k, thread), block.column(v, thread), thread.keys);
     block.summaries.set(thread.span(), thread.lane(), summary);
@@ -213,6 +216,7 @@ struct Backward {
     const Walk walk{block.channels.get(thread.lane()), block.steps_of(span, rows)};
     if (walk.steps == 0) return;
     State<Lanes> state = block.start.get(0, lane);
+#pragma unroll 1
     for (int before = 0; before < span; ++before) {
       state = join(state, Lanes(kSteps) * block.channels.log_decay(lane), block.summaries.get(before, lane));
     }
@@ -226,23 +230,16 @@ struct Backward {
     block.adjoints.set(span, lane, own.adjoint);
   }
 
-  // The gradient of the state after the tile, joined with the spans behind `begin`: that of the state before `begin`.
-  WKV_HD static Sums<Lanes> joined(const Block& block, Sums<Lanes> adjoint, int begin, int rows, int lane) {
+  // The gradient of the state before the span `begin`: `carry` joined with the spans from there on.
+  WKV_HD static Sums<Lanes> carried_to(const Block& block, int begin, int rows, int lane) {
+    Sums<Lanes> adjoint = block.carry.get(0, lane);
+#pragma unroll 1
     for (int span = block.spans_of(rows) - 1; span >= begin; --span) {
       const Lanes decay = Lanes(block.steps_of(span, rows)) * block.channels.log_decay(lane) +
                           block.span_max[span * Geo::kLanes + lane] - block.span_max[(span + 1) * Geo::kLanes + lane];
       adjoint = join_adjoint(adjoint, decay, block.adjoints.get(span, lane));
     }
     return adjoint;
-  }
-  WKV_HD static Sums<Lanes> carried_to(const Block& block, int begin, int rows, int lane) {
-    return joined(block, block.carry.get(0, lane), begin, rows, lane);
-  }
-
-  // What the chunk alone gives to the state before it; the last one knows what is behind it.
-  WKV_HD static Sums<Lanes> own(const Block& block, int rows, int lane) {
-    const bool last = block.chunk == block.arguments.chunks - 1;
-    return last ? carried_to(block, 0, rows, lane) : joined(block, {Lanes(0), Lanes(0)}, 0, rows, lane);
   }
 
   // Max of the state before chunk i, of which each is a tile.
@@ -255,38 +252,33 @@ struct Backward {
   // first.
   WKV_HD static void speak_and_listen(const Block& block, const Neighbours& neighbours, int rows, Thread& thread) {
     const int lane = thread.lane();
-    if (thread.span() == 0 && neighbours.gives_own()) {
-      store_chunk_adjoint(block, thread, own(block, rows, lane));
-      neighbours.speak(lane);
+    const Place& place = neighbours.place;
+    if (thread.span() == 0 && place.is_heard) {
+      // `carry` is zero but for the last chunk.
+      thread.own = carried_to(block, 0, rows, lane);
+      if (neighbours.gives_own()) {
+        store_chunk_adjoint(block, thread, thread.own);
+        neighbours.speak(lane);
+      }
     }
-    const auto part = neighbours.heard_by(thread.span(), kSpans);
-    if (part.begin == part.end) return;
+    const auto part = neighbours.heard_by(thread.span());
+    if (part.empty()) return;
     neighbours.listen(part, lane);
-    const int64_t last = block.arguments.chunks - 1;
-    if (neighbours.hears_one()) {
-      block.heard.set(thread.span(), lane, {load_chunk_adjoint(block, last - part.begin, thread), Lanes(0)});
-      return;
+    Sums<Lanes> heard{Lanes(0), Lanes(0)};
+    Lanes decay_of_part(0);
+#pragma unroll 1
+    for (uint32_t i = part.begin; i < part.end; ++i) {
+      const int64_t chunk = block.arguments.chunks - 1 - i;
+      const Sums<Lanes> given = load_chunk_adjoint(block, chunk, thread);
+      Lanes decay(0);  // which does not matter where nothing has been heard yet
+      if (i != place.first_heard) {
+        decay = Lanes(Geo::kInterval) * block.channels.log_decay(lane) + max_before_chunk(block, chunk, thread) -
+                max_before_chunk(block, chunk + 1, thread);
+      }
+      heard = join_adjoint(heard, decay, given);
+      decay_of_part = decay_of_part + decay;
     }
-    struct Given {
-      Sums<Lanes> adjoint;
-      Lanes max;  // that the adjoint is relative to
-    };
-    const auto given_by = [&](int64_t position) {
-      const int64_t chunk = last - position;
-      return Given{load_chunk_adjoint(block, chunk, thread), max_before_chunk(block, chunk, thread)};
-    };
-    const Lanes decay_of_chunk = Lanes(Geo::kInterval) * block.channels.log_decay(lane);
-    const Given heard = fold<kHandOverBatch>(part.begin + 1, part.end, given_by(part.begin), given_by,
-                                             [&](int64_t, const Given& behind, const Given& own) {
-                                               const Lanes decay = decay_of_chunk + own.max - behind.max;
-                                               return Given{join_adjoint(behind.adjoint, decay, own.adjoint), own.max};
-                                             });
-    Lanes decay = Lanes(0);
-    if (part.begin != neighbours.first_heard()) {
-      decay = Lanes(static_cast<int>(part.end - part.begin)) * decay_of_chunk + heard.max -
-              max_before_chunk(block, last - part.begin + 1, thread);
-    }
-    block.heard.set(thread.span(), lane, State<Lanes>{heard.adjoint, decay});
+    block.heard.set(thread.span(), lane, State<Lanes>{heard, decay_of_part});
   }
 
   // Needs `heard`; leaves `carry`.
@@ -294,15 +286,16 @@ struct Backward {
     if (thread.span() != 0 || neighbours.place.position == 0) return;
     const int lane = thread.lane();
     Sums<Lanes> carried{Lanes(0), Lanes(0)};
-    for (int span = 0; span < kSpans; ++span) {
-      const auto part = neighbours.heard_by(span, kSpans);
-      if (part.begin == part.end) continue;
+#pragma unroll 1
+    for (int span = 0; span < kSpans && !neighbours.heard_by(span).empty(); ++span) {
       const State<Lanes> heard = block.heard.get(span, lane);
       carried = join_adjoint(carried, heard.max, heard.sums);
     }
     block.carry.set(0, lane, carried);
     if (neighbours.gives_all()) {
-      store_chunk_adjoint(block, thread, carried_to(block, 0, rows, lane));
+      const Lanes decay = Lanes(rows) * block.channels.log_decay(lane) + block.span_max[lane] -
+                          block.span_max[kSpans * Geo::kLanes + lane];
+      store_chunk_adjoint(block, thread, join_adjoint(carried, decay, thread.own));
       neighbours.speak(lane);
     }
   }
@@ -324,9 +317,10 @@ struct Backward {
   WKV_HD static void finish_tile(const Block& block, int tile, int64_t t, int rows, Thread& thread) {
     const auto& arguments = block.arguments;
     if constexpr (writes) {
+      const int64_t t_span = t + thread.span() * kSteps;
       const auto bring = [&](void* target, const Element* tile) {
-        unstage(rows_from<Element>(target, arguments.T, arguments.C, block.b, t, block.c), tile, rows, block.columns,
-                thread.index, block.threads());
+        unstage<kSteps>(rows_from<Element>(target, arguments.T, arguments.C, block.b, t_span, block.c),
+                        block.span(tile, thread), block.steps_of(thread.span(), rows), block.columns, thread.lane());
       };
       bring(arguments.gk, block.k);
       bring(arguments.gv, block.v);
@@ -367,7 +361,7 @@ struct Backward {
   template <class Team>
   WKV_HD static void run(const Arguments& arguments, BlockIndex index, int threads, Team& team, char* shared) {
     if constexpr (pass == Pass::single) {
-      run_single_pass(arguments, team, shared);
+      run_single_pass(arguments, index, team, shared);
     } else {
       // What the first chunk alone gives to the state before it, nobody asks.
       const Block block(arguments, index.z, writes ? index.y : index.y + 1, index.x, shared);
@@ -377,7 +371,8 @@ struct Backward {
         team.phase([=](Thread& thread) {
           stage_tile(block, t, rows, thread);
           if (tile == block.tiles - 1) begin(block, thread);
-          wait_for_copies();
+          commit_copies();
+          wait_for_copies<0>();
         });
         team.phase([=](Thread& thread) { summarise(block, rows, thread); });
         team.phase([=](Thread& thread) { replay(block, rows, thread); });
@@ -389,21 +384,21 @@ struct Backward {
   }
 
   template <class Team>
-  WKV_HD static void run_single_pass(const Arguments& arguments, Team& team, char* shared) {
-    const Signals signals{arguments.hand_over.signals};
-    const int64_t tiles = (arguments.C + Geo::kTileChannels - 1) / Geo::kTileChannels;
+  WKV_HD static void run_single_pass(const Arguments& arguments, BlockIndex index, Team& team, char* shared) {
+    const Signals signals{arguments.hand_over};
     Place* place = reinterpret_cast<Place*>(shared + BackwardLayout(Geo::dtype).place);
     team.phase([=](Thread& thread) {
-      if (thread.index == 0) *place = Place::of(signals.take_number(), arguments.B, tiles);
+      if (thread.index == 0) *place = signals.take_place(index, arguments.chunks, kSpans);
     });
-    const Block block(arguments, place->b, arguments.chunks - 1 - place->position, place->tile, shared);
-    const Neighbours neighbours{signals, *place, arguments.B * tiles, arguments.hand_over.group, arguments.chunks};
+    const Neighbours neighbours{signals, *place};
+    const Block block(arguments, index.y, arguments.chunks - 1 - place->position, index.x, shared);
     const int64_t t = block.t_begin();
     const int rows = clamp_count(arguments.T - t, Geo::kInterval);
     team.phase([=](Thread& thread) {
       stage_tile(block, t, rows, thread);
       begin(block, thread);
-      wait_for_copies();
+      commit_copies();
+      wait_for_copies<0>();
     });
     team.phase([=](Thread& thread) { summarise(block, rows, thread); });
     team.phase([=](Thread& thread) { replay(block, rows, thread); });

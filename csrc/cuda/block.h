@@ -50,19 +50,6 @@ WKV_HD Real load_parameter(const void* values, DType dtype, int64_t c) {
   }
 }
 
-WKV_HD Pair load_parameters(const void* values, DType dtype, int64_t c, int count, Pair) {
-  return {count > 0 ? load_parameter<float>(values, dtype, c) : 0.0f,
-          count > 1 ? load_parameter<float>(values, dtype, c + 1) : 0.0f};
-}
-WKV_HD double load_parameters(const void* values, DType dtype, int64_t c, int count, double) {
-  return count > 0 ? load_parameter<double>(values, dtype, c) : 0.0;
-}
-
-template <class Lanes>
-WKV_HD Lanes load_log_decay(const ChannelParameters& parameters, int64_t c, int count) {
-  return -exp_accurate(load_parameters(parameters.w, parameters.w_dtype, c, count, Lanes()));
-}
-
 template <class Real>
 WKV_HD void store_parameter(void* values, DType dtype, int64_t c, Real value) {
   switch (dtype) {
@@ -84,12 +71,6 @@ template <class Lanes>
 struct ChannelLanes {
   Channel<Lanes> channel;
   Lanes decay, bonus;
-
-  WKV_HD static ChannelLanes load(const ChannelParameters& parameters, int64_t c, int count) {
-    const Lanes log_decay = load_log_decay<Lanes>(parameters, c, count);
-    const Lanes u = load_parameters(parameters.u, parameters.u_dtype, c, count, Lanes());
-    return {{log_decay, u}, exp_accurate(log_decay), exp_accurate(u)};
-  }
 };
 
 // The channels of a block, in shared memory.
@@ -97,11 +78,24 @@ template <class Lanes, int lanes>
 struct SharedChannels {
   Lanes* rows;
 
-  WKV_HD void set(int lane, const ChannelLanes<Lanes>& value) const {
-    rows[lane] = value.channel.log_decay;
-    rows[lanes + lane] = value.channel.u;
-    rows[2 * lanes + lane] = value.decay;
-    rows[3 * lanes + lane] = value.bonus;
+  // A thread's share of them, from channel c of all; those that do not exist have parameters of zero.
+  template <class Real>
+  WKV_HD void load(const ChannelParameters& parameters, int64_t c, int columns, int thread, int threads) const {
+    constexpr int kChannels = lanes * sizeof(Lanes) / sizeof(Real);
+    Real* const values = reinterpret_cast<Real*>(rows);
+#pragma unroll 1
+    for (int i = thread; i < 2 * kChannels; i += threads) {
+      const bool is_u = i >= kChannels;
+      const int column = is_u ? i - kChannels : i;
+      Real value = 0;
+      if (column < columns) {
+        value = load_parameter<Real>(is_u ? parameters.u : parameters.w, is_u ? parameters.u_dtype : parameters.w_dtype,
+                                     c + column);
+      }
+      if (!is_u) value = -std::exp(value);
+      values[i] = value;
+      values[2 * kChannels + i] = std::exp(value);
+    }
   }
   WKV_HD ChannelLanes<Lanes> get(int lane) const {
     return {{rows[lane], rows[lanes + lane]}, rows[2 * lanes + lane], rows[3 * lanes + lane]};
@@ -187,7 +181,7 @@ WKV_HD bool vectors_are_aligned(Rows<Element> rows) {
   return ((address | static_cast<uintptr_t>(rows.stride * static_cast<int64_t>(sizeof(Element)))) % kVectorBytes) == 0;
 }
 
-// To shared memory; it has landed after `wait_for_copies` of the same thread.
+// To shared memory; it has landed when the same thread has waited for it.
 WKV_HD void copy_vector(void* shared, const void* global) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile(
@@ -199,90 +193,88 @@ WKV_HD void copy_vector(void* shared, const void* global) {
 #endif
 }
 
-WKV_HD void wait_for_copies() {
+// Ends a thread's group of copies.
+WKV_HD void commit_copies() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
-// How a block's threads share a tile's rows of 16-byte vectors: each has one column and every so-many-th row.
-template <class Element>
+// For all groups but the latest `kPending`.
+template <int kPending>
+WKV_HD void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// How the lanes of a span share its rows of 16-byte vectors: each has one column and every so-many-th row.
+template <class Element, int kSteps>
 struct VectorShare {
+  using Geo = Geometry<Element>;
   static constexpr int kPerVector = kVectorBytes / sizeof(Element);
-  static constexpr int kVectorsOfRow = Geometry<Element>::kTileChannels / kPerVector;
-  int column, first_row, row_step;
+  static constexpr int kVectorsOfRow = Geo::kTileChannels / kPerVector;
+  static constexpr int kRowStep = Geo::kLanes / kVectorsOfRow;
+  static constexpr int kTurns = kSteps / kRowStep;
+  int column, first_row;
 
-  WKV_HD VectorShare(int thread, int threads)
-      : column(thread % kVectorsOfRow * kPerVector),
-        first_row(thread / kVectorsOfRow),
-        row_step(threads / kVectorsOfRow) {}
-};
+  WKV_HD explicit VectorShare(int lane) : column(lane % kVectorsOfRow * kPerVector), first_row(lane / kVectorsOfRow) {}
 
-// A thread's part of bringing rows × columns to a tile; columns that do not exist become zero, so that no result
-// depends on what shared memory held.
-template <class Element>
-WKV_HD void stage(Element* tile, Rows<const Element> source, int rows, int columns, int thread, int threads) {
-  constexpr int kColumns = Geometry<Element>::kTileChannels;
-  const VectorShare<Element> share(thread, threads);
-  const int vectored = vectors_are_aligned(source) ? columns - columns % share.kPerVector : 0;
-  if (share.column < vectored) {
-    const Element* from = source.data + share.first_row * source.stride + share.column;
-    Element* to = tile + share.first_row * kColumns + share.column;
+  // Calls move(in memory, in shared memory) for the vectors of this lane; `steps` rows exist.
+  template <class Memory, class Shared, class Move>
+  WKV_HD void for_vectors(Rows<Memory> rows, Shared* span, int steps, const Move& move) const {
+    Memory* at = rows.data + first_row * rows.stride + column;
+    Shared* of_span = span + first_row * Geo::kTileChannels + column;
+    const auto take_turn = [&] {
+      move(at, of_span);
+      at += kRowStep * rows.stride;
+      of_span += kRowStep * Geo::kTileChannels;
+    };
+    if (steps == kSteps) {
 #pragma unroll 4
-    for (int row = share.first_row; row < rows; row += share.row_step) {
-      copy_vector(to, from);
-      from += share.row_step * source.stride;
-      to += share.row_step * kColumns;
+      for (int turn = 0; turn < kTurns; ++turn) take_turn();
+    } else {
+#pragma unroll 1
+      for (int row = first_row; row < steps; row += kRowStep) take_turn();
     }
   }
-  const int single = kColumns - vectored;
-  if (kFullTilesOnly || single == 0) return;
-  for (int i = thread; i < rows * single; i += threads) {
-    const int row = i / single, column = vectored + i % single;
-    tile[row * kColumns + column] = column < columns ? source.data[row * source.stride + column] : Element();
+};
+
+// A lane's part of bringing the rows of a span, steps × columns, to shared memory; columns that do not exist become
+// zero, so that no result depends on what shared memory held.
+template <int kSteps, class Element>
+WKV_HD void stage(Element* span, Rows<const Element> source, int steps, int columns, int lane) {
+  constexpr int kColumns = Geometry<Element>::kTileChannels, kLanes = Geometry<Element>::kLanes;
+  const VectorShare<Element, kSteps> share(lane);
+  const int vectored = vectors_are_aligned(source) ? columns - columns % share.kPerVector : 0;
+  if (share.column < vectored) {
+    share.for_vectors(source, span, steps, [](const Element* from, Element* to) { copy_vector(to, from); });
+  }
+  if (kFullTilesOnly || vectored == kColumns) return;
+  for (int row = 0; row < steps; ++row) {
+    for (int column = vectored + lane; column < kColumns; column += kLanes) {
+      span[row * kColumns + column] = column < columns ? source.data[row * source.stride + column] : Element();
+    }
   }
 }
 
 // The way back.
-template <class Element>
-WKV_HD void unstage(Rows<Element> target, const Element* tile, int rows, int columns, int thread, int threads) {
-  constexpr int kColumns = Geometry<Element>::kTileChannels;
-  const VectorShare<Element> share(thread, threads);
+template <int kSteps, class Element>
+WKV_HD void unstage(Rows<Element> target, const Element* span, int steps, int columns, int lane) {
+  constexpr int kColumns = Geometry<Element>::kTileChannels, kLanes = Geometry<Element>::kLanes;
+  const VectorShare<Element, kSteps> share(lane);
   const int vectored = vectors_are_aligned(target) ? columns - columns % share.kPerVector : 0;
   if (share.column < vectored) {
-    Element* to = target.data + share.first_row * target.stride + share.column;
-    const Element* from = tile + share.first_row * kColumns + share.column;
-#pragma unroll 4
-    for (int row = share.first_row; row < rows; row += share.row_step) {
+    share.for_vectors(target, span, steps, [](Element* to, const Element* from) {
       *reinterpret_cast<Vector*>(to) = *reinterpret_cast<const Vector*>(from);
-      to += share.row_step * target.stride;
-      from += share.row_step * kColumns;
+    });
+  }
+  if (kFullTilesOnly || vectored == columns) return;
+  for (int row = 0; row < steps; ++row) {
+    for (int column = vectored + lane; column < columns; column += kLanes) {
+      target.data[row * target.stride + column] = span[row * kColumns + column];
     }
   }
-  const int single = columns - vectored;
-  if (kFullTilesOnly || single == 0) return;
-  for (int i = thread; i < rows * single; i += threads) {
-    const int row = i / single, column = vectored + i % single;
-    target.data[row * target.stride + column] = tile[row * kColumns + column];
-  }
-}
-
-// Takes `carried` from `begin` to `end`: take(i, carried, own) for each i in order, own being load(i). Loads do not
-// wait for what is carried, so `kBatch` are asked for at once.
-template <int kBatch, class Carried, class Load, class Take>
-WKV_HD Carried fold(int64_t begin, int64_t end, Carried carried, const Load& load, const Take& take) {
-  for (int64_t first = begin; first < end; first += kBatch) {
-    decltype(load(begin)) own[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (first + i < end) own[i] = load(first + i);
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (first + i < end) carried = take(first + i, carried, own[i]);
-    }
-  }
-  return carried;
 }
 
 WKV_HD int clamp_count(int64_t count, int limit) {

@@ -9,6 +9,24 @@ namespace wkv {
 
 inline constexpr int kCarryBatch = 8;
 
+// Takes `carried` from `begin` to `end`: take(i, carried, own) for each i in order, own being load(i). Loads do not
+// wait for what is carried, so `kCarryBatch` are asked for at once.
+template <class Carried, class Load, class Take>
+WKV_HD Carried fold(int64_t begin, int64_t end, Carried carried, const Load& load, const Take& take) {
+  for (int64_t first = begin; first < end; first += kCarryBatch) {
+    decltype(load(begin)) own[kCarryBatch];
+#pragma unroll
+    for (int i = 0; i < kCarryBatch; ++i) {
+      if (first + i < end) own[i] = load(first + i);
+    }
+#pragma unroll
+    for (int i = 0; i < kCarryBatch; ++i) {
+      if (first + i < end) carried = take(first + i, carried, own[i]);
+    }
+  }
+  return carried;
+}
+
 template <class Real>
 struct CarryStates {
   using Arguments = CarryStatesArguments;
@@ -30,7 +48,7 @@ struct CarryStates {
         const Real* slot = states + i * 3 * C;
         return State<Real>{{slot[0], slot[C]}, slot[2 * C]};
       };
-      fold<kCarryBatch>(1, slots, load(0), load, [=](int64_t i, State<Real> carried, State<Real> own) {
+      fold(1, slots, load(0), load, [=](int64_t i, State<Real> carried, State<Real> own) {
         const State<Real> state = join(carried, decay, own);
         Real* slot = states + i * 3 * C;
         slot[0] = state.sums.num;
@@ -71,7 +89,7 @@ struct CarryAdjoints {
       // Slot i lies behind chunk i; the last one is true already, and the way goes from there to the first.
       const auto slot_at = [=](int64_t i) { return adjoints + (slots - 1 - i) * 2 * C; };
       const Sums<Real> true_one{slot_at(0)[0], slot_at(0)[C]};
-      fold<kCarryBatch>(
+      fold(
           1, slots, true_one,
           [=](int64_t i) {
             const Real* slot = slot_at(i);

@@ -68,6 +68,7 @@ struct Pair {
   Pair() = default;
   WKV_HD Pair(float x, float y) : x(x), y(y) {}
   WKV_HD explicit Pair(double both) : x(static_cast<float>(both)), y(static_cast<float>(both)) {}
+  WKV_HD explicit Pair(int both) : x(static_cast<float>(both)), y(static_cast<float>(both)) {}
 };
 
 struct PairOfBool {
@@ -97,8 +98,6 @@ WKV_HD Pair exp2_clamped(Pair a) { return {exp2_approximate(a.x), exp2_approxima
 WKV_HD Pair exp_nonpositive(Pair a) { return exp2_clamped(a * Pair(kLog2E)); }
 WKV_HD Pair exponential(Pair a) { return exp2_clamped(a * Pair(kLog2E)); }
 WKV_HD double exponential(double a) { return std::exp(a); }
-WKV_HD Pair exp_accurate(Pair a) { return {std::exp(a.x), std::exp(a.y)}; }
-WKV_HD double exp_accurate(double a) { return std::exp(a); }
 
 // x = significand · 2^exponent with the significand in [1, 2); `inverse_power` is 2^-exponent.
 template <class Lanes>

@@ -88,9 +88,13 @@ struct SpanWalk {
 
   WKV_HD Lanes decay_of_steps() const { return Lanes(steps) * channel.channel.log_decay; }
 
-  WKV_HD KeyRange<Lanes> range_of(Column<const Element> k) const {
+  // Replaces keys by their logits, which differ where there is a +inf: the range says so, and no walk has to ask.
+  WKV_HD KeyRange<Lanes> range_of(Column<Element> k) const {
     auto range = KeyRange<Lanes>::none();
     for_steps<kSteps>(steps, [&](int step) { range.add(load_lanes(k.at(step))); });
+    if (!kFullTilesOnly && !all(range.highest < Lanes(INFINITY))) {
+      for (int step = 0; step < steps; ++step) store_lanes(k.at(step), key_logit(load_lanes(k.at(step))));
+    }
     return range;
   }
 
@@ -107,7 +111,7 @@ struct SpanWalk {
   WKV_HD State<Lanes> advance(const Scale& scale, Column<const Element> k, Column<const Element> v,
                               State<Lanes> state) const {
     for_steps<kSteps>(steps, [&](int step) {
-      const Lanes kt = scale.logit(load_lanes(k.at(step)));
+      const Lanes kt = load_lanes(k.at(step));
       const auto weights = scale.weights(scale.at(state.max, kt));
       state = {mix(state.sums, weights.advance, load_lanes(v.at(step))), scale.next_max(state.max, kt)};
     });
@@ -133,7 +137,7 @@ struct SpanWalk {
   WKV_HD State<Lanes> outputs(const Scale& scale, Column<const Element> k, Column<const Element> v, Column<Element> y,
                               State<Lanes> state) const {
     for_steps<kSteps>(steps, [&](int step) {
-      const Lanes kt = scale.logit(load_lanes(k.at(step)));
+      const Lanes kt = load_lanes(k.at(step));
       const Lanes vt = load_lanes(v.at(step));
       const Lanes at = scale.at(state.max, kt);
       state.max = scale.next_max(state.max, kt);
@@ -178,7 +182,7 @@ struct SpanWalk {
   WKV_HD State<Lanes> replay_steps(const Scale& scale, Column<const Element> k, Column<const Element> v,
                                    State<Lanes> state, SavedStep (&saved)[kSteps]) const {
     for_unrolled_steps<kSteps>(steps, [&](int step) {
-      const Lanes kt = scale.logit(load_lanes(k.at(step)));
+      const Lanes kt = load_lanes(k.at(step));
       const Lanes at = scale.at(state.max, kt);
       saved[step] = {state.sums, at};
       state = {mix(state.sums, scale.weights(at).advance, load_lanes(v.at(step))), scale.next_max(state.max, kt)};
