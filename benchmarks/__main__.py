@@ -18,6 +18,7 @@ EVERYWHERE = ("cpu", "cuda")
 BENCHMARKS = {
     "op": EVERYWHERE,
     "crossover": ("cuda",),
+    "choices": ("cuda",),
     "latency": EVERYWHERE,
     "attention": EVERYWHERE,
     "decode": EVERYWHERE,

@@ -37,7 +37,7 @@ OF_THE_CPU = ["gpu_programs", "gpu_plan", "gpu_check", "ptx", "triton_compiled",
 
 
 # Of the benchmarks those that tell of a kernel, each with the seconds that it may take.
-BENCHMARKS = {"op": 120, "crossover": 90, "latency": 90, "peers": 120}
+BENCHMARKS = {"op": 120, "crossover": 90, "choices": 60, "latency": 90, "peers": 120}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def stages(device: str, results: Path, peers: list[str]) -> Iterator[Stage]:
     options = [f"--device={device}", f"--results={results}", *([] if on_gpu else ["--smoke"])]
     for name, limit in BENCHMARKS.items():
         command = [sys.executable, "-m", "benchmarks", name, *options]
-        why_not = "a CPU has no schedules" if name == "crossover" and not on_gpu else None
+        why_not = "a CPU has no schedules" if name in ("crossover", "choices") and not on_gpu else None
         yield Stage(name, command + [f"--peer={peer}" for peer in peers if name == "peers"], limit, why_not=why_not)
 
     yield Stage("stress", [*PYTEST, *required, "--durations=10", *STRESS], 150)

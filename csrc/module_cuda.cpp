@@ -1,6 +1,7 @@
 // The Python module's view of the CUDA kernels: plans and launches as dicts, for tests, benchmarks and the doctor. All
 // of it works in builds without CUDA, but for what asks a device or the operators.
-#include <optional>
+#include <map>
+#include <string>
 
 #include "module.h"
 #include "wkv_launch.h"
@@ -76,25 +77,37 @@ const char* name_of(DType dtype) {
   }
 }
 
-// What was asked of a plan, as Python gives it.
+// What was asked of a plan, as Python gives it: its keywords are the fields of PlanRequest, None leaves a choice to it.
 struct Request {
-  std::optional<std::string> schedule;
-  std::optional<int64_t> warps, chunk_len;
+  std::string schedule;
+  PlanRequest asked;
 
+  explicit Request(const py::kwargs& keywords) {
+    const std::map<std::string, int64_t*> numbers = {
+        {"warps", &asked.warps}, {"tiles", &asked.tiles}, {"chunk_len", &asked.chunk_len}, {"group", &asked.group}};
+    for (const auto& [key, value] : keywords) {
+      const auto name = key.cast<std::string>();
+      if (name != "schedule" && numbers.count(name) == 0) throw py::type_error("a plan has no choice of " + name);
+      if (value.is_none()) continue;
+      if (name == "schedule") {
+        schedule = value.cast<std::string>();
+      } else {
+        *numbers.at(name) = value.cast<int64_t>();
+      }
+    }
+  }
   // Valid as long as this is.
   PlanRequest view() const {
-    return {.schedule = schedule.has_value() ? schedule->c_str() : nullptr,
-            .warps = warps.value_or(0),
-            .chunk_len = chunk_len.value_or(0)};
+    PlanRequest request = asked;
+    if (!schedule.empty()) request.schedule = schedule.c_str();
+    return request;
   }
 };
 
 py::dict plan_cuda(const std::string& operation, const std::string& dtype, int64_t B, int64_t T, int64_t C,
-                   const py::object& limits, std::optional<std::string> schedule, std::optional<int64_t> warps,
-                   std::optional<int64_t> chunk_len) {
-  const Request request = {schedule, warps, chunk_len};
+                   const py::object& limits, const py::kwargs& choices) {
   const Plan plan =
-      make_plan(parse_operation(operation), parse_dtype(dtype), B, T, C, parse_limits(limits), request.view());
+      make_plan(parse_operation(operation), parse_dtype(dtype), B, T, C, parse_limits(limits), Request(choices).view());
   py::dict result;
   result["operation"] = operation;
   result["dtype"] = dtype;
@@ -195,10 +208,9 @@ py::dict describe(const Launch& launch) {
 }
 
 py::list cuda_launches(const std::string& operation, const std::string& dtype, int64_t B, int64_t T, int64_t C,
-                       const py::dict& arguments, const py::object& limits, std::optional<std::string> schedule,
-                       std::optional<int64_t> warps, std::optional<int64_t> chunk_len) {
+                       const py::dict& arguments, const py::object& limits, const py::kwargs& choices) {
   const NamedArguments named = {arguments};
-  const Request request = {schedule, warps, chunk_len};
+  const Request request(choices);
   const std::vector<Launch> launches = operation == "step"
                                            ? launches_of_step(parse_dtype(dtype), B, C, named)
                                            : launches_of_plan(make_plan(parse_operation(operation), parse_dtype(dtype),
@@ -215,18 +227,10 @@ py::list cuda_launches(const std::string& operation, const std::string& dtype, i
 
 void define_cuda(py::module_& m) {
   m.def("plan_cuda", &plan_cuda, py::arg("operation"), py::arg("dtype"), py::arg("B"), py::arg("T"), py::arg("C"),
-        py::arg("limits") = py::none(), py::arg("schedule") = py::none(), py::arg("warps") = py::none(),
-        py::arg("chunk_len") = py::none());
+        py::arg("limits") = py::none());
   m.def("cuda_launches", &cuda_launches, py::arg("operation"), py::arg("dtype"), py::arg("B"), py::arg("T"),
-        py::arg("C"), py::arg("arguments"), py::arg("limits") = py::none(), py::arg("schedule") = py::none(),
-        py::arg("warps") = py::none(), py::arg("chunk_len") = py::none());
-  m.def(
-      "force_cuda_plan",
-      [](std::optional<std::string> schedule, std::optional<int64_t> warps, std::optional<int64_t> chunk_len) {
-        const Request request = {schedule, warps, chunk_len};
-        force_cuda_plan(request.view());
-      },
-      py::arg("schedule") = py::none(), py::arg("warps") = py::none(), py::arg("chunk_len") = py::none());
+        py::arg("C"), py::arg("arguments"), py::arg("limits") = py::none());
+  m.def("force_cuda_plan", [](const py::kwargs& choices) { force_cuda_plan(Request(choices).view()); });
 }
 
 }  // namespace wkv

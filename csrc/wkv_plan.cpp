@@ -74,6 +74,31 @@ bool channels_suffice(const Plan& plan, const DeviceLimits& limits) {
                     has_room_for_rings(plan, limits) ? kRingsPerMultiprocessor : kForwardBlocksPerMultiprocessor);
 }
 
+int choose_tiles(const Plan& plan, const DeviceLimits& limits, const PlanRequest& request) {
+  const bool can_be_ring =
+      plan.operation == Operation::forward && plan.spans == 1 && std::strcmp(plan.schedule, "single_pass") != 0;
+  if (request.tiles == 2 && !can_be_ring) {
+    refuse("tiles: two are a ring, which forward has with warps=1 and a serial or chunked schedule");
+  }
+  if (request.tiles < 0 || request.tiles > 2) {
+    refuse("tiles: expected 1 or 2, got " + std::to_string(request.tiles));
+  }
+  if (request.tiles != 0) return static_cast<int>(request.tiles);
+  return can_be_ring && plan.T > plan.tile_steps && has_room_for_rings(plan, limits) ? 2 : 1;
+}
+
+// The more chunks hand over together, the fewer wait in a row, and the more each has to read and join. So it is four in
+// a row among the blocks that run at the same time, four on each multiprocessor, which takes them half as long as the
+// data of these blocks does on an H100: modelled.
+int64_t choose_group(const Plan& plan, const DeviceLimits& limits, const PlanRequest& request) {
+  constexpr int64_t kMost = 32;  // one warp awaits the chunks of a group
+  if (request.group < 0 || request.group > kMost) {
+    refuse("group: expected 1 to " + std::to_string(kMost) + ", got " + std::to_string(request.group));
+  }
+  if (request.group != 0) return request.group;
+  return std::clamp<int64_t>(ceil_div(limits.multiprocessors, plan.B * plan.channel_tiles), 1, kMost);
+}
+
 // How many chunks the device can use at once.
 int64_t wanted_chunks(const Plan& plan, const DeviceLimits& limits) {
   const int64_t per_multiprocessor =
@@ -158,7 +183,8 @@ Plan make_plan(Operation operation, DType dtype, int64_t B, int64_t T, int64_t C
   plan.threads = plan.spans * lane_count(dtype);
   const bool forward = operation == Operation::forward;
   const bool single_pass = std::strcmp(plan.schedule, "single_pass") == 0;
-  plan.tiles = !single_pass && plan.spans == 1 && T > plan.tile_steps && has_room_for_rings(plan, limits) ? 2 : 1;
+  if (request.group != 0 && !single_pass) refuse("group: it is of a single_pass schedule alone");
+  plan.tiles = choose_tiles(plan, limits, request);
   plan.shared_bytes = forward ? shared_of_forward(plan, plan.spans, plan.tiles) : BackwardLayout(dtype).size;
   if (plan.shared_bytes > limits.shared_per_block) {
     refuse("plan: a block needs " + std::to_string(plan.shared_bytes) + " bytes of shared memory, the device has " +
@@ -174,10 +200,7 @@ Plan make_plan(Operation operation, DType dtype, int64_t B, int64_t T, int64_t C
   const int64_t value = C * state_bytes(dtype);
   plan.workspace_bytes = B * value * (forward ? 3 * (plan.chunks - 1) : 2 * (plan.chunks - 1) + 2 * plan.chunks);
   if (single_pass && plan.chunks > 1) {
-    // The more chunks hand over together, the fewer wait in a row, and the more each has to read and join. So it is
-    // four in a row among the blocks that run at the same time, four on each multiprocessor, which takes them half as
-    // long as the data of these blocks does on an H100: modelled. One warp awaits the chunks of a group.
-    plan.group = std::clamp<int64_t>(ceil_div(limits.multiprocessors, B * plan.channel_tiles), 1, 32);
+    plan.group = choose_group(plan, limits, request);
     plan.signal_count = (1 + plan.chunks) * B * plan.channel_tiles;
     plan.workspace_bytes += plan.signal_count * static_cast<int64_t>(sizeof(uint32_t));
   }

@@ -23,7 +23,6 @@ struct DeviceLimits {
   int64_t blocks_per_multiprocessor;
 };
 
-inline constexpr int64_t kMaxGridX = 2147483647;
 inline constexpr int64_t kMaxGridY = 65535;
 inline constexpr int64_t kMaxGridZ = 65535;
 
@@ -99,7 +98,9 @@ struct BackwardLayout {
 struct PlanRequest {
   const char* schedule = nullptr;  // "serial", "chunked" for three launches, or "single_pass"
   int64_t warps = 0;               // spans of a block
+  int64_t tiles = 0;               // Plan::tiles
   int64_t chunk_len = 0;
+  int64_t group = 0;  // Plan::group
 };
 
 struct Plan {

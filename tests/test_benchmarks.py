@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import rwkv_kernels
-from benchmarks import attention, crossover, footprint, op, peers, plots, records
+from benchmarks import attention, choices, crossover, footprint, op, peers, plots, records
 from benchmarks.__main__ import main
 from benchmarks.device import Device, powers_of_two, timed
 from benchmarks.plans import SCHEDULES
@@ -53,9 +53,9 @@ def schedules_in_force(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[OfACall
     in_force: list[str | None] = [None]
     calls: list[OfACall] = []
 
-    def plan_for_the_first_gpu(*problem: object, limits: int, schedule: str | None) -> object:
+    def plan_for_the_first_gpu(*problem: object, limits: int, **choices: object) -> object:
         assert limits == 0
-        return plan(*problem, schedule=schedule)
+        return plan(*problem, **choices)
 
     def observed(*given: Tensor, backend: str) -> Tensor:
         y, forward = wkv(*given, backend="cpu"), in_force[-1]
@@ -67,6 +67,7 @@ def schedules_in_force(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[OfACall
     monkeypatch.setattr(module, "force_cuda_plan", lambda schedule=None, **_: in_force.append(schedule), raising=False)
     monkeypatch.setattr(op, "backends", lambda device: ["cuda"])
     monkeypatch.setattr(rwkv_kernels, "wkv", observed)
+    monkeypatch.setattr(choices, "wkv", observed)
 
     def called_here(prepare: Callable[..., Callable[[], object]], *arguments: object) -> None:
         prepare(*arguments)()
@@ -97,6 +98,17 @@ def test_every_schedule_is_measured_and_drawn(schedules_in_force: list[OfACall],
         together = rows[first : first + len(SCHEDULES)]
         assert len([row for row in together if row["chosen"]]) == 1
         assert min(row["of the fastest"] for row in together) == 1
+    assert not record.failures
+
+    record = Record("choices", tmp_path)
+    choices.run(SMOKE, record)
+    rows = record.tables[0].rows
+    assert len(rows) == 2 * (len(choices.CHOICES["forward"]) + len(choices.CHOICES["backward"]))
+    for row in rows:
+        asked = dict(part.split() for part in row["choice"].split(", ")) if row["choice"] != "the planner's" else {}
+        named = {"warps": "spans"}
+        assert all(str(row["_plan"][named.get(name, name)]) == value for name, value in asked.items())
+    assert {call.backward for call in schedules_in_force[-7:]} == {None, "single_pass"}
     assert not record.failures
     assert plots.draw(tmp_path) == [tmp_path / "crossover.png", tmp_path / "op.png"]
 

@@ -134,6 +134,11 @@ def test_what_the_chunks_hand_on_is_small(operation: str, dtype: str) -> None:
             {"schedule": "serial", "chunk_len": 64},
             "chunk_len: a serial schedule has no choice",
         ),
+        (("forward", "float32", 1, 99, 1), {"warps": 2, "tiles": 2}, "tiles: two are a ring, which forward has"),
+        (("backward", "float32", 1, 99, 1), {"tiles": 2}, "tiles: two are a ring, which forward has"),
+        (("forward", "float32", 1, 99, 1), {"tiles": 3}, "tiles: expected 1 or 2, got 3"),
+        (("forward", "float32", 1, 999, 1), {"group": 33}, "group: expected 1 to 32, got 33"),
+        (("forward", "float32", 1, 999, 1), {"schedule": "serial", "group": 2}, "group: it is of a single_pass"),
         (
             ("backward", "float32", 1, 1, 1),
             {"limits": {**T4, "shared_per_block": 1024}},
@@ -144,6 +149,15 @@ def test_what_the_chunks_hand_on_is_small(operation: str, dtype: str) -> None:
 def test_a_plan_that_cannot_be_is_refused(arguments: tuple[Any, ...], request_: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _C.plan_cuda(*arguments, **request_)
+
+
+def test_what_is_asked_of_a_plan_is_met_and_named() -> None:
+    plan = _C.plan_cuda("forward", "float32", 1, 999, 1, schedule="single_pass", group=5, warps=None)
+    assert (plan["schedule"], plan["group"]) == ("single_pass", 5)
+    plan = _C.plan_cuda("forward", "float32", 1, 999, 1, schedule="serial", warps=1, tiles=1)
+    assert (plan["spans"], plan["tiles"]) == (1, 1)
+    with pytest.raises(TypeError, match="a plan has no choice of wraps"):
+        _C.plan_cuda("forward", "float32", 1, 999, 1, wraps=1)
 
 
 def _launches(operation: str, B: int, T: int, C: int, **request: Any) -> list[dict[str, Any]]:
