@@ -16,8 +16,8 @@ _choices: dict[str, Choice] = {}
 def forced_plan(**choices: Choice) -> Iterator[None]:
     """Has every launch of this process follow these choices inside the block; None leaves one to the planner.
 
-    They are schedule, warps, tiles, chunk_len and group, as `_C.plan_cuda` takes them. A block inside another one that
-    chooses nothing leaves the outer one's choices.
+    They are schedule, warps, buffers, chunk_len and group, as `_C.plan_cuda` takes them. A block inside another one
+    that chooses nothing leaves the outer one's choices.
     """
     global _choices
     if all(choice is None for choice in choices.values()):

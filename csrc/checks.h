@@ -83,7 +83,6 @@ struct Arguments {
 
   at::Tensor empty_sequence() const { return at::empty({B(), T(), C()}, k.options()); }
   at::Tensor empty_state() const { return at::empty({B(), 3, C()}, k.options().dtype(state_type(k))); }
-  at::Tensor empty_parameter() const { return at::empty({C()}, k.options().dtype(state_type(k))); }
   at::Tensor empty_checkpoints(bool wanted) const {
     return at::empty({B(), wanted ? checkpoint_count(dtype, T()) : 0, 3, C()}, k.options().dtype(state_type(k)));
   }

@@ -41,11 +41,8 @@ py::tuple cuda_architectures() { return py::tuple(); }
 
 namespace {
 
-constexpr DeviceLimits kH100 = {.multiprocessors = 132,
-                                .shared_per_block = 232448,
-                                .shared_per_multiprocessor = 233472,
-                                .threads_per_multiprocessor = 2048,
-                                .blocks_per_multiprocessor = 32};
+constexpr DeviceLimits kH100 = {
+    .multiprocessors = 132, .shared_per_block = 232448, .shared_per_multiprocessor = 233472};
 
 DeviceLimits parse_limits(const py::object& limits) {
   if (limits.is_none()) return kH100;
@@ -53,9 +50,7 @@ DeviceLimits parse_limits(const py::object& limits) {
   const auto get = [&](const char* name) { return limits[name].cast<int64_t>(); };
   return {.multiprocessors = get("multiprocessors"),
           .shared_per_block = get("shared_per_block"),
-          .shared_per_multiprocessor = get("shared_per_multiprocessor"),
-          .threads_per_multiprocessor = get("threads_per_multiprocessor"),
-          .blocks_per_multiprocessor = get("blocks_per_multiprocessor")};
+          .shared_per_multiprocessor = get("shared_per_multiprocessor")};
 }
 
 Operation parse_operation(const std::string& name) {
@@ -84,7 +79,7 @@ struct Request {
 
   explicit Request(const py::kwargs& keywords) {
     const std::map<std::string, int64_t*> numbers = {
-        {"warps", &asked.warps}, {"tiles", &asked.tiles}, {"chunk_len", &asked.chunk_len}, {"group", &asked.group}};
+        {"warps", &asked.warps}, {"buffers", &asked.buffers}, {"chunk_len", &asked.chunk_len}, {"group", &asked.group}};
     for (const auto& [key, value] : keywords) {
       const auto name = key.cast<std::string>();
       if (name != "schedule" && numbers.count(name) == 0) throw py::type_error("a plan has no choice of " + name);
@@ -115,7 +110,7 @@ py::dict plan_cuda(const std::string& operation, const std::string& dtype, int64
   result["T"] = plan.T;
   result["C"] = plan.C;
   result["spans"] = plan.spans;
-  result["tiles"] = plan.tiles;
+  result["buffers"] = plan.buffers;
   result["tile_steps"] = plan.tile_steps;
   result["chunk_len"] = plan.chunk_len;
   result["chunks"] = plan.chunks;

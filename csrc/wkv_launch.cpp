@@ -39,8 +39,7 @@ bool is_single_pass(const Plan& plan) { return plan.signal_count > 0; }
 HandOver hand_over_of(const Plan& plan, void* workspace) {
   const int64_t signal_bytes = plan.signal_count * static_cast<int64_t>(sizeof(uint32_t));
   return {static_cast<uint32_t*>(after(workspace, plan.workspace_bytes - signal_bytes)),
-          static_cast<uint32_t>(plan.channel_tiles), static_cast<uint32_t>(plan.B * plan.channel_tiles),
-          static_cast<uint32_t>(plan.group)};
+          static_cast<uint32_t>(plan.channel_tiles), static_cast<uint32_t>(plan.group)};
 }
 
 // The one launch over all chunks, and what clears its signals.
@@ -99,7 +98,7 @@ std::vector<Launch> forward_launches(const Plan& plan, ForwardArguments whole, v
   const Extent block{static_cast<unsigned>(plan.threads), 1, 1};
   whole.chunk_len = plan.chunk_len;
   whole.chunks = plan.chunks;
-  whole.tiles = plan.tiles;
+  whole.buffers = plan.buffers;
   whole.chunk_states = workspace;
 
   std::vector<Launch> launches;

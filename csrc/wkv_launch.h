@@ -21,9 +21,9 @@ struct ChannelParameters {
 
 // In a single pass the blocks of a launch hand states from chunk to chunk: docs/kernels.md.
 struct HandOver {
-  uint32_t* signals;        // Plan::signal_count, all zero before the launch
-  uint32_t tiles, columns;  // Plan::channel_tiles, and times B: what hands over along the chunks
-  uint32_t group;           // chunks that start from the same state before them
+  uint32_t* signals;  // Plan::signal_count, all zero before the launch
+  uint32_t channel_tiles;
+  uint32_t group;  // chunks that start from the same state before them
 };
 
 // The kernels "summarise_states", "forward" and "forward_single_pass". `chunk_states` [B, chunks - 1, 3, C] has the
@@ -38,7 +38,7 @@ struct ForwardArguments {
   void* checkpoints;  // or null
   void* chunk_states;
   int64_t chunk_len, chunks;
-  int tiles;  // Plan::tiles
+  int buffers;  // Plan::buffers
   HandOver hand_over;
 };
 

@@ -26,10 +26,14 @@ constexpr int64_t kRingsPerMultiprocessor = 4;
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
-int shared_of_forward(const Plan& plan, int spans, int tiles) { return ForwardLayout(plan.dtype, spans, tiles).size; }
+int shared_of_forward(const Plan& plan, int spans, int buffers) {
+  return ForwardLayout(plan.dtype, spans, buffers).size;
+}
 
+// Turing has no asynchronous copies that would fill a ring, and by its shared memory no room for four either. A span of
+// float64 is half a warp, whose exponentials take longer than its memory: it needs threads, not rings.
 bool has_room_for_rings(const Plan& plan, const DeviceLimits& limits) {
-  return plan.operation == Operation::forward &&
+  return plan.operation == Operation::forward && lane_count(plan.dtype) == 32 &&
          kRingsPerMultiprocessor * shared_of_forward(plan, 1, 2) <= limits.shared_per_multiprocessor;
 }
 
@@ -38,7 +42,7 @@ bool has_blocks(const Plan& plan, const DeviceLimits& limits, int64_t per_multip
   return plan.B * plan.channel_tiles >= per_multiprocessor * limits.multiprocessors;
 }
 
-int choose_spans(const Plan& plan, const DeviceLimits& limits, const PlanRequest& request) {
+int choose_spans(const Plan& plan, bool single_pass, const DeviceLimits& limits, const PlanRequest& request) {
   const int most = max_spans(plan.dtype);
   if (plan.operation == Operation::backward) {
     const int spans = backward_spans(plan.dtype);
@@ -54,7 +58,6 @@ int choose_spans(const Plan& plan, const DeviceLimits& limits, const PlanRequest
     }
     return static_cast<int>(request.warps);
   }
-  const bool single_pass = std::strcmp(plan.schedule, "single_pass") == 0;
   const int64_t useful = ceil_div(plan.T, span_steps(plan.operation));
   const int64_t blocks_for_single_spans =
       has_room_for_rings(plan, limits) ? kRingsPerMultiprocessor : kBlocksForSingleSpans;
@@ -74,17 +77,17 @@ bool channels_suffice(const Plan& plan, const DeviceLimits& limits) {
                     has_room_for_rings(plan, limits) ? kRingsPerMultiprocessor : kForwardBlocksPerMultiprocessor);
 }
 
-int choose_tiles(const Plan& plan, const DeviceLimits& limits, const PlanRequest& request) {
-  const bool can_be_ring =
-      plan.operation == Operation::forward && plan.spans == 1 && std::strcmp(plan.schedule, "single_pass") != 0;
-  if (request.tiles == 2 && !can_be_ring) {
-    refuse("tiles: two are a ring, which forward has with warps=1 and a serial or chunked schedule");
+int choose_buffers(const Plan& plan, bool single_pass, int64_t tiles_per_chunk, const DeviceLimits& limits,
+                   const PlanRequest& request) {
+  const bool can_be_ring = plan.operation == Operation::forward && plan.spans == 1 && !single_pass;
+  if (request.buffers == 2 && !can_be_ring) {
+    refuse("buffers: two are a ring, which forward has with warps=1 and a serial or chunked schedule");
   }
-  if (request.tiles < 0 || request.tiles > 2) {
-    refuse("tiles: expected 1 or 2, got " + std::to_string(request.tiles));
+  if (request.buffers < 0 || request.buffers > 2) {
+    refuse("buffers: expected 1 or 2, got " + std::to_string(request.buffers));
   }
-  if (request.tiles != 0) return static_cast<int>(request.tiles);
-  return can_be_ring && plan.T > plan.tile_steps && has_room_for_rings(plan, limits) ? 2 : 1;
+  if (request.buffers != 0) return static_cast<int>(request.buffers);
+  return can_be_ring && tiles_per_chunk > 1 && has_room_for_rings(plan, limits) ? 2 : 1;
 }
 
 // The more chunks hand over together, the fewer wait in a row, and the more each has to read and join. So it is four in
@@ -107,17 +110,16 @@ int64_t wanted_chunks(const Plan& plan, const DeviceLimits& limits) {
 }
 
 // Why a single pass cannot be, or null.
-const char* why_no_single_pass(const Plan& plan) {
+const char* why_no_single_pass(const Plan& plan, const DeviceLimits& limits, const PlanRequest& request) {
   if (lane_count(plan.dtype) < 32) return "a single pass needs a warp for the lanes of a span, and float64 has half";
-  const int64_t tiles = ceil_div(
-      plan.T, plan.operation == Operation::forward ? span_steps(plan.operation) : checkpoint_interval(plan.dtype));
-  if (plan.B > kMaxGridY || tiles > kMaxGridZ) return "a single pass has more blocks than a grid";
+  const int64_t chunk_len = choose_spans(plan, true, limits, request) * span_steps(plan.operation);
+  if (plan.B > kMaxGridY || ceil_div(plan.T, chunk_len) > kMaxGridZ) return "a single pass has more blocks than a grid";
   return nullptr;
 }
 
 void choose_schedule(Plan& plan, const DeviceLimits& limits, const PlanRequest& request) {
   const std::string asked = request.schedule == nullptr ? "" : request.schedule;
-  const char* why_not = why_no_single_pass(plan);
+  const char* why_not = why_no_single_pass(plan, limits, request);
   const int64_t least_tile =
       plan.operation == Operation::forward ? 4 * span_steps(plan.operation) : checkpoint_interval(plan.dtype);
   if (asked == "serial") {
@@ -178,24 +180,25 @@ Plan make_plan(Operation operation, DType dtype, int64_t B, int64_t T, int64_t C
   plan.channel_tiles = ceil_div(C, tile_channels(dtype));
   plan.batch_per_launch = std::min(B, kMaxGridZ);
   choose_schedule(plan, limits, request);
-  plan.spans = choose_spans(plan, limits, request);
-  plan.tile_steps = plan.spans * span_steps(operation);
-  plan.threads = plan.spans * lane_count(dtype);
-  const bool forward = operation == Operation::forward;
   const bool single_pass = std::strcmp(plan.schedule, "single_pass") == 0;
   if (request.group != 0 && !single_pass) refuse("group: it is of a single_pass schedule alone");
-  plan.tiles = choose_tiles(plan, limits, request);
-  plan.shared_bytes = forward ? shared_of_forward(plan, plan.spans, plan.tiles) : BackwardLayout(dtype).size;
-  if (plan.shared_bytes > limits.shared_per_block) {
-    refuse("plan: a block needs " + std::to_string(plan.shared_bytes) + " bytes of shared memory, the device has " +
-           std::to_string(limits.shared_per_block));
-  }
+  plan.spans = choose_spans(plan, single_pass, limits, request);
+  plan.tile_steps = plan.spans * span_steps(operation);
+  plan.threads = plan.spans * lane_count(dtype);
 
   const int64_t tiles = ceil_div(T, plan.tile_steps);
   const int64_t tiles_per_chunk = choose_tiles_per_chunk(plan, tiles, limits, request);
   plan.chunk_len = tiles_per_chunk * plan.tile_steps;
   plan.chunks = ceil_div(tiles, tiles_per_chunk);
   if (plan.chunks == 1) plan.schedule = "serial";
+
+  const bool forward = operation == Operation::forward;
+  plan.buffers = choose_buffers(plan, single_pass, tiles_per_chunk, limits, request);
+  plan.shared_bytes = forward ? shared_of_forward(plan, plan.spans, plan.buffers) : BackwardLayout(dtype).size;
+  if (plan.shared_bytes > limits.shared_per_block) {
+    refuse("plan: a block needs " + std::to_string(plan.shared_bytes) + " bytes of shared memory, the device has " +
+           std::to_string(limits.shared_per_block));
+  }
 
   const int64_t value = C * state_bytes(dtype);
   plan.workspace_bytes = B * value * (forward ? 3 * (plan.chunks - 1) : 2 * (plan.chunks - 1) + 2 * plan.chunks);

@@ -4,7 +4,8 @@
 // A block owns `tile_channels` channels of one sequence over one chunk of its steps. It takes the chunk tile by tile:
 // `spans` threads lie along a tile's steps, each with `span_steps` of them, and `lanes` threads along its channels.
 // With one chunk the block carries the state through the whole sequence, which is the serial schedule; with more,
-// chunks are summarised, the summaries carried from one to the next, and every chunk replayed from its true beginning.
+// chunks hand their states on to one another within a launch (a single pass), or are summarised, the summaries carried
+// from one to the next, and every chunk replayed from its true beginning (chunked).
 #pragma once
 
 #include <cstdint>
@@ -19,8 +20,6 @@ struct DeviceLimits {
   int64_t multiprocessors;
   int64_t shared_per_block;  // bytes, with the opt-in
   int64_t shared_per_multiprocessor;
-  int64_t threads_per_multiprocessor;
-  int64_t blocks_per_multiprocessor;
 };
 
 inline constexpr int64_t kMaxGridY = 65535;
@@ -56,11 +55,11 @@ static_assert(kBackwardThreads == backward_spans(DType::float64) * lane_count(DT
 struct ForwardLayout {
   int tile, summaries, carry, channels, heard, place, size;
 
-  constexpr ForwardLayout(DType dtype, int spans, int tiles) {
+  constexpr ForwardLayout(DType dtype, int spans, int buffers) {
     const int row = tile_channels(dtype) * static_cast<int>(element_bytes(dtype));
     const int state = 3 * tile_channels(dtype) * static_cast<int>(state_bytes(dtype));
     tile = 2 * spans * span_steps(Operation::forward) * row;  // k, then v
-    summaries = tiles * tile;
+    summaries = buffers * tile;
     carry = summaries + spans * state;
     channels = carry + state;
     heard = channels + kChannelValues * tile_channels(dtype) * static_cast<int>(state_bytes(dtype));
@@ -98,7 +97,7 @@ struct BackwardLayout {
 struct PlanRequest {
   const char* schedule = nullptr;  // "serial", "chunked" for three launches, or "single_pass"
   int64_t warps = 0;               // spans of a block
-  int64_t tiles = 0;               // Plan::tiles
+  int64_t buffers = 0;             // Plan::buffers
   int64_t chunk_len = 0;
   int64_t group = 0;  // Plan::group
 };
@@ -108,7 +107,7 @@ struct Plan {
   DType dtype;
   int64_t B, T, C;
   int spans;
-  int tiles;  // that a block has in shared memory; two are a ring, of which one arrives while the other is walked
+  int buffers;  // for tiles, of a block; two are a ring: one tile arrives while the other is walked
   int64_t tile_steps;
   int64_t chunk_len;
   int64_t chunks;

@@ -1,9 +1,10 @@
 """A backend "emulated" for tests: the GPU kernels by one of the executors of gpu_programs, on CPU tensors.
 
 As a pytest plugin (-p emulated_backend) it lets the whole suite run on them: on the C++ phases, or with
-WKV_TEST_ARCHITECTURE=sm_90 on the PTX of that architecture.
+WKV_TEST_ARCHITECTURE=sm_90 on the PTX of that architecture. WKV_TEST_PLANS may ask something of the plans, as JSON.
 """
 
+import json
 import os
 import shutil
 import tempfile
@@ -96,6 +97,6 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
         executor = gpu_programs.Emulator(gpu_programs.compile_emulator(folder), "shuffled")
     else:
         executor = gpu_programs.PtxRunner(folder, architecture, "random")
-    context = emulated(executor)
+    context = emulated(executor, *json.loads(os.environ.get("WKV_TEST_PLANS", "[]")))
     context.__enter__()
     early_config.add_cleanup(lambda: context.__exit__(None, None, None))

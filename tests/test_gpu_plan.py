@@ -11,15 +11,11 @@ H100 = {
     "multiprocessors": 132,
     "shared_per_block": 232448,
     "shared_per_multiprocessor": 233472,
-    "threads_per_multiprocessor": 2048,
-    "blocks_per_multiprocessor": 32,
 }
 T4 = {
     "multiprocessors": 40,
     "shared_per_block": 65536,
     "shared_per_multiprocessor": 65536,
-    "threads_per_multiprocessor": 1024,
-    "blocks_per_multiprocessor": 16,
 }
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -60,8 +56,13 @@ def test_the_plan_covers_every_element_once_and_fits_the_device(seed: int) -> No
         assert plan["chunks"] <= 65535
         assert (plan["schedule"] == "serial") == (plan["chunks"] == 1)
         assert request["schedule"] in (None, plan["schedule"]) or plan["chunks"] == 1
-        ring = operation == "forward" and plan["spans"] == 1 and plan["schedule"] != "single_pass" and T > 32
-        assert plan["tiles"] in ((1, 2) if ring else (1,))
+        wants_ring = plan["spans"] == 1 and plan["schedule"] != "single_pass" and min(T, plan["chunk_len"]) > 32
+        if operation == "forward" and wants_ring and request["schedule"] != "single_pass" and dtype != "float64":
+            of_a_ring = plan["shared_bytes"] if plan["buffers"] == 2 else 2 * plan["shared_bytes"]
+            assert plan["buffers"] == 2 or 4 * of_a_ring > limits["shared_per_multiprocessor"]
+            assert plan["buffers"] == 1 or 4 * of_a_ring <= limits["shared_per_multiprocessor"]
+        else:
+            assert plan["buffers"] == 1
         if plan["schedule"] == "single_pass":
             assert plan["chunk_len"] == plan["tile_steps"] and 1 <= plan["group"] <= 32
             assert plan["signal_count"] == (1 + plan["chunks"]) * B * plan["channel_tiles"] < 2**32
@@ -84,22 +85,28 @@ def test_few_channels_are_split_over_time_and_many_are_not(operation: str) -> No
     assert many["schedule"] == "serial" and many["reason"] == "the channels alone keep the device busy"
     double = _C.plan_cuda(operation, "float64", 1, 4096, 768)
     assert double["schedule"] == "chunked" and "single pass needs a warp" in double["reason"]
+    tile = 128 if operation == "forward" else 64
+    long = _C.plan_cuda(operation, "bfloat16", 1, 65535 * tile, 64)
+    assert long["schedule"] == "single_pass" and long["chunks"] == 65535
+    longer = _C.plan_cuda(operation, "bfloat16", 1, 65535 * tile + 1, 64)
+    assert longer["schedule"] == "chunked" and "more blocks than a grid" in longer["reason"]
     short = _C.plan_cuda(operation, "bfloat16", 1, 5, 768)
     assert short["schedule"] == "serial" and short["reason"] == "one tile holds the whole sequence"
 
 
 def test_a_span_alone_has_a_ring_where_a_multiprocessor_has_room_for_four() -> None:
-    def tiles_and_spans(dtype: str, B: int, limits: dict[str, int]) -> tuple[int, int]:
+    def buffers_and_spans(dtype: str, B: int, limits: dict[str, int]) -> tuple[int, int]:
         plan = _C.plan_cuda("forward", dtype, B, 1024, 2048, limits)
         assert plan["schedule"] == "serial"
-        return plan["tiles"], plan["spans"]
+        return plan["buffers"], plan["spans"]
 
-    for dtype in DTYPES:
-        assert tiles_and_spans(dtype, 17, H100) == (2, 1)
-    # Turing has no asynchronous copies either; there many blocks share a multiprocessor, or four spans a block.
-    assert tiles_and_spans("float32", 20, T4) == (1, 1)
-    assert tiles_and_spans("float32", 10, T4)[0] == 1
-    assert _C.plan_cuda("forward", "float32", 64, 32, 4096, H100)["tiles"] == 1, "there is one tile"
+    for dtype in ("float32", "float16", "bfloat16"):
+        assert buffers_and_spans(dtype, 17, H100) == (2, 1)
+        assert buffers_and_spans(dtype, 20, T4) == (1, 1)
+        assert buffers_and_spans(dtype, 10, T4)[0] == 1
+    assert buffers_and_spans("float64", 10, H100) == (1, 4)
+    assert _C.plan_cuda("forward", "float32", 64, 32, 4096, H100)["buffers"] == 1, "there is one tile"
+    assert _C.plan_cuda("forward", "float32", 1, 999, 64, H100, warps=1, chunk_len=32)["buffers"] == 1, "of each chunk"
 
 
 @pytest.mark.parametrize("operation", ["forward", "backward"])
@@ -134,9 +141,9 @@ def test_what_the_chunks_hand_on_is_small(operation: str, dtype: str) -> None:
             {"schedule": "serial", "chunk_len": 64},
             "chunk_len: a serial schedule has no choice",
         ),
-        (("forward", "float32", 1, 99, 1), {"warps": 2, "tiles": 2}, "tiles: two are a ring, which forward has"),
-        (("backward", "float32", 1, 99, 1), {"tiles": 2}, "tiles: two are a ring, which forward has"),
-        (("forward", "float32", 1, 99, 1), {"tiles": 3}, "tiles: expected 1 or 2, got 3"),
+        (("forward", "float32", 1, 99, 1), {"warps": 2, "buffers": 2}, "buffers: two are a ring, which forward has"),
+        (("backward", "float32", 1, 99, 1), {"buffers": 2}, "buffers: two are a ring, which forward has"),
+        (("forward", "float32", 1, 99, 1), {"buffers": 3}, "buffers: expected 1 or 2, got 3"),
         (("forward", "float32", 1, 999, 1), {"group": 33}, "group: expected 1 to 32, got 33"),
         (("forward", "float32", 1, 999, 1), {"schedule": "serial", "group": 2}, "group: it is of a single_pass"),
         (
@@ -154,8 +161,8 @@ def test_a_plan_that_cannot_be_is_refused(arguments: tuple[Any, ...], request_: 
 def test_what_is_asked_of_a_plan_is_met_and_named() -> None:
     plan = _C.plan_cuda("forward", "float32", 1, 999, 1, schedule="single_pass", group=5, warps=None)
     assert (plan["schedule"], plan["group"]) == ("single_pass", 5)
-    plan = _C.plan_cuda("forward", "float32", 1, 999, 1, schedule="serial", warps=1, tiles=1)
-    assert (plan["spans"], plan["tiles"]) == (1, 1)
+    plan = _C.plan_cuda("forward", "float32", 1, 999, 1, schedule="serial", warps=1, buffers=1)
+    assert (plan["spans"], plan["buffers"]) == (1, 1)
     with pytest.raises(TypeError, match="a plan has no choice of wraps"):
         _C.plan_cuda("forward", "float32", 1, 999, 1, wraps=1)
 

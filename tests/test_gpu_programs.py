@@ -1,5 +1,6 @@
 """The GPU kernels' programs on the host: their phases in any order of threads, without a GPU or a CUDA toolkit."""
 
+import json
 import os
 import subprocess
 import sys
@@ -59,17 +60,26 @@ def _emulated(library: Any, plan: str = "automatic", **emulator: Any) -> Iterato
         yield name
 
 
-def test_the_suite_passes_on_the_emulated_kernels() -> None:
-    files = [str(HERE / f"test_{name}.py") for name in ("operator", "state", "special_values")]
+def _run_suite(*names: str, which: str = "emulated", **environment: str) -> None:
+    files = [str(HERE / f"test_{name}.py") for name in names]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "emulated_backend", *files, "-k", "emulated"],
-        env={**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+        [sys.executable, "-m", "pytest", "-q", "-p", "emulated_backend", *files, "-k", which],
+        env={**os.environ, **environment, "PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
         cwd=HERE.parent,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
     assert "skipped" not in result.stdout.splitlines()[-1]
+
+
+def test_the_suite_passes_on_the_emulated_kernels() -> None:
+    _run_suite("operator", "state", "special_values")
+
+
+@pytest.mark.parametrize("plan", ["serial_single_spans", "single_pass_of_small_tiles"])
+def test_special_values_pass_through_rings_and_from_chunk_to_chunk(plan: str) -> None:
+    _run_suite("special_values", which="emulated and not float64", WKV_TEST_PLANS=json.dumps(PLANS[plan]))
 
 
 @pytest.mark.parametrize(("plan", "dtype"), PLANS_AND_DTYPES)

@@ -326,7 +326,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const std::optional<at::Tensor>& gstate_out) {
   const Arguments arguments(w, u, k, v, state);
   const GradientArguments given(arguments, checkpoints, gy, gstate_out);
-  const at::Tensor gw = arguments.empty_parameter(), gu = arguments.empty_parameter();
+  const auto accumulated = arguments.k.options().dtype(state_type(arguments.k));
+  const at::Tensor gw = at::empty({arguments.C()}, accumulated), gu = at::empty({arguments.C()}, accumulated);
   const at::Tensor gk = arguments.empty_sequence(), gv = arguments.empty_sequence();
   const at::Tensor gstate = arguments.empty_state();
   if (gk.numel() == 0) {

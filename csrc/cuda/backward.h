@@ -42,16 +42,12 @@ struct Backward {
   using Walk = SpanWalk<Element, kSteps>;
   using Gathered = typename Walk::Gathered;
 
-  struct Thread {
-    int index;
-    // What lives in registers from one phase to the next.
+  // What lives in registers from one phase to the next.
+  struct Thread : SpanThread<Element> {
     KeyRange<Lanes> keys;
     typename Walk::Replayed replayed;
     Gathered gathered;
     Sums<Lanes> own;
-
-    WKV_HD int lane() const { return index % Geo::kLanes; }
-    WKV_HD int span() const { return index / Geo::kLanes; }
   };
 
   // Gradients of (num, den) in shared memory.
@@ -70,10 +66,12 @@ struct Backward {
   };
 
   // The same for all threads of the block.
-  struct Block {
+  struct Block : ChannelTile<Element, kSteps> {
+    using Base = ChannelTile<Element, kSteps>;
+    using Base::b, Base::channel_of;
     BackwardArguments arguments;
-    int64_t b, c, chunk;
-    int tiles, columns;
+    int64_t chunk;
+    int tiles;
     Element *k, *v, *gy;
     SharedStates<Lanes, Geo::kLanes> summaries, start, heard;  // heard: sums and log-decay over the part
     SharedChannels<Lanes, Geo::kLanes> channels;
@@ -81,11 +79,7 @@ struct Backward {
     SharedAdjoints adjoints, carry;
 
     WKV_HD Block(const BackwardArguments& arguments, int64_t b, int64_t chunk, int64_t tile, char* shared)
-        : arguments(arguments),
-          b(b),
-          c(tile * Geo::kTileChannels),
-          chunk(chunk),
-          columns(clamp_count(arguments.C - c, Geo::kTileChannels)) {
+        : Base(b, tile, arguments.C), arguments(arguments), chunk(chunk) {
       constexpr BackwardLayout layout(Geo::dtype);
       k = reinterpret_cast<Element*>(shared + layout.k);
       v = reinterpret_cast<Element*>(shared + layout.v);
@@ -104,20 +98,6 @@ struct Backward {
     WKV_HD int64_t t_begin() const { return chunk * arguments.chunk_len; }
 
     static constexpr int threads() { return kSpans * Geo::kLanes; }
-    WKV_HD int channels_of(const Thread& thread) const {
-      return clamp_count(columns - thread.lane() * Geo::kLaneChannels, Geo::kLaneChannels);
-    }
-    WKV_HD int64_t channel_of(const Thread& thread) const { return c + thread.lane() * Geo::kLaneChannels; }
-    template <class E>
-    WKV_HD static E* span(E* tile, const Thread& thread) {
-      return tile + thread.span() * kSteps * Geo::kTileChannels;
-    }
-    template <class E>
-    WKV_HD static Column<E> column(E* tile, const Thread& thread) {
-      return {span(tile, thread) + thread.lane() * Geo::kLaneChannels};
-    }
-    WKV_HD static int steps_of(int span, int rows) { return clamp_count(rows - span * kSteps, kSteps); }
-    WKV_HD static int spans_of(int rows) { return (rows - 1) / kSteps + 1; }
 
     // Rows of several values in memory, for the channels of a thread.
     template <class Values>
@@ -359,7 +339,7 @@ struct Backward {
   }
 
   template <class Team>
-  WKV_HD static void run(const Arguments& arguments, BlockIndex index, int threads, Team& team, char* shared) {
+  WKV_HD static void run(const Arguments& arguments, BlockIndex index, int, Team& team, char* shared) {
     if constexpr (pass == Pass::single) {
       run_single_pass(arguments, index, team, shared);
     } else {
@@ -385,7 +365,7 @@ struct Backward {
 
   template <class Team>
   WKV_HD static void run_single_pass(const Arguments& arguments, BlockIndex index, Team& team, char* shared) {
-    const Signals signals{arguments.hand_over};
+    const Signals signals(arguments.hand_over, arguments.B);
     Place* place = reinterpret_cast<Place*>(shared + BackwardLayout(Geo::dtype).place);
     team.phase([=](Thread& thread) {
       if (thread.index == 0) *place = signals.take_place(index, arguments.chunks, kSpans);

@@ -230,7 +230,7 @@ struct VectorShare {
       at += kRowStep * rows.stride;
       of_span += kRowStep * Geo::kTileChannels;
     };
-    if (steps == kSteps) {
+    if (kFullTilesOnly || steps == kSteps) {
 #pragma unroll 4
       for (int turn = 0; turn < kTurns; ++turn) take_turn();
     } else {

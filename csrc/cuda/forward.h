@@ -2,7 +2,7 @@
 // chunk's true state and writes y, checkpoints and, at the sequence's end, the final state; one that summarises sums
 // the chunk up for the others; a single pass does both, with the chunk in shared memory all the time.
 //
-//   stage      k and v of a tile come to shared memory
+//   stage      k and v of a tile come to shared memory; of a ring, those of the tile after the one that is walked
 //   summarise  each span sums up its own steps
 //   speak and listen, take   in a single pass: the chunk hands over and is handed what it starts from
 //   walk       each span joins the carried state with the spans before it and walks from there, y taking k's place
@@ -24,14 +24,10 @@ struct Forward {
   static constexpr int kSteps = span_steps(Operation::forward);
   using Walk = SpanWalk<Element, kSteps>;
 
-  struct Thread {
-    int index;
-    // What lives in registers from one phase to the next.
+  // What lives in registers from one phase to the next.
+  struct Thread : SpanThread<Element> {
     KeyRange<Lanes> keys;
     State<Lanes> own, after;
-
-    WKV_HD int lane() const { return index % Geo::kLanes; }
-    WKV_HD int span() const { return index / Geo::kLanes; }
   };
 
   struct Tile {
@@ -39,26 +35,26 @@ struct Forward {
   };
 
   // The same for all threads of the block.
-  struct Block {
+  struct Block : ChannelTile<Element, kSteps> {
+    using Base = ChannelTile<Element, kSteps>;
+    using Base::b, Base::channel_of, Base::channels_of;
     ForwardArguments arguments;
-    int64_t b, c, chunk, t_begin, t_end;
-    int spans, columns;
+    int64_t chunk, t_begin, t_end;
+    int spans;
     char* shared;
     int tile_bytes;
     SharedStates<Lanes, Geo::kLanes> summaries, carry, heard;
     SharedChannels<Lanes, Geo::kLanes> channels;
 
     WKV_HD Block(const ForwardArguments& arguments, int64_t b, int64_t chunk, int64_t tile, int threads, char* shared)
-        : arguments(arguments),
-          b(b),
-          c(tile * Geo::kTileChannels),
+        : Base(b, tile, arguments.C),
+          arguments(arguments),
           chunk(chunk),
           t_begin(chunk * arguments.chunk_len),
           t_end(chunk + 1 < arguments.chunks ? t_begin + arguments.chunk_len : arguments.T),
           spans(threads / Geo::kLanes),
-          columns(clamp_count(arguments.C - c, Geo::kTileChannels)),
           shared(shared) {
-      const ForwardLayout layout(Geo::dtype, spans, arguments.tiles);
+      const ForwardLayout layout(Geo::dtype, spans, arguments.buffers);
       tile_bytes = layout.tile;
       summaries = {reinterpret_cast<Lanes*>(shared + layout.summaries)};
       carry = {reinterpret_cast<Lanes*>(shared + layout.carry)};
@@ -67,23 +63,12 @@ struct Forward {
     }
 
     WKV_HD int threads() const { return spans * Geo::kLanes; }
-    WKV_HD bool has_ring() const { return arguments.tiles > 1; }
+    WKV_HD bool has_ring() const { return arguments.buffers > 1; }
     // By offset: the compiler loses sight of shared memory when it has to choose between pointers.
     WKV_HD Tile tile_at(int offset) const {
       char* const tile = shared + offset;
       return {reinterpret_cast<Element*>(tile), reinterpret_cast<Element*>(tile + tile_bytes / 2)};
     }
-    WKV_HD int channels_of(const Thread& thread) const {
-      return clamp_count(columns - thread.lane() * Geo::kLaneChannels, Geo::kLaneChannels);
-    }
-    WKV_HD int64_t channel_of(const Thread& thread) const { return c + thread.lane() * Geo::kLaneChannels; }
-    WKV_HD static Element* span(Element* tile, const Thread& thread) {
-      return tile + thread.span() * kSteps * Geo::kTileChannels;
-    }
-    WKV_HD static Column<Element> column(Element* tile, const Thread& thread) {
-      return {span(tile, thread) + thread.lane() * Geo::kLaneChannels};
-    }
-    WKV_HD int steps_of(int span, int rows) const { return clamp_count(rows - span * kSteps, kSteps); }
 
     // States in memory, for the channels of a thread.
     WKV_HD Real* state_at(void* states, int64_t row, const Thread& thread) const {
@@ -94,7 +79,7 @@ struct Forward {
     }
 
     // What chunk i gives to those behind it. Of a single pass, what the last one of a group gives is the state after
-    // it, which is stored anyway where there are checkpoints.
+    // it, which may have to be stored anyway, as a checkpoint.
     WKV_HD Real* chunk_state_at(int64_t i, bool ends_group, const Thread& thread) const {
       if (pass == Pass::single && ends_group && is_checkpoint((i + 1) * arguments.chunk_len)) {
         return checkpoint_at((i + 1) * arguments.chunk_len, thread);
@@ -163,7 +148,6 @@ struct Forward {
     }
     return state;
   }
-  WKV_HD static int spans_of(int rows) { return (rows - 1) / kSteps + 1; }
 
   // Needs `summaries`; leaves what each span heard in `heard`.
   WKV_HD static void speak_and_listen(const Block& block, const Neighbours& neighbours, int rows, Thread& thread) {
@@ -171,7 +155,7 @@ struct Forward {
     const Place& place = neighbours.place;
     if (thread.span() == 0 && place.is_heard) {
       // `carry` is empty but for the first chunk.
-      thread.own = carried_to(block, spans_of(rows), rows, lane);
+      thread.own = carried_to(block, block.spans_of(rows), rows, lane);
       if (neighbours.gives_own()) {
         block.store(block.chunk_state_at(block.chunk, place.ends_group, thread), thread, thread.own);
         neighbours.speak(lane);
@@ -216,7 +200,7 @@ struct Forward {
     if (walk.steps == 0) return;
     const auto y = block.column(tile.k, thread);
     const Column<const Element> k{y.first}, v{block.column(tile.v, thread).first};
-    if (block.spans == 1) thread.keys = walk.range_of(y);
+    if (pass != Pass::single && block.spans == 1) thread.keys = walk.range_of(y);
     const State<Lanes> state = carried_to(block, span, rows, thread.lane());
     const int64_t t_span = t + span * kSteps;
     if (block.is_checkpoint(t_span) && !(span == 0 && is_stored)) {
@@ -233,7 +217,7 @@ struct Forward {
       unstage<kSteps>(rows_from<Element>(arguments.y, arguments.T, arguments.C, block.b, t_span, block.c),
                       block.span(tile.k, thread), block.steps_of(thread.span(), rows), block.columns, thread.lane());
     }
-    const int spans = spans_of(rows);
+    const int spans = block.spans_of(rows);
     if (thread.span() != (writes ? spans - 1 : 0)) return;
     const State<Lanes> after = writes ? thread.after : carried_to(block, spans, rows, thread.lane());
     block.carry.set(0, thread.lane(), after);
@@ -250,8 +234,13 @@ struct Forward {
   WKV_HD static void run(const Arguments& arguments, BlockIndex index, int threads, Team& team, char* shared) {
     if constexpr (pass == Pass::single) {
       run_single_pass(arguments, index, threads, team, shared);
-      return;
+    } else {
+      run_tiles(arguments, index, threads, team, shared);
     }
+  }
+
+  template <class Team>
+  WKV_HD static void run_tiles(const Arguments& arguments, BlockIndex index, int threads, Team& team, char* shared) {
     const Block block(arguments, index.z, index.y, index.x, threads, shared);
     const int tile_steps = block.spans * kSteps;
     // In a ring, a tile is staged one turn before it is walked.
@@ -288,9 +277,9 @@ struct Forward {
   template <class Team>
   WKV_HD static void run_single_pass(const Arguments& arguments, BlockIndex index, int threads, Team& team,
                                      char* shared) {
-    const Signals signals{arguments.hand_over};
+    const Signals signals(arguments.hand_over, arguments.B);
     const int spans = threads / Geo::kLanes;
-    Place* place = reinterpret_cast<Place*>(shared + ForwardLayout(Geo::dtype, spans, arguments.tiles).place);
+    Place* place = reinterpret_cast<Place*>(shared + ForwardLayout(Geo::dtype, spans, arguments.buffers).place);
     team.phase([=](Thread& thread) {
       if (thread.index == 0) *place = signals.take_place(index, arguments.chunks, spans);
     });
@@ -299,7 +288,7 @@ struct Forward {
     const Tile tile = block.tile_at(0);
     const int64_t t = block.t_begin;
     const int rows = static_cast<int>(block.t_end - t);
-    // What ended the group before was this state, and is a checkpoint if there are any.
+    // Where it is a checkpoint: what ended the group before gave it.
     const bool is_stored = neighbours.place.starts_group;
     team.phase([=](Thread& thread) {
       stage_tile(block, tile, t, rows, thread);

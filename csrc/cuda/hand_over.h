@@ -44,9 +44,13 @@ static_assert(sizeof(Place) <= kPlaceBytes);
 // A counter for each column, of the blocks that have begun, and a flag for each block.
 struct Signals {
   HandOver hand_over;
+  uint32_t columns;
+
+  WKV_HD Signals(const HandOver& hand_over, int64_t B)
+      : hand_over(hand_over), columns(static_cast<uint32_t>(B) * hand_over.channel_tiles) {}
 
   WKV_HD Place take_place(BlockIndex block, int64_t chunks, int spans) const {
-    const uint32_t column = block.y * hand_over.tiles + block.x;
+    const uint32_t column = block.y * hand_over.channel_tiles + block.x;
 #if defined(__CUDA_ARCH__)
     const cuda::atomic_ref<uint32_t, cuda::thread_scope_device> begun(hand_over.signals[column]);
     const uint32_t position = begun.fetch_add(1, cuda::memory_order_relaxed);
@@ -77,7 +81,7 @@ struct Signals {
 
  private:
   WKV_HD uint32_t& flag(uint32_t column, uint32_t position) const {
-    return hand_over.signals[(1 + position) * hand_over.columns + column];
+    return hand_over.signals[(1 + position) * columns + column];
   }
 };
 

@@ -20,6 +20,43 @@ struct Column {
   WKV_HD Element* at(int step) const { return first + step * Geometry<std::remove_const_t<Element>>::kTileChannels; }
 };
 
+// A thread of a block whose spans lie one after the other.
+template <class Element>
+struct SpanThread {
+  int index;
+
+  WKV_HD int lane() const { return index % Geometry<Element>::kLanes; }
+  WKV_HD int span() const { return index / Geometry<Element>::kLanes; }
+};
+
+// The channels that a block has of a sequence, and its tiles of spans of `kSteps` steps.
+template <class Element, int kSteps>
+struct ChannelTile {
+  using Geo = Geometry<Element>;
+  using Thread = SpanThread<Element>;
+  int64_t b, c;  // the sequence, and the first channel
+  int columns;
+
+  WKV_HD ChannelTile(int64_t b, int64_t tile, int64_t C)
+      : b(b), c(tile * Geo::kTileChannels), columns(clamp_count(C - c, Geo::kTileChannels)) {}
+
+  WKV_HD int channels_of(const Thread& thread) const {
+    return clamp_count(columns - thread.lane() * Geo::kLaneChannels, Geo::kLaneChannels);
+  }
+  WKV_HD int64_t channel_of(const Thread& thread) const { return c + thread.lane() * Geo::kLaneChannels; }
+
+  template <class E>
+  WKV_HD static E* span(E* tile, const Thread& thread) {
+    return tile + thread.span() * kSteps * Geo::kTileChannels;
+  }
+  template <class E>
+  WKV_HD static Column<E> column(E* tile, const Thread& thread) {
+    return {span(tile, thread) + thread.lane() * Geo::kLaneChannels};
+  }
+  WKV_HD static int steps_of(int span, int rows) { return clamp_count(rows - span * kSteps, kSteps); }
+  WKV_HD static int spans_of(int rows) { return (rows - 1) / kSteps + 1; }
+};
+
 // Calls function(step) for the first `count` steps.
 template <int kSteps, class Function>
 WKV_HD void for_steps(int count, const Function& function) {

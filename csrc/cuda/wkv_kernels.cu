@@ -89,9 +89,7 @@ DeviceLimits device_limits(int device) {
     return static_cast<int64_t>(value);
   };
   return asked[device] = {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                          attribute(cudaDevAttrMaxThreadsPerMultiProcessor),
-                          attribute(cudaDevAttrMaxBlocksPerMultiprocessor)};
+                          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
 }
 
 cudaError_t launch(const std::vector<Launch>& launches, cudaStream_t stream) {
