@@ -114,7 +114,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   const Arguments arguments(w, u, k, v, state);
   const GradientArguments gradients(arguments, checkpoints, gy, gstate_out);
   const c10::cuda::CUDAGuard guard(k.device());
-  const at::Tensor gw = at::empty_like(arguments.w), gu = at::empty_like(arguments.u);
+  const at::Tensor gw = at::empty({arguments.C()}, arguments.w.options());
+  const at::Tensor gu = at::empty({arguments.C()}, arguments.u.options());
   const at::Tensor gk = arguments.empty_sequence(), gv = arguments.empty_sequence();
   const at::Tensor gstate = arguments.empty_state();
   if (gk.numel() == 0) {
