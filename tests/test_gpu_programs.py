@@ -154,7 +154,7 @@ def test_a_missing_barrier_is_caught(kernel: str, plan: dict[str, Any], barriers
     def run(emulator: Any) -> list[Tensor]:
         y, state_out, checkpoints = gpu_programs.forward(emulator, w, u, k, v, state, True, **plan)
         given = (w, u, k, v, state, checkpoints, tensors.gy, tensors.gstate)
-        return [y, state_out, checkpoints, *gpu_programs.backward(emulator, *given, **{**plan, "warps": 0})]
+        return [y, state_out, checkpoints, *gpu_programs.backward(emulator, *given, **{**plan, "warps": None})]
 
     expected = run(gpu_programs.Emulator(library))
     for barrier in barriers:
