@@ -1,10 +1,17 @@
-"""What a call costs besides the work: importing the package, a launch, a decoding step, eager and in a graph."""
+"""What a call costs besides the work: importing the package, a launch, a decoding step, and gradients.
+
+Gradients are measured beside the least that a differentiable operator of torch can cost: an autograd.Function that
+calls the same two kernels and checks nothing.
+"""
 
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.utils.benchmark
+from torch import Tensor
 
 from benchmarks.device import Call, Device, timed
 from benchmarks.op import backends
@@ -12,6 +19,7 @@ from benchmarks.records import Record, Row
 from rwkv_kernels import empty_state, wkv, wkv_step
 
 TITLE = "Latency: the time between eager calls that follow each other; the kernel's own, in a graph"
+GRADIENTS = "Latency of gradients: one thread, float32, (1, 4, 64), eager calls that follow each other"
 IMPORT = """
 import time, torch
 start = time.perf_counter()
@@ -35,6 +43,11 @@ def run(device: Device, record: Record) -> None:
         with record.attempt(what), torch.no_grad():
             rows += _rows(device, what, call)
     record.add(TITLE, ["what", "way"], rows)
+    rows = []
+    for backend in backends(device):
+        with record.attempt(f"{backend}: gradients"), device.default():
+            rows += _gradient_rows(device, backend)
+    record.add(GRADIENTS, ["backend", "what", "way"], rows)
 
 
 def _import_row(device: Device) -> Row:
@@ -80,3 +93,66 @@ def _seconds_in_a_graph(device: Device, call: Call) -> list[float]:
         for _ in range(CALLS_IN_A_GRAPH):
             call()
     return [sample / CALLS_IN_A_GRAPH for sample in device.alternate({"graph": graph.replay})["graph"]]
+
+
+class _Plain(torch.autograd.Function):
+    """The operators of the backends cpu and cuda, without state, checks, or a choice of backend."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            y, _, checkpoints = torch.ops.rwkv_kernels.wkv_forward.default(*inputs, None, True)
+        ctx.save_for_backward(*inputs, checkpoints)
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> Any:
+        *inputs, checkpoints = ctx.saved_tensors
+        with torch._C._AutoDispatchBelowAutograd():
+            gradients = torch.ops.rwkv_kernels._wkv_backward.default(*inputs, None, checkpoints, gy, None)
+        return gradients[:4]
+
+
+PLAIN = "plain autograd.Function"
+
+
+def gradient_calls(backend: str) -> dict[tuple[str, str], Call]:
+    """What is measured, and whether forward alone or with backward -> a call."""
+    inputs = [torch.randn(shape, requires_grad=True) for shape in [(64,), (64,), (1, 4, 64), (1, 4, 64)]]
+    _, _, k, v = inputs
+    gy = torch.ones_like(k)
+    forwards: dict[str, Callable[[], Any]] = {
+        PLAIN: lambda: _Plain.apply(*inputs),
+        "wkv": lambda: wkv(*inputs, backend=backend),
+        "torch.softmax of k": lambda: k.softmax(-1),
+        "scaled_dot_product_attention": lambda: torch.nn.functional.scaled_dot_product_attention(k, k, v),
+    }
+    if backend not in ("cpu", "cuda"):
+        del forwards[PLAIN]
+
+    def with_backward(forward: Callable[[], Any]) -> Call:
+        return lambda: torch.autograd.grad(forward(), inputs, gy, allow_unused=True)
+
+    return {(what, "forward"): forward for what, forward in forwards.items()} | {
+        (what, "forward and backward"): with_backward(forward) for what, forward in forwards.items()
+    }
+
+
+def _gradient_rows(device: Device, backend: str) -> list[Row]:
+    """Microseconds of each call, which take turns."""
+    rounds, repetitions = (2, 2) if device.smoke else (25, 100)
+    timers = {
+        key: torch.utils.benchmark.Timer("call()", globals={"call": call})
+        for key, call in gradient_calls(backend).items()
+    }
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in timers}
+    for _ in range(rounds):
+        for key, timer in timers.items():
+            seconds[key].append(timer.timeit(repetitions).mean)
+    rows = []
+    for (what, way), samples in seconds.items():
+        row: Row = {"backend": backend, "what": what, "way": way, **timed(samples, "µs")}
+        if (PLAIN, way) in seconds:
+            row["of plain"] = row["µs"] / timed(seconds[PLAIN, way], "µs")["µs"]
+        rows.append(row)
+    return rows

@@ -3,8 +3,13 @@
 `attach` gives all of it to one forward and backward pair. The derivative is an autograd.Function behind the operator's
 Autograd key, and not torch.library.register_autograd, because the latter's functions work under neither torch.func.grad
 nor forward-mode AD: the first raises, the second returns zeros.
+
+A call that nothing traces takes a shorter way: the same derivative from an autograd.Function of the old form, and the
+operator below its Autograd key. The rest of the way is Python, three times the price of the operator for a small call:
+every pass through the key calls back into Python, and a Function with setup_context binds its arguments by inspection.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,12 +36,29 @@ def _needs_derivative(*arguments: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
 
 
+def _below_autograd(operator: OpOverload, *arguments: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
+def _untraced() -> bool:
+    """Whether this call is run and not also recorded or transformed: by torch.compile, jit, torch.func, or a mode."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    )
+
+
 def _transforms_active() -> bool:
     """Whether torch.func is at work: it follows an autograd.Function from outside, but not from inside an operator."""
     return torch._C._are_functorch_transforms_active()
 
 
-def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, Any]:
+def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, Any, Any]:
+    """The derivative of backward, which raises; of forward; and of forward in calls that nothing traces."""
+
     class Backward(torch.autograd.Function):
         generate_vmap_rule = True
 
@@ -75,7 +97,11 @@ def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, A
             w, u, k, v, state, checkpoints = ctx.saved_tensors
             if gy is None:
                 gy = torch.zeros_like(k)
-            call: Any = Backward.apply if _transforms_active() else backward
+            call: Any = backward  # in general: its Autograd key refuses a second derivative
+            if _transforms_active():
+                call = Backward.apply
+            elif _untraced() and not torch.is_grad_enabled():
+                call = functools.partial(_below_autograd, backward)
             *gradients, gstate = call(w, u, k, v, state, checkpoints, gy, gstate_out)
             return (*gradients, None if state is None else gstate)
 
@@ -83,7 +109,17 @@ def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, A
         def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
             raise NotImplementedError(NO_FORWARD_MODE)
 
-    return Forward, Backward
+    class Untraced(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Tensor | None) -> Outputs:
+            outputs: Outputs = _below_autograd(forward, *arguments, True)
+            Forward.setup_context(ctx, arguments, outputs)
+            return outputs
+
+        backward = Forward.backward
+        jvp = Forward.jvp
+
+    return Backward, Forward, Untraced
 
 
 def attach(
@@ -96,7 +132,7 @@ def attach(
 
     Returns the differentiable function (w, u, k, v, state) -> (y, state_out).
     """
-    ForwardFunction, BackwardFunction = _define_functions(forward, backward)
+    BackwardFunction, ForwardFunction, UntracedFunction = _define_functions(forward, backward)
     forward_name, backward_name = forward._schema.name, backward._schema.name
 
     # ---- shapes ----
@@ -137,8 +173,7 @@ def attach(
 
     def forward_autograd(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool) -> Outputs:
         if not _needs_derivative(w, u, k, v, state):
-            with torch._C._AutoDispatchBelowAutograd():
-                return forward(w, u, k, v, state, checkpoint)  # type: ignore[no-any-return]
+            return _below_autograd(forward, w, u, k, v, state, checkpoint)  # type: ignore[no-any-return]
         if _transforms_active():
             raise NotImplementedError(f"torch.func transforms do not reach inside {forward_name}: use rwkv_kernels.wkv")
         y, state_out, checkpoints = ForwardFunction.apply(w, u, k, v, state)
@@ -146,8 +181,7 @@ def attach(
 
     def backward_autograd(*arguments: Tensor | None) -> Outputs:
         if not _needs_derivative(*arguments):
-            with torch._C._AutoDispatchBelowAutograd():
-                return backward(*arguments)  # type: ignore[no-any-return]
+            return _below_autograd(backward, *arguments)  # type: ignore[no-any-return]
         return BackwardFunction.apply(*arguments)  # type: ignore[no-any-return]
 
     library.impl(forward, forward_autograd, "Autograd")
@@ -190,7 +224,12 @@ def attach(
         library.impl(forward, forward_autocast, key)
 
     def differentiable(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        if _transforms_active():
+        if _untraced():
+            if _needs_derivative(w, u, k, v, state):
+                y, state_out, _ = UntracedFunction.apply(w, u, k, v, state)
+            else:
+                y, state_out, _ = _below_autograd(forward, w, u, k, v, state, False)
+        elif _transforms_active():
             y, state_out, _ = ForwardFunction.apply(w, u, k, v, state)
         else:
             y, state_out, _ = forward(w, u, k, v, state, False)

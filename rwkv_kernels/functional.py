@@ -70,22 +70,23 @@ def _check(
 ) -> None:
     # One expression for the good case, because it is part of every call's latency.
     try:
+        size, dtype, device = k.shape, k.dtype, k.device
         fits = (
-            k.dim() == len(shape)
-            and v.shape == k.shape
-            and w.shape == u.shape == k.shape[-1:]
-            and k.dtype in DTYPES
-            and v.dtype == k.dtype
+            len(size) == len(shape)
+            and v.shape == size
+            and w.shape == u.shape == size[-1:]
+            and dtype in DTYPES
+            and v.dtype == dtype
             and w.dtype in DTYPES
             and u.dtype in DTYPES
-            and w.device == u.device == v.device == k.device
-            and (r is None or (r.shape == k.shape and r.dtype == k.dtype and r.device == k.device))
+            and w.device == u.device == v.device == device
+            and (r is None or (r.shape == size and r.dtype == dtype and r.device == device))
             and (
                 state is None
                 or (
-                    state.shape == (k.shape[0], 3, k.shape[-1])
-                    and state.dtype == _state_dtype(k.dtype)
-                    and state.device == k.device
+                    state.shape == (size[0], 3, size[-1])
+                    and state.dtype == _state_dtype(dtype)
+                    and state.device == device
                 )
             )
         )

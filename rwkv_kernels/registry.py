@@ -37,11 +37,13 @@ Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 class Backend:
     """A way to compute the operator.
 
-    `why_unavailable` speaks of this machine and build, `why_not` of one call, known by its k. `forward` and `step` take
+    `device_types` are those of the tensors that it takes, None for all of them. `why_unavailable` speaks of this
+    machine and build, `why_not` of one call, known by its k, which is on such a device. `forward` and `step` take
     arguments that were checked.
     """
 
     name: str
+    device_types: tuple[str, ...] | None
     why_unavailable: Callable[[], str | None]
     why_not: Callable[[Tensor], str | None]
     forward: Forward
@@ -57,7 +59,7 @@ def _reference_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r
     return (y if r is None else torch.sigmoid(r.to(state.dtype)) * y).to(k.dtype)
 
 
-REFERENCE = Backend("reference", lambda: None, lambda k: None, reference.wkv, _reference_step)
+REFERENCE = Backend("reference", None, lambda: None, lambda k: None, reference.wkv, _reference_step)
 
 
 def _constant(function: Callable[..., str | None]) -> Callable[..., str | None]:
@@ -71,11 +73,6 @@ def _constant(function: Callable[..., str | None]) -> Callable[..., str | None]:
     ask._dynamo_marked_constant = True  # type: ignore[attr-defined]
     ask.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
     return ask
-
-
-def _cpu_why_not(k: Tensor) -> str | None:
-    # Meta tensors have no data, so the operator's fake kernel serves them.
-    return None if k.device.type in ("cpu", "meta") else f"k is on {k.device}, and this backend runs on the CPU"
 
 
 @_constant
@@ -114,8 +111,6 @@ def _why_uncovered(index: int) -> str | None:
 
 
 def _cuda_why_not(k: Tensor) -> str | None:
-    if k.device.type != "cuda":
-        return f"k is on {k.device}, and this backend runs on CUDA devices"
     return _cuda_why_unavailable() or _why_uncovered(k.device.index)
 
 
@@ -147,9 +142,16 @@ def _compiled() -> tuple[Forward, Step]:
 
 # Kernels of the same operators: torch takes those of the arguments' device.
 _forward, _step = _compiled()
-CUDA = Backend("cuda", _cuda_why_unavailable, _cuda_why_not, _forward, _step)
-TRITON = Backend("triton", triton_backend.why_unavailable, triton_backend.why_not, *triton_backend.attach(_library))
-CPU = Backend("cpu", lambda: extension.why_missing, _cpu_why_not, _forward, _step)
+CUDA = Backend("cuda", ("cuda",), _cuda_why_unavailable, _cuda_why_not, _forward, _step)
+TRITON = Backend(
+    "triton",
+    (triton_backend.DEVICE,),
+    triton_backend.why_unavailable,
+    triton_backend.why_not,
+    *triton_backend.attach(_library),
+)
+# Meta tensors have no data, so the operator's fake kernel serves them.
+CPU = Backend("cpu", ("cpu", "meta"), lambda: extension.why_missing, lambda k: None, _forward, _step)
 
 BACKENDS = {backend.name: backend for backend in (CUDA, TRITON, CPU, REFERENCE)}
 
@@ -170,12 +172,19 @@ def _check_name(name: str) -> None:
         raise ValueError(f"wkv backend {name!r} is unknown. Known: auto, {', '.join(BACKENDS)}.")
 
 
+def _takes(backend: Backend, k: Tensor) -> bool:
+    return backend.device_types is None or k.device.type in backend.device_types
+
+
 def _can(backend: Backend, k: Tensor) -> bool:
     # In this order, so that no call on the CPU makes torch look for GPUs, which would break processes that fork later.
-    return backend.why_not(k) is None and backend.why_unavailable() is None
+    return _takes(backend, k) and backend.why_not(k) is None and backend.why_unavailable() is None
 
 
 def _why_not(backend: Backend, k: Tensor) -> str | None:
+    if not _takes(backend, k):
+        elsewhere = f"k is on {k.device}, and this backend takes tensors on {' or '.join(backend.device_types or ())}"
+        return backend.why_unavailable() or elsewhere
     return backend.why_unavailable() or backend.why_not(k)
 
 
@@ -185,8 +194,9 @@ def select(name: str, k: Tensor) -> Backend:
         name = _choice.name
     _check_name(name)
     for candidate in AUTOMATIC if name == "auto" else (name,):
-        if _can(BACKENDS[candidate], k):
-            return BACKENDS[candidate]
+        backend = BACKENDS[candidate]
+        if _can(backend, k):
+            return backend
     raise _refusal(name, k)
 
 

@@ -1,15 +1,18 @@
 """What a user of PyTorch expects of an operator: compile, export, functional transforms, checkpointing, autocast."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.benchmark
 import torch.utils.checkpoint
 from problems import Problem, make, widest_dtype
 from torch import Tensor
 
 import rwkv_kernels
+from benchmarks.latency import PLAIN, gradient_calls
 from rwkv_kernels import reference
 
 ARGUMENTS = (0, 1, 2, 3, 4)
@@ -254,3 +257,18 @@ def test_inference_mode(compiled_backend: str) -> None:
     expected = rwkv_kernels.wkv(*inputs, backend=compiled_backend)
     with torch.inference_mode():
         assert torch.equal(rwkv_kernels.wkv(*inputs, backend=compiled_backend), expected)
+
+
+def test_gradients_cost_at_most_1_3_times_a_plain_function(native_backend: str) -> None:
+    """Of the same two kernels, without state, checks and a choice of backend: see benchmarks/latency.py."""
+    calls = gradient_calls(native_backend)
+    timers = [
+        torch.utils.benchmark.Timer("call()", globals={"call": calls[what, "forward and backward"]})
+        for what in ("wkv", PLAIN)
+    ]
+    ours, plain = math.inf, math.inf
+    for _ in range(100):  # The least of each, whatever else the machine does; a few rounds are enough on a quiet one.
+        ours, plain = (min(least, timer.timeit(50).mean) for least, timer in zip((ours, plain), timers, strict=True))
+        if ours <= 1.3 * plain:
+            return
+    pytest.fail(f"{ours / plain:.2f} times")
