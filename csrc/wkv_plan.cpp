@@ -46,17 +46,17 @@ int choose_spans(const Plan& plan, bool single_pass, const DeviceLimits& limits,
   const int most = max_spans(plan.dtype);
   if (plan.operation == Operation::backward) {
     const int spans = backward_spans(plan.dtype);
-    if (request.warps != 0 && request.warps != spans) {
-      refuse("warps: backward has " + std::to_string(spans) + " spans for this dtype, one tile for a checkpoint; got " +
-             std::to_string(request.warps));
+    if (request.spans != 0 && request.spans != spans) {
+      refuse("spans: backward has " + std::to_string(spans) + " spans for this dtype, one tile for a checkpoint; got " +
+             std::to_string(request.spans));
     }
     return spans;
   }
-  if (request.warps != 0) {
-    if (request.warps < 1 || request.warps > most) {
-      refuse("warps: expected 1 to " + std::to_string(most) + ", got " + std::to_string(request.warps));
+  if (request.spans != 0) {
+    if (request.spans < 1 || request.spans > most) {
+      refuse("spans: expected 1 to " + std::to_string(most) + ", got " + std::to_string(request.spans));
     }
-    return static_cast<int>(request.warps);
+    return static_cast<int>(request.spans);
   }
   const int64_t useful = ceil_div(plan.T, span_steps(plan.operation));
   const int64_t blocks_for_single_spans =
@@ -81,7 +81,7 @@ int choose_buffers(const Plan& plan, bool single_pass, int64_t tiles_per_chunk, 
                    const PlanRequest& request) {
   const bool can_be_ring = plan.operation == Operation::forward && plan.spans == 1 && !single_pass;
   if (request.buffers == 2 && !can_be_ring) {
-    refuse("buffers: two are a ring, which forward has with warps=1 and a serial or chunked schedule");
+    refuse("buffers: two are a ring, which forward has with spans=1 and a serial or chunked schedule");
   }
   if (request.buffers < 0 || request.buffers > 2) {
     refuse("buffers: expected 1 or 2, got " + std::to_string(request.buffers));
