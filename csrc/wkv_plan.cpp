@@ -24,6 +24,9 @@ constexpr int64_t kBlocksForSingleSpans = 16;
 // too.
 constexpr int64_t kRingsPerMultiprocessor = 4;
 
+// Kernels compute the place of a signal in 32 bits.
+constexpr int64_t kMaxSignals = 4294967295;
+
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
 int shared_of_forward(const Plan& plan, int spans, int buffers) {
@@ -113,7 +116,12 @@ int64_t wanted_chunks(const Plan& plan, const DeviceLimits& limits) {
 const char* why_no_single_pass(const Plan& plan, const DeviceLimits& limits, const PlanRequest& request) {
   if (lane_count(plan.dtype) < 32) return "a single pass needs a warp for the lanes of a span, and float64 has half";
   const int64_t chunk_len = choose_spans(plan, true, limits, request) * span_steps(plan.operation);
-  if (plan.B > kMaxGridY || ceil_div(plan.T, chunk_len) > kMaxGridZ) return "a single pass has more blocks than a grid";
+  const int64_t chunks = ceil_div(plan.T, chunk_len);
+  if (plan.B > kMaxGridY || chunks > kMaxGridZ) return "a single pass has more blocks than a grid";
+  // A quotient, since the product itself may overflow.
+  if (plan.channel_tiles > kMaxSignals / ((1 + chunks) * plan.B)) {
+    return "a single pass has more signals than 32 bits can count";
+  }
   return nullptr;
 }
 
@@ -178,6 +186,10 @@ Plan make_plan(Operation operation, DType dtype, int64_t B, int64_t T, int64_t C
   plan.T = T;
   plan.C = C;
   plan.channel_tiles = ceil_div(C, tile_channels(dtype));
+  if (plan.channel_tiles > kMaxGridX) {
+    refuse("plan: C has " + std::to_string(plan.channel_tiles) + " tiles of channels, a grid has " +
+           std::to_string(kMaxGridX) + " blocks at most");
+  }
   plan.batch_per_launch = std::min(B, kMaxGridZ);
   choose_schedule(plan, limits, request);
   const bool single_pass = std::strcmp(plan.schedule, "single_pass") == 0;

@@ -22,6 +22,7 @@ struct DeviceLimits {
   int64_t shared_per_multiprocessor;
 };
 
+inline constexpr int64_t kMaxGridX = 2147483647;
 inline constexpr int64_t kMaxGridY = 65535;
 inline constexpr int64_t kMaxGridZ = 65535;
 

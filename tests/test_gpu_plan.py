@@ -196,3 +196,27 @@ def test_every_grid_is_within_the_limits(operation: str) -> None:
             assert launch["block"][1:] == (1, 1) and 1 <= launch["block"][0] <= 1024
         main = [launch["grid"] for launch in launches if launch["kernel"].startswith(operation)]
         assert sum(z for _, _, z in main) == B or main == [[B * -(-C // 64) * main[0][0] // (B * -(-C // 64)), 1, 1]]
+
+
+def test_a_single_pass_has_no_more_signals_than_its_kernels_can_count() -> None:
+    most = {"schedule": "single_pass", "spans": 1, "limits": {**H100, "multiprocessors": 10**9}}
+    fits = _C.plan_cuda("forward", "bfloat16", 65535, 65535 * 32, 64, **most)
+    assert fits["signal_count"] == 65536 * 65535 < 2**32
+    with pytest.raises(ValueError, match="schedule: a single pass has more signals than 32 bits can count"):
+        _C.plan_cuda("forward", "bfloat16", 65535, 65535 * 32, 65, **most)
+    left_to_the_plan = _C.plan_cuda("forward", "bfloat16", 65535, 65535 * 32, 65, **{**most, "schedule": None})
+    assert left_to_the_plan["schedule"] == "chunked" and "more signals than" in left_to_the_plan["reason"]
+    # Also where the product of tiles, chunks and sequences leaves 64 bits.
+    with pytest.raises(ValueError, match="more signals than 32 bits can count"):
+        _C.plan_cuda("backward", "float32", 60000, 64 * 60000, 64 * (2**31 - 1), schedule="single_pass")
+
+
+def test_what_no_grid_can_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match="C has 2147483648 tiles of channels, a grid has 2147483647 blocks at most"):
+        _C.plan_cuda("forward", "bfloat16", 1, 1, 64 * 2**31)
+    strides = {f"{name}_stride": 0 for name in ("k", "v", "r", "state_batch", "state_row", "state_channel")}
+    arguments: dict[str, Any] = {"w": 0, "u": 0, "w_dtype": "float32", "u_dtype": "float32", **strides}
+    (step,) = _C.cuda_launches("step", "bfloat16", 256, 1, 2**31 - 1, arguments)
+    assert step["grid"] == (2**31 - 1, 1, 1)
+    with pytest.raises(ValueError, match="549755813888 elements are more than a grid can hold"):
+        _C.cuda_launches("step", "bfloat16", 256, 1, 2**31, arguments)
