@@ -15,7 +15,7 @@ ONLY ?=
 CUDA_VENV ?= .venv-cuda
 CUDA_TORCH ?= torch
 
-EXTENSION_INPUTS := setup.py tools/cuda_toolkit.py $(shell find csrc -type f)
+EXTENSION_INPUTS := setup.py tools/cuda_toolkit.py tools/openmp.py $(shell find csrc -type f)
 
 ifeq ($(VENV),)
 RUN := $(PYTHON)

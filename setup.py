@@ -15,7 +15,9 @@ from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "tools"))
-import cuda_toolkit  # noqa: E402 - a file of this source tree, which no build front end has on its path
+# Files of this source tree, which no build front end has on its path.
+import cuda_toolkit  # noqa: E402
+import openmp  # noqa: E402
 
 # The walks never look at floating-point exceptions or errno. Products and sums shall fuse, which Clang does across
 # inlined functions only if told.
@@ -28,6 +30,8 @@ class Build(cpp_extension.BuildExtension):
     """Also records the torch of the build, which the package reads before it loads a library made for another one."""
 
     def run(self) -> None:
+        if OPENMP:
+            openmp.require(cpp_extension.get_cxx_compiler())
         super().run()
         package = ROOT if self.inplace else Path(self.build_lib)
         (package / "rwkv_kernels" / "_built_for.txt").write_text(torch.__version__ + "\n")

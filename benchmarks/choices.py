@@ -21,9 +21,9 @@ SHAPES: dict[str, list[Shape]] = {
 }
 Choices = dict[str, Choice]
 GROUPS: list[Choices] = [{"schedule": "single_pass", "group": group} for group in (1, 2, 4, 8, 16, 32)]
-SPANS: list[Choices] = [{"schedule": "single_pass", "warps": warps} for warps in (1, 2, 4, 8)]
-RINGS: list[Choices] = [{"schedule": "serial", "warps": 1, "buffers": buffers} for buffers in (1, 2)]
-CHOICES = {"forward": [{}, *GROUPS, *SPANS, *RINGS, {"schedule": "serial", "warps": 4}], "backward": [{}, *GROUPS]}
+SPANS: list[Choices] = [{"schedule": "single_pass", "spans": spans} for spans in (1, 2, 4, 8)]
+RINGS: list[Choices] = [{"schedule": "serial", "spans": 1, "buffers": buffers} for buffers in (1, 2)]
+CHOICES = {"forward": [{}, *GROUPS, *SPANS, *RINGS, {"schedule": "serial", "spans": 4}], "backward": [{}, *GROUPS]}
 
 
 def run(device: Device, record: Record) -> None:

@@ -16,7 +16,7 @@ _choices: dict[str, Choice] = {}
 def forced_plan(**choices: Choice) -> Iterator[None]:
     """Has every launch of this process follow these choices inside the block; None leaves one to the planner.
 
-    They are schedule, warps, buffers, chunk_len and group, as `_C.plan_cuda` takes them. A block inside another one
+    They are schedule, spans, buffers, chunk_len and group, as `_C.plan_cuda` takes them. A block inside another one
     that chooses nothing leaves the outer one's choices.
     """
     global _choices

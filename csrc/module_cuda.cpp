@@ -79,7 +79,7 @@ struct Request {
 
   explicit Request(const py::kwargs& keywords) {
     const std::map<std::string, int64_t*> numbers = {
-        {"warps", &asked.warps}, {"buffers", &asked.buffers}, {"chunk_len", &asked.chunk_len}, {"group", &asked.group}};
+        {"spans", &asked.spans}, {"buffers", &asked.buffers}, {"chunk_len", &asked.chunk_len}, {"group", &asked.group}};
     for (const auto& [key, value] : keywords) {
       const auto name = key.cast<std::string>();
       if (name != "schedule" && numbers.count(name) == 0) throw py::type_error("a plan has no choice of " + name);

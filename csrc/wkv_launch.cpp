@@ -1,6 +1,8 @@
 #include "wkv_launch.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 namespace wkv {
 namespace {
@@ -10,7 +12,11 @@ constexpr int kStepThreads = 256;
 constexpr int kClearThreads = 256;
 
 unsigned blocks_for(int64_t items, int64_t per_block) {
-  return static_cast<unsigned>((items + per_block - 1) / per_block);
+  const int64_t blocks = (items + per_block - 1) / per_block;
+  if (blocks > kMaxGridX) {
+    throw std::invalid_argument("launch: " + std::to_string(items) + " elements are more than a grid can hold");
+  }
+  return static_cast<unsigned>(blocks);
 }
 
 void* after(void* pointer, int64_t bytes) { return pointer == nullptr ? nullptr : static_cast<char*>(pointer) + bytes; }

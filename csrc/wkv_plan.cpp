@@ -24,6 +24,9 @@ constexpr int64_t kBlocksForSingleSpans = 16;
 // too.
 constexpr int64_t kRingsPerMultiprocessor = 4;
 
+// Kernels compute the place of a signal in 32 bits.
+constexpr int64_t kMaxSignals = 4294967295;
+
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
 int shared_of_forward(const Plan& plan, int spans, int buffers) {
@@ -46,17 +49,17 @@ int choose_spans(const Plan& plan, bool single_pass, const DeviceLimits& limits,
   const int most = max_spans(plan.dtype);
   if (plan.operation == Operation::backward) {
     const int spans = backward_spans(plan.dtype);
-    if (request.warps != 0 && request.warps != spans) {
-      refuse("warps: backward has " + std::to_string(spans) + " spans for this dtype, one tile for a checkpoint; got " +
-             std::to_string(request.warps));
+    if (request.spans != 0 && request.spans != spans) {
+      refuse("spans: backward has " + std::to_string(spans) + " spans for this dtype, one tile for a checkpoint; got " +
+             std::to_string(request.spans));
     }
     return spans;
   }
-  if (request.warps != 0) {
-    if (request.warps < 1 || request.warps > most) {
-      refuse("warps: expected 1 to " + std::to_string(most) + ", got " + std::to_string(request.warps));
+  if (request.spans != 0) {
+    if (request.spans < 1 || request.spans > most) {
+      refuse("spans: expected 1 to " + std::to_string(most) + ", got " + std::to_string(request.spans));
     }
-    return static_cast<int>(request.warps);
+    return static_cast<int>(request.spans);
   }
   const int64_t useful = ceil_div(plan.T, span_steps(plan.operation));
   const int64_t blocks_for_single_spans =
@@ -81,7 +84,7 @@ int choose_buffers(const Plan& plan, bool single_pass, int64_t tiles_per_chunk, 
                    const PlanRequest& request) {
   const bool can_be_ring = plan.operation == Operation::forward && plan.spans == 1 && !single_pass;
   if (request.buffers == 2 && !can_be_ring) {
-    refuse("buffers: two are a ring, which forward has with warps=1 and a serial or chunked schedule");
+    refuse("buffers: two are a ring, which forward has with spans=1 and a serial or chunked schedule");
   }
   if (request.buffers < 0 || request.buffers > 2) {
     refuse("buffers: expected 1 or 2, got " + std::to_string(request.buffers));
@@ -113,7 +116,12 @@ int64_t wanted_chunks(const Plan& plan, const DeviceLimits& limits) {
 const char* why_no_single_pass(const Plan& plan, const DeviceLimits& limits, const PlanRequest& request) {
   if (lane_count(plan.dtype) < 32) return "a single pass needs a warp for the lanes of a span, and float64 has half";
   const int64_t chunk_len = choose_spans(plan, true, limits, request) * span_steps(plan.operation);
-  if (plan.B > kMaxGridY || ceil_div(plan.T, chunk_len) > kMaxGridZ) return "a single pass has more blocks than a grid";
+  const int64_t chunks = ceil_div(plan.T, chunk_len);
+  if (plan.B > kMaxGridY || chunks > kMaxGridZ) return "a single pass has more blocks than a grid";
+  // A quotient, since the product itself may overflow.
+  if (plan.channel_tiles > kMaxSignals / ((1 + chunks) * plan.B)) {
+    return "a single pass has more signals than 32 bits can count";
+  }
   return nullptr;
 }
 
@@ -178,6 +186,10 @@ Plan make_plan(Operation operation, DType dtype, int64_t B, int64_t T, int64_t C
   plan.T = T;
   plan.C = C;
   plan.channel_tiles = ceil_div(C, tile_channels(dtype));
+  if (plan.channel_tiles > kMaxGridX) {
+    refuse("plan: C has " + std::to_string(plan.channel_tiles) + " tiles of channels, a grid has " +
+           std::to_string(kMaxGridX) + " blocks at most");
+  }
   plan.batch_per_launch = std::min(B, kMaxGridZ);
   choose_schedule(plan, limits, request);
   const bool single_pass = std::strcmp(plan.schedule, "single_pass") == 0;

@@ -22,6 +22,7 @@ struct DeviceLimits {
   int64_t shared_per_multiprocessor;
 };
 
+inline constexpr int64_t kMaxGridX = 2147483647;
 inline constexpr int64_t kMaxGridY = 65535;
 inline constexpr int64_t kMaxGridZ = 65535;
 
@@ -96,7 +97,7 @@ struct BackwardLayout {
 // What a test or a benchmark may ask for; zero and null leave the choice to the plan.
 struct PlanRequest {
   const char* schedule = nullptr;  // "serial", "chunked" for three launches, or "single_pass"
-  int64_t warps = 0;               // spans of a block
+  int64_t spans = 0;               // of a block
   int64_t buffers = 0;             // Plan::buffers
   int64_t chunk_len = 0;
   int64_t group = 0;  // Plan::group

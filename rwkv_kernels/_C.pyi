@@ -62,7 +62,7 @@ def plan_cuda(
     C: int,
     limits: DeviceLimits | int | None = None,
     schedule: str | None = None,
-    warps: int | None = None,
+    spans: int | None = None,
     chunk_len: int | None = None,
 ) -> CudaPlan: ...
 def cuda_launches(
@@ -74,7 +74,7 @@ def cuda_launches(
     arguments: dict[str, int | str],
     limits: DeviceLimits | int | None = None,
     schedule: str | None = None,
-    warps: int | None = None,
+    spans: int | None = None,
     chunk_len: int | None = None,
 ) -> list[CudaLaunch]: ...
-def force_cuda_plan(schedule: str | None = None, warps: int | None = None, chunk_len: int | None = None) -> None: ...
+def force_cuda_plan(schedule: str | None = None, spans: int | None = None, chunk_len: int | None = None) -> None: ...

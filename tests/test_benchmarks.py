@@ -106,8 +106,7 @@ def test_every_schedule_is_measured_and_drawn(schedules_in_force: list[OfACall],
     assert len(rows) == 2 * (len(choices.CHOICES["forward"]) + len(choices.CHOICES["backward"]))
     for row in rows:
         asked = dict(part.split() for part in row["choice"].split(", ")) if row["choice"] != "the planner's" else {}
-        named = {"warps": "spans"}
-        assert all(str(row["_plan"][named.get(name, name)]) == value for name, value in asked.items())
+        assert all(str(row["_plan"][name]) == value for name, value in asked.items())
     assert {call.backward for call in schedules_in_force[-7:]} == {None, "single_pass"}
     assert not record.failures
     assert plots.draw(tmp_path) == [tmp_path / "crossover.png", tmp_path / "op.png"]

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,8 +16,28 @@ import rwkv_kernels
 
 extension = pytest.importorskip("rwkv_kernels._C", reason="the extension is not built")
 
+ROOT = Path(__file__).parent.parent
+
 # What torch calls the instruction sets, in the environment variable that it reads and to the user.
 CAPABILITIES = {"baseline": "default", "avx2": "avx2", "avx512": "avx512"}
+
+
+def _target(instruction_set: str) -> set[str]:
+    """The features that its kernels are compiled for, as the compiler is told them."""
+    source = (ROOT / "csrc" / "cpu" / f"wkv_cpu_{instruction_set}.cpp").read_text()
+    found = re.findall(r'target\("(.+?)"\)', source)
+    assert len(set(found)) <= 1, "GCC and Clang are told different things"
+    return set(",".join(found[:1]).split(",")) - {""}
+
+
+def _in_use(asked: str) -> str:
+    """The largest instruction set that is built, asked for and, as the system says, there."""
+    there = set(
+        re.findall(r"\w+", "".join(re.findall(r"^flags.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[:1]))
+    )
+    names = list(CAPABILITIES)
+    can_be = [name for name in names[: names.index(asked) + 1] if _target(name) <= there]
+    return next(name for name in reversed(can_be) if name in extension.build_info()["cpu_instruction_sets"])
 
 
 @pytest.fixture
@@ -26,23 +47,33 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("instruction_set", ["avx2", "avx512"])
+def test_the_processor_is_asked_for_all_that_the_compiler_was_told(instruction_set: str) -> None:
+    source = (ROOT / "csrc" / "cpu" / f"wkv_cpu_{instruction_set}.cpp").read_text()
+    asked = {*re.findall(r'__builtin_cpu_supports\("(\w+)"\)', source), *re.findall(r"processor_has_(\w+)", source)}
+    assert asked == _target(instruction_set)
+
+
 @pytest.mark.parametrize("instruction_set", CAPABILITIES)
 def test_every_instruction_set_passes_the_same_tests(instruction_set: str) -> None:
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": CAPABILITIES[instruction_set]}
-    code = "import rwkv_kernels; print(rwkv_kernels.build_info().cpu_instruction_set)"
-    used = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    if used.stdout.strip() != instruction_set:
-        pytest.skip(f"this machine or build has no {instruction_set}")
+    # The doctor compares outputs and gradients with the oracle, whatever is in use.
+    doctor = subprocess.run([sys.executable, "-m", "rwkv_kernels"], env=environment, capture_output=True, text=True)
+    assert doctor.returncode == 0, doctor.stdout + doctor.stderr
+    used = re.findall(r"^cpu kernels +(\w+) in use of", doctor.stdout, re.MULTILINE)
+    if Path("/proc/cpuinfo").exists():
+        assert used == [_in_use(instruction_set)]
+    if used != [instruction_set]:
+        pytest.skip(f"this processor or build has no {instruction_set}: asked for, it takes {used[0]} and is right")
     if instruction_set == rwkv_kernels.build_info().cpu_instruction_set:
         return  # the suite itself runs on it
-    here = Path(__file__).parent
-    files = [str(here / "test_operator.py"), str(here / "test_special_values.py")]
+    files = ["tests/test_operator.py", "tests/test_special_values.py"]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", "cpu and not float64 and not extremes"],
         env=environment,
         capture_output=True,
         text=True,
-        cwd=here.parent,
+        cwd=ROOT,
     )
     assert result.returncode == 0, result.stdout[-3000:]
     assert f"cpu kernels: {instruction_set} of" in result.stdout

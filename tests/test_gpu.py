@@ -78,8 +78,8 @@ def test_every_plan_equals_the_cpu(
     tensors = make(Problem(B=B, T=T, C=C, with_state=True), dtype)
     expected = _outputs(tensors, gpu_backend)
     ran: list[tuple[str, int | None, int | None]] = []
-    for warps, chunk_len in itertools.product([None, 1, 2, 4, 8, 16, 32], [None, 16, 32, 64, 128, 256, 512, 1024]):
-        choice = {"schedule": schedule_by_name, "warps": warps, "chunk_len": chunk_len}
+    for spans, chunk_len in itertools.product([None, 1, 2, 4, 8, 16, 32], [None, 16, 32, 64, 128, 256, 512, 1024]):
+        choice = {"schedule": schedule_by_name, "spans": spans, "chunk_len": chunk_len}
         possible = [operation for operation in ("forward", "backward") if _has_plan(operation, dtype, B, T, C, choice)]
         with forced_plan(**choice):
             if possible == ["forward", "backward"]:
@@ -87,7 +87,7 @@ def test_every_plan_equals_the_cpu(
             elif possible == ["forward"]:
                 # Within what torch allows two ways to compute the same.
                 torch.testing.assert_close(_outputs(tensors, gpu_backend), expected)
-        ran += [(operation, warps, chunk_len) for operation in possible]
+        ran += [(operation, spans, chunk_len) for operation in possible]
     assert {("forward", None, None), ("backward", None, None), ("forward", 1, None)} <= set(ran), ran
 
 

@@ -23,12 +23,12 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 def _random_request(draw: random.Random, operation: str, dtype: str, limits: dict[str, int]) -> dict[str, Any]:
     schedules = [None, "serial", "chunked"] if dtype == "float64" else [None, "serial", "chunked", "single_pass"]
     request: dict[str, Any] = {"schedule": draw.choice(schedules)}
-    warps = 8 if dtype != "float64" else 16
+    most = 8 if dtype != "float64" else 16
     steps = 64 if dtype != "float64" else 128
     if operation == "forward" and draw.random() < 0.5:
         # What eight spans of float32 stage needs more shared memory than some devices have.
-        request["warps"] = draw.randint(1, warps if limits["shared_per_block"] > 100_000 else warps // 4)
-        steps = 32 * request["warps"]
+        request["spans"] = draw.randint(1, most if limits["shared_per_block"] > 100_000 else most // 4)
+        steps = 32 * request["spans"]
         if request["schedule"] in (None, "chunked") and draw.random() < 0.5:
             request["chunk_len"] = steps * draw.randint(1, 20)
     if operation == "backward" and request["schedule"] in (None, "chunked") and draw.random() < 0.5:
@@ -68,8 +68,8 @@ def test_the_plan_covers_every_element_once_and_fits_the_device(seed: int) -> No
             assert plan["signal_count"] == (1 + plan["chunks"]) * B * plan["channel_tiles"] < 2**32
         if operation == "backward":
             assert plan["tile_steps"] == _C.checkpoint_interval(dtype), "a tile starts from a checkpoint"
-        if request.get("warps"):
-            assert plan["spans"] == request["warps"]
+        if request.get("spans"):
+            assert plan["spans"] == request["spans"]
         if request["schedule"] == "serial" and T <= 65535:
             assert plan["chunks"] == 1
         if request.get("chunk_len") and T <= 65535:
@@ -106,7 +106,7 @@ def test_a_span_alone_has_a_ring_where_a_multiprocessor_has_room_for_four() -> N
         assert buffers_and_spans(dtype, 10, T4)[0] == 1
     assert buffers_and_spans("float64", 10, H100) == (1, 4)
     assert _C.plan_cuda("forward", "float32", 64, 32, 4096, H100)["buffers"] == 1, "there is one tile"
-    assert _C.plan_cuda("forward", "float32", 1, 999, 64, H100, warps=1, chunk_len=32)["buffers"] == 1, "of each chunk"
+    assert _C.plan_cuda("forward", "float32", 1, 999, 64, H100, spans=1, chunk_len=32)["buffers"] == 1, "of each chunk"
 
 
 @pytest.mark.parametrize("operation", ["forward", "backward"])
@@ -132,16 +132,16 @@ def test_what_the_chunks_hand_on_is_small(operation: str, dtype: str) -> None:
         ),
         (("forward", "float64", 1, 99, 1), {"schedule": "single_pass"}, "schedule: a single pass needs a warp"),
         (("backward", "float32", 10**6, 10**6, 1), {"schedule": "single_pass"}, "more blocks than a grid"),
-        (("forward", "float32", 1, 1, 1), {"warps": 9}, "warps: expected 1 to 8, got 9"),
-        (("backward", "float32", 1, 1, 1), {"warps": 5}, "warps: backward has 4 spans"),
-        (("forward", "float32", 1, 99, 1), {"warps": 2, "chunk_len": 48}, "chunk_len: expected a multiple of 64"),
-        (("forward", "float32", 1, 10**7, 1), {"warps": 1, "chunk_len": 32}, "chunk_len: more chunks than a grid"),
+        (("forward", "float32", 1, 1, 1), {"spans": 9}, "spans: expected 1 to 8, got 9"),
+        (("backward", "float32", 1, 1, 1), {"spans": 5}, "spans: backward has 4 spans"),
+        (("forward", "float32", 1, 99, 1), {"spans": 2, "chunk_len": 48}, "chunk_len: expected a multiple of 64"),
+        (("forward", "float32", 1, 10**7, 1), {"spans": 1, "chunk_len": 32}, "chunk_len: more chunks than a grid"),
         (
             ("forward", "float32", 1, 99, 1),
             {"schedule": "serial", "chunk_len": 64},
             "chunk_len: a serial schedule has no choice",
         ),
-        (("forward", "float32", 1, 99, 1), {"warps": 2, "buffers": 2}, "buffers: two are a ring, which forward has"),
+        (("forward", "float32", 1, 99, 1), {"spans": 2, "buffers": 2}, "buffers: two are a ring, which forward has"),
         (("backward", "float32", 1, 99, 1), {"buffers": 2}, "buffers: two are a ring, which forward has"),
         (("forward", "float32", 1, 99, 1), {"buffers": 3}, "buffers: expected 1 or 2, got 3"),
         (("forward", "float32", 1, 999, 1), {"group": 33}, "group: expected 1 to 32, got 33"),
@@ -159,9 +159,9 @@ def test_a_plan_that_cannot_be_is_refused(arguments: tuple[Any, ...], request_: 
 
 
 def test_what_is_asked_of_a_plan_is_met_and_named() -> None:
-    plan = _C.plan_cuda("forward", "float32", 1, 999, 1, schedule="single_pass", group=5, warps=None)
+    plan = _C.plan_cuda("forward", "float32", 1, 999, 1, schedule="single_pass", group=5, spans=None)
     assert (plan["schedule"], plan["group"]) == ("single_pass", 5)
-    plan = _C.plan_cuda("forward", "float32", 1, 999, 1, schedule="serial", warps=1, buffers=1)
+    plan = _C.plan_cuda("forward", "float32", 1, 999, 1, schedule="serial", spans=1, buffers=1)
     assert (plan["spans"], plan["buffers"]) == (1, 1)
     with pytest.raises(TypeError, match="a plan has no choice of wraps"):
         _C.plan_cuda("forward", "float32", 1, 999, 1, wraps=1)
@@ -196,3 +196,27 @@ def test_every_grid_is_within_the_limits(operation: str) -> None:
             assert launch["block"][1:] == (1, 1) and 1 <= launch["block"][0] <= 1024
         main = [launch["grid"] for launch in launches if launch["kernel"].startswith(operation)]
         assert sum(z for _, _, z in main) == B or main == [[B * -(-C // 64) * main[0][0] // (B * -(-C // 64)), 1, 1]]
+
+
+def test_a_single_pass_has_no_more_signals_than_its_kernels_can_count() -> None:
+    most = {"schedule": "single_pass", "spans": 1, "limits": {**H100, "multiprocessors": 10**9}}
+    fits = _C.plan_cuda("forward", "bfloat16", 65535, 65535 * 32, 64, **most)
+    assert fits["signal_count"] == 65536 * 65535 < 2**32
+    with pytest.raises(ValueError, match="schedule: a single pass has more signals than 32 bits can count"):
+        _C.plan_cuda("forward", "bfloat16", 65535, 65535 * 32, 65, **most)
+    left_to_the_plan = _C.plan_cuda("forward", "bfloat16", 65535, 65535 * 32, 65, **{**most, "schedule": None})
+    assert left_to_the_plan["schedule"] == "chunked" and "more signals than" in left_to_the_plan["reason"]
+    # Also where the product of tiles, chunks and sequences leaves 64 bits.
+    with pytest.raises(ValueError, match="more signals than 32 bits can count"):
+        _C.plan_cuda("backward", "float32", 60000, 64 * 60000, 64 * (2**31 - 1), schedule="single_pass")
+
+
+def test_what_no_grid_can_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match="C has 2147483648 tiles of channels, a grid has 2147483647 blocks at most"):
+        _C.plan_cuda("forward", "bfloat16", 1, 1, 64 * 2**31)
+    strides = {f"{name}_stride": 0 for name in ("k", "v", "r", "state_batch", "state_row", "state_channel")}
+    arguments: dict[str, Any] = {"w": 0, "u": 0, "w_dtype": "float32", "u_dtype": "float32", **strides}
+    (step,) = _C.cuda_launches("step", "bfloat16", 256, 1, 2**31 - 1, arguments)
+    assert step["grid"] == (2**31 - 1, 1, 1)
+    with pytest.raises(ValueError, match="549755813888 elements are more than a grid can hold"):
+        _C.cuda_launches("step", "bfloat16", 256, 1, 2**31, arguments)

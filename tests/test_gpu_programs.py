@@ -26,14 +26,14 @@ HERE = Path(__file__).parent
 PLANS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "automatic": ({}, {}),
     "serial": ({"schedule": "serial"}, {"schedule": "serial"}),
-    "serial_single_spans": ({"schedule": "serial", "warps": 1}, {"schedule": "serial"}),
+    "serial_single_spans": ({"schedule": "serial", "spans": 1}, {"schedule": "serial"}),
     "chunked": ({"schedule": "chunked"}, {"schedule": "chunked"}),
-    "chunks_of_three_spans": ({"warps": 3, "chunk_len": 96}, {"schedule": "chunked"}),
-    "chunks_of_several_tiles": ({"warps": 1, "chunk_len": 64}, {"chunk_len": 128}),
+    "chunks_of_three_spans": ({"spans": 3, "chunk_len": 96}, {"schedule": "chunked"}),
+    "chunks_of_several_tiles": ({"spans": 1, "chunk_len": 64}, {"chunk_len": 128}),
     "single_pass": ({"schedule": "single_pass"}, {"schedule": "single_pass"}),
-    "single_pass_of_small_tiles": ({"schedule": "single_pass", "warps": 1}, {"schedule": "single_pass"}),
+    "single_pass_of_small_tiles": ({"schedule": "single_pass", "spans": 1}, {"schedule": "single_pass"}),
     # Every chunk ends at a checkpoint.
-    "single_pass_of_two_spans": ({"schedule": "single_pass", "warps": 2}, {"schedule": "single_pass"}),
+    "single_pass_of_two_spans": ({"schedule": "single_pass", "spans": 2}, {"schedule": "single_pass"}),
 }
 
 
@@ -121,9 +121,9 @@ def test_the_order_of_threads_changes_no_bit(plan: str, dtype: torch.dtype, libr
                 assert torch.equal(value, expected[name]), (order, seed, name)
 
 
-TWO_TILES = {"warps": 2, "chunk_len": 128}
-SINGLE_PASS = {"warps": 2, "schedule": "single_pass"}
-RING = {"warps": 1, "schedule": "serial"}
+TWO_TILES = {"spans": 2, "chunk_len": 128}
+SINGLE_PASS = {"spans": 2, "schedule": "single_pass"}
+RING = {"spans": 1, "schedule": "serial"}
 
 
 # The barriers of two tiles. Behind the last phase of a program nothing follows; and where nothing is written, the phase
@@ -154,7 +154,7 @@ def test_a_missing_barrier_is_caught(kernel: str, plan: dict[str, Any], barriers
     def run(emulator: Any) -> list[Tensor]:
         y, state_out, checkpoints = gpu_programs.forward(emulator, w, u, k, v, state, True, **plan)
         given = (w, u, k, v, state, checkpoints, tensors.gy, tensors.gstate)
-        return [y, state_out, checkpoints, *gpu_programs.backward(emulator, *given, **{**plan, "warps": None})]
+        return [y, state_out, checkpoints, *gpu_programs.backward(emulator, *given, **{**plan, "spans": None})]
 
     expected = run(gpu_programs.Emulator(library))
     for barrier in barriers:

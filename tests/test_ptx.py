@@ -118,10 +118,10 @@ def _spent(executed: Counter[str], elements: int) -> Budget:
 # problem's: chunks hand over one by one, not in groups.
 FULL_DEVICE = {**H100, "multiprocessors": 33}
 SCHEDULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "serial": ({"schedule": "serial", "warps": 1}, {"schedule": "serial"}),
-    "single_pass": ({"schedule": "single_pass", "warps": 4}, {"schedule": "single_pass"}),
+    "serial": ({"schedule": "serial", "spans": 1}, {"schedule": "serial"}),
+    "single_pass": ({"schedule": "single_pass", "spans": 4}, {"schedule": "single_pass"}),
     "single_pass_on_a_full_device": (
-        {"schedule": "single_pass", "warps": 4, "limits": FULL_DEVICE},
+        {"schedule": "single_pass", "spans": 4, "limits": FULL_DEVICE},
         {"schedule": "single_pass", "limits": FULL_DEVICE},
     ),
 }

@@ -19,13 +19,16 @@
 
 namespace wkv {
 
+// The largest instruction set that is built, asked for and there. Torch's answer is what was asked for: it takes
+// ATEN_CPU_CAPABILITY at its word, whatever the processor.
 const CpuKernels& selected_cpu_kernels() {
   static const CpuKernels& selected = []() -> const CpuKernels& {
-    const std::string capability = at::get_cpu_capability();
-    const CpuKernels* kernels = nullptr;
-    if (capability == "AVX512") kernels = cpu_kernels_avx512();
-    if (capability == "AVX2") kernels = cpu_kernels_avx2();
-    return kernels != nullptr ? *kernels : *cpu_kernels_baseline();
+    const std::string asked = at::get_cpu_capability();
+    const bool avx512 = asked == "AVX512", avx2 = avx512 || asked == "AVX2";
+    for (const CpuKernels* kernels : {avx512 ? cpu_kernels_avx512() : nullptr, avx2 ? cpu_kernels_avx2() : nullptr}) {
+      if (kernels != nullptr && kernels->runs_here()) return *kernels;
+    }
+    return *cpu_kernels_baseline();
   }();
   return selected;
 }

@@ -8,6 +8,15 @@
 #include <cmath>
 #include <cstring>
 
+#include "processor.h"
+
+namespace wkv::avx2 {
+// Asks for what the next lines take for granted, and is compiled without it.
+static bool runs_here() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && processor_has_f16c();
+}
+}  // namespace wkv::avx2
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else

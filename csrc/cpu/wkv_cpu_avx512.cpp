@@ -17,6 +17,17 @@
 #include <cmath>
 #include <cstring>
 
+#include "processor.h"
+
+namespace wkv::avx512 {
+// Asks for what the next lines take for granted, and is compiled without it.
+static bool runs_here() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") &&
+         processor_has_f16c();
+}
+}  // namespace wkv::avx512
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), \
                              apply_to = function)

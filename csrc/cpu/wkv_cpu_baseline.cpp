@@ -1,4 +1,10 @@
 // The walks for any processor: SSE2 on x86-64, the compiler's own lowering elsewhere.
+#include "wkv_cpu_kernels.h"
+
+namespace wkv::baseline {
+static bool runs_here() { return true; }
+}  // namespace wkv::baseline
+
 #define WKV_ISA baseline
 #define WKV_ISA_NAME "baseline"
 #define WKV_SIMD_BYTES 16

@@ -24,6 +24,10 @@ struct Parameters {
 struct CpuKernels {
   const char* name;
 
+  // Whether this processor has every instruction that the kernels are compiled for, and the operating system keeps the
+  // registers.
+  bool (*runs_here)();
+
   // Fills decay and bonus from log_decay and u.
   void (*exponentiate)(DType dtype, int64_t C, const void* log_decay, const void* u, void* decay, void* bonus);
 

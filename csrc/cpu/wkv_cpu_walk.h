@@ -2,7 +2,7 @@
 // tile of steps is walked for one vector after the other, so that memory is read row by row and the sums stay in
 // registers.
 //
-// Included once per instruction set, by a file that has defined WKV_ISA and WKV_SIMD_BYTES.
+// Included once per instruction set, by a file that has defined WKV_ISA, WKV_SIMD_BYTES and WKV_ISA's runs_here.
 #pragma once
 
 #include <type_traits>
@@ -509,7 +509,7 @@ inline void backward(const BackwardProblem& problem, const Parameters& parameter
   });
 }
 
-inline constexpr CpuKernels kKernels = {WKV_ISA_NAME, exponentiate, forward, step, backward};
+inline constexpr CpuKernels kKernels = {WKV_ISA_NAME, runs_here, exponentiate, forward, step, backward};
 
 }  // namespace WKV_ISA
 }  // namespace wkv
