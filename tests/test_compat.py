@@ -180,6 +180,65 @@ def test_cuda_wkv_takes_parameters_and_refuses_wrong_sizes() -> None:
         rwkv_pip.cuda_wkv(T, C, w, x["u"], x["k"][0], x["v"][0], *(part[None] for part in state))
 
 
+# ---- from TorchScript ----
+
+
+class _ScriptedInfctx(torch.nn.Module):
+    def forward(self, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        y, after = infctx.wkv(w, u, torch.sigmoid(k), v, state)
+        return torch.sigmoid(y), after
+
+
+def test_infctx_is_called_from_torchscript_with_every_gradient(tmp_path: Path) -> None:
+    x = _inputs()
+    leaves = [x[name].requires_grad_() for name in ("w", "u", "k", "v")]
+    leaves.append(infctx.export_state(torch.stack(_given_state(), 1)).requires_grad_())
+    scripted = torch.jit.script(_ScriptedInfctx())
+    scripted.save(tmp_path / "scripted.pt")
+    expected = _ScriptedInfctx()(*leaves)
+    gradients = torch.autograd.grad([part.sum() for part in expected], leaves)
+    callers = [scripted, torch.jit.load(tmp_path / "scripted.pt"), torch.jit.freeze(scripted.eval())]
+    # The first calls are profiled, and the later ones differentiated by TorchScript where it can.
+    for caller in [scripted, scripted, *callers]:
+        found = caller(*leaves)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        for a, b in zip(torch.autograd.grad([part.sum() for part in found], leaves), gradients, strict=True):
+            assert_tensor_close("gradient", a, b, 1e-14)
+
+
+@torch.jit.script
+def _scripted_cuda_wkv(
+    T: int, C: int, w: Tensor, u: Tensor, k: Tensor, v: Tensor, aa: Tensor, bb: Tensor, pp: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, aa, bb, pp = rwkv_pip.cuda_wkv(T, C, w, u, k, v, aa, bb, pp)
+    # Another use of the state, which must see the one after the call.
+    return y, aa + 0, bb, pp
+
+
+def test_cuda_wkv_is_called_from_torchscript_and_moves_its_state_on_in_place() -> None:
+    x = _inputs(torch.float32)
+    arguments = [-x["w"].exp().float(), x["u"].float().requires_grad_(), x["k"][0], x["v"][0]]
+    ours, theirs = ([part[0].float() for part in _given_state()] for _ in range(2))
+    for _ in range(3):
+        expected, *_ = rwkv_pip.cuda_wkv(T, C, *arguments, *theirs)
+        y, aa, bb, pp = _scripted_cuda_wkv(T, C, *arguments, *ours)
+        assert torch.equal(y, expected) and not y.requires_grad
+        assert torch.equal(aa, ours[0]) and bb is ours[1] and pp is ours[2]
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_errors_reach_the_caller_from_torchscript() -> None:
+    x, state = _inputs(torch.float32), [torch.zeros(C) for _ in range(3)]
+    arguments = [-x["w"].exp().float(), x["u"].float(), x["k"][0], x["v"][0]]
+    with pytest.raises(torch.jit.Error, match=r"k: expected shape \[T, C\] = \[12, 8\], got \[13, 8\]"):
+        _scripted_cuda_wkv(T - 1, C, *arguments, *state)
+    with pytest.raises(torch.jit.Error, match=r"aa: expected shape \[C\], got \[1, 8\]"):
+        _scripted_cuda_wkv(T, C, *arguments, *(part[None] for part in state))
+    arguments[1] = arguments[1][:3]
+    with pytest.raises(RuntimeError, match=r"u: expected shape \[C\] = \[8\], got \[3\]"):
+        _scripted_cuda_wkv(T, C, *arguments, *state)
+
+
 # ---- states ----
 
 
@@ -284,28 +343,7 @@ def test_the_model_names_the_converters_of_states_that_it_cannot_take() -> None:
         model(torch.zeros(1, 2, dtype=torch.int64), state)
 
 
-# ---- the originals themselves ----
-
-
-def test_logits_and_states_equal_those_of_the_rwkv_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RWKV_JIT_ON", "RWKV_CUDA_ON", "RWKV_V7_ON"):
-        monkeypatch.setenv(name, "0")
-    package = pytest.importorskip("rwkv.model")
-    torch.manual_seed(0)
-    model, tokens = RWKV(23, 32, 3), list(range(9))
-    for parameter in model.parameters():
-        parameter.data.add_(0.3 * torch.randn_like(parameter))
-    model.save_pretrained(tmp_path / "rwkv.pth")
-    theirs = package.RWKV(model=str(tmp_path / "rwkv"), strategy="cpu fp32")
-    whole, _ = model(torch.tensor([tokens]))
-    logits, state = theirs.forward(tokens[:5], None)
-    # Float32 through three layers, by two ways.
-    assert_tensor_close("logits", logits, whole[0, 4], 1e-5)
-    resumed, _ = model(torch.tensor([tokens[5:]]), rwkv_pip.import_model_state(state))
-    assert_tensor_close("here", resumed, whole[:, 5:], 1e-5)
-    _, ours = model(torch.tensor([tokens[:5]]))
-    logits, _ = theirs.forward(tokens[5:], rwkv_pip.export_model_state(ours))
-    assert_tensor_close("there", logits, whole[0, 8], 1e-5)
+# ---- an original itself; more of them are in test_originals.py ----
 
 
 def test_equals_flas_own_kernel_in_the_interpreter() -> None:

@@ -16,7 +16,7 @@ Deliberate differences:
 import torch
 from torch import Tensor
 
-from rwkv_kernels import functional
+from rwkv_kernels.compat.torchscript import wkv_with_state
 from rwkv_kernels.nn import RWKVState
 
 __all__ = ["export_model_state", "export_state", "import_model_state", "import_state", "wkv"]
@@ -47,10 +47,11 @@ def wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, last_state: Tensor) -> list[
     Returns:
         [y [B, T, C] in k's dtype, new_state [B, C, 3]].
 
-    Differentiable in all of them, the returned state included. Raises as `rwkv_kernels.wkv`, and ValueError for a state
-    of another layout.
+    Differentiable in all of them, the returned state included. TorchScript may call it, as the original's modules do;
+    errors are then torch.jit.Error or RuntimeError with the same text. Raises as `rwkv_kernels.wkv`, and ValueError for
+    a state of another layout.
     """
-    y, state = functional.wkv(w, u, k, v, import_state(last_state), return_state=True)
+    y, state = wkv_with_state(w, u, k, v, import_state(last_state))
     return [y, export_state(state)]
 
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rwkv_kernels.functional import wkv
+from rwkv_kernels.compat.torchscript import wkv_with_state
 from rwkv_kernels.nn import RWKVState
 
 __all__ = ["cuda_wkv", "export_model_state", "export_state", "import_model_state", "import_state"]
@@ -34,13 +34,12 @@ def import_state(aa: Tensor, bb: Tensor, pp: Tensor) -> Tensor:
 
 def export_state(state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[1, 3, C] -> aa, bb, pp, each [C]."""
-    if state.dim() != 3 or state.shape[:2] != (1, 3):
+    if state.dim() != 3 or list(state.shape[:2]) != [1, 3]:
         raise ValueError(f"state: expected one sequence [1, 3, C], got {list(state.shape)}")
     aa, bb, pp = state[0].unbind()
     return aa, bb, pp
 
 
-@torch.no_grad()
 def cuda_wkv(
     T: int, C: int, w: Tensor, u: Tensor, k: Tensor, v: Tensor, aa: Tensor, bb: Tensor, pp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -56,19 +55,24 @@ def cuda_wkv(
     Returns:
         y [T, C] in k's dtype, and the same aa, bb, pp.
 
-    Not differentiable.
+    Not differentiable. TorchScript may call it, as the original's model does; errors are then torch.jit.Error or
+    RuntimeError with the same text.
 
     Raises:
         ValueError: k has another shape than T, C, or the state another layout. Otherwise as `rwkv_kernels.wkv`.
     """
     if list(k.shape) != [T, C]:
         raise ValueError(f"k: expected shape [T, C] = {[T, C]}, got {list(k.shape)}")
-    # In float64, so that the way to the raw decay and back costs no rounding.
-    raw = (-w.double()).log()
-    y, state = wkv(raw, u, k.unsqueeze(0), v.unsqueeze(0), import_state(aa, bb, pp), return_state=True)
-    for tensor, new in zip((aa, bb, pp), export_state(state), strict=True):
-        tensor.copy_(new)
-    return y.squeeze(0), aa, bb, pp
+    # A block and not a decorator, which TorchScript would not see.
+    with torch.no_grad():
+        # In float64, so that the way to the raw decay and back costs no rounding.
+        raw = (-w.double()).log()
+        y, state = wkv_with_state(raw, u, k.unsqueeze(0), v.unsqueeze(0), import_state(aa, bb, pp))
+        num, den, top = export_state(state)
+        aa.copy_(num)
+        bb.copy_(den)
+        pp.copy_(top)
+        return y.squeeze(0), aa, bb, pp
 
 
 def import_model_state(state: Sequence[Tensor]) -> RWKVState:
