@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rwkv_kernels.functional import empty_state
 from rwkv_kernels.nn import checkpoints
-from rwkv_kernels.nn.layers import Block
+from rwkv_kernels.nn.layers import Block, NarrowEmbedding, OrthogonalLinear
 from rwkv_kernels.nn.padding import Packing
 from rwkv_kernels.nn.sampling import Generators, sample
 from rwkv_kernels.nn.state import RWKVState
@@ -30,7 +30,8 @@ class RWKV(nn.Module):
     """The RWKV-4 language model.
 
     `load_state_dict` takes a published RWKV-4 checkpoint as it is; `from_state_dict` also reads the sizes off it, and
-    `from_pretrained` reads it from disk in any of the formats in use.
+    `from_pretrained` reads it from disk in any of the formats in use. Every module resets its own parameters, so that a
+    model made on the meta device gets its initial values by `to_empty` and `reset_parameters` of all its `modules()`.
     The backend is chosen by `rwkv_kernels.use_backend`.
 
     Args:
@@ -48,12 +49,10 @@ class RWKV(nn.Module):
         hidden = 4 * channels if hidden is None else hidden
         if min(vocab_size, channels, layers, hidden) < 1:
             raise ValueError(f"sizes: expected positive numbers, got {vocab_size=}, {channels=}, {layers=}, {hidden=}")
-        self.emb = nn.Embedding(vocab_size, channels)
+        self.emb = NarrowEmbedding(vocab_size, channels)
         self.blocks = nn.ModuleList(Block(channels, hidden, layer, layers) for layer in range(layers))
         self.ln_out = nn.LayerNorm(channels)
-        self.head = nn.Linear(channels, vocab_size, bias=False)
-        nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
-        nn.init.orthogonal_(self.head.weight, gain=0.5 * max(1.0, vocab_size / channels) ** 0.5)
+        self.head = OrthogonalLinear(channels, vocab_size, gain=0.5 * max(1.0, vocab_size / channels) ** 0.5)
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "RWKV":
