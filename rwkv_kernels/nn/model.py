@@ -154,6 +154,11 @@ class RWKV(nn.Module):
 
     def _checked_inputs(self, tokens: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Whichever of the two is given: tokens [B, T] or embeddings [B, T, C]."""
+        if isinstance(tokens, torch.fx.Proxy):
+            raise TypeError(
+                "torch.fx.symbolic_trace cannot follow a whole model; torch.export and torch.compile can, and fx its "
+                "blocks with concrete_args={'packing': None}"
+            )
         if (tokens is None) == (inputs_embeds is None):
             raise ValueError(f"expected either tokens or inputs_embeds, got {'neither' if tokens is None else 'both'}")
         if inputs_embeds is None:
@@ -376,9 +381,7 @@ class RWKV(nn.Module):
 
 def _checked_tokens(tokens: object, shape: tuple[str, ...]) -> Tensor:
     if not isinstance(tokens, Tensor):
-        hint = "; torch.fx.symbolic_trace cannot follow a model: torch.export and torch.compile can"
-        hint = hint if isinstance(tokens, torch.fx.Proxy) else ""
-        raise TypeError(f"tokens: expected a torch.Tensor, got {type(tokens).__name__}{hint}")
+        raise TypeError(f"tokens: expected a torch.Tensor, got {type(tokens).__name__}")
     if tokens.dim() != len(shape):
         raise ValueError(f"tokens: expected shape [{', '.join(shape)}], got {list(tokens.shape)}")
     if tokens.dtype != torch.int64:
