@@ -1,9 +1,13 @@
-"""The public functions: arguments are checked here, once for all backends."""
+"""The public functions: arguments are checked here, once for all backends.
+
+What is no tensor but acts as one by torch's protocol, as torch.fx's proxies do, is asked first.
+"""
 
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from rwkv_kernels import reference
 from rwkv_kernels.registry import select
@@ -160,12 +164,11 @@ def wkv(
 
     Source: RWKV: Reinventing RNNs for the Transformer Era (arXiv 2305.13048), equation 14.
     """
-    if (
-        isinstance(k, Tensor)
-        and isinstance(v, Tensor)
-        and k.dtype != v.dtype
-        and torch.is_autocast_enabled(k.device.type)
-    ):
+    if not isinstance(k, Tensor) or not isinstance(v, Tensor):
+        if has_torch_function((w, u, k, v, state)):
+            arguments = (w, u, k, v, state)
+            return handle_torch_function(wkv, arguments, *arguments, return_state=return_state, backend=backend)
+    elif k.dtype != v.dtype and torch.is_autocast_enabled(k.device.type):
         dtype = torch.promote_types(k.dtype, v.dtype)
         k, v = k.to(dtype), v.to(dtype)
     _check(w, u, k, v, state, ("B", "T", "C"))
@@ -187,7 +190,7 @@ def wkv_step(
 
     Args:
         w, u: [C], as for `wkv`.
-        k, v: [B, C], the token's keys and values.
+        k, v: [B, C], the token's keys and values. Under autocast k, v and r may differ, and the widest dtype is used.
         state: [B, 3, C], (num, den, max), overwritten by the state after the token.
         r: [B, C] in k's dtype, the token's receptance before its sigmoid, or None. It does not touch the state.
         backend: "auto", or a name from `backends()`.
@@ -201,6 +204,18 @@ def wkv_step(
         ValueError: also if a gradient would be required, or if elements of `state` share memory.
         TypeError, BackendUnavailable: as for `wkv`. The state is untouched after any of these.
     """
+    if not isinstance(k, Tensor) or not isinstance(v, Tensor):
+        if has_torch_function((w, u, k, v, state, r)):
+            arguments = (w, u, k, v, state)
+            return handle_torch_function(wkv_step, (*arguments, r), *arguments, r=r, backend=backend)
+    elif (k.dtype != v.dtype or (isinstance(r, Tensor) and r.dtype != k.dtype)) and torch.is_autocast_enabled(
+        k.device.type
+    ):
+        dtype = torch.promote_types(k.dtype, v.dtype)
+        if isinstance(r, Tensor):
+            dtype = torch.promote_types(dtype, r.dtype)
+            r = r.to(dtype)
+        k, v = k.to(dtype), v.to(dtype)
     _require(isinstance(state, Tensor), TypeError, "state", "a torch.Tensor", type(state).__name__)
     _check(w, u, k, v, state, ("B", "C"), r)
     if torch.is_grad_enabled():

@@ -1,5 +1,6 @@
 """Serving: prompts of different length, stopping, seeds, streaming, and states that are kept and branched."""
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -80,6 +81,58 @@ def test_streaming_gives_the_tokens_of_generate_one_by_one() -> None:
     assert next(stream, None) is None
 
 
+MODES = {
+    "none": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "enable_grad": torch.enable_grad,
+    "inference": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("read", MODES)
+@pytest.mark.parametrize("begun", MODES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_stream_is_read_in_other_modes_than_it_was_begun_in(begun: str, read: str, masked: bool) -> None:
+    model, tokens = _model(), _tokens(3, 5)
+    mask = MASK if masked else None
+    expected = model.generate(tokens, 6, attention_mask=mask, generator=_generators(1)[0])[:, 5:]
+    with MODES[begun]():
+        stream = model.stream(tokens, 6, attention_mask=mask, generator=_generators(1)[0])
+        found = [next(stream), next(stream)]
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        assert mode == (begun in ("none", "enable_grad"), begun == "inference")
+    with MODES[read]():
+        found += [next(stream), next(stream)]
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        assert mode == (read in ("none", "enable_grad"), read == "inference")
+    with MODES[begun]():
+        found += list(stream)
+    assert torch.equal(torch.stack(found, 1), expected)
+    assert not any(token.requires_grad or token.is_inference() for token in found)
+
+
+def test_a_stream_takes_what_was_made_in_inference_mode() -> None:
+    model, prefix, prompts = _model(), _tokens(3, 8), _tokens(3, 5)
+    expected = model.generate(prompts, 6, state=model(prefix)[1], temperature=0)
+    with torch.inference_mode():
+        inside, tokens, state = _model(), prompts + 0, model(prefix)[1]
+    for served in (inside, model):
+        before = [x.clone() for x in state]
+        assert torch.equal(served.generate(tokens, 6, state=state, temperature=0), expected)
+        assert all(torch.equal(x, y) for x, y in zip(state, before, strict=True))
+
+
+def test_a_stream_goes_on_in_and_out_of_autocast() -> None:
+    torch.manual_seed(0)
+    model, tokens = RWKV(V, C, L), _tokens(2, 5)
+    for begun, read in [(True, False), (False, True)]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=begun):
+            stream = model.stream(tokens, 5)
+            next(stream)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=read):
+            assert len(list(stream)) == 4
+
+
 def test_a_stream_computes_no_step_that_nobody_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     model, steps = _model(), []
     original = RWKV.step
@@ -112,6 +165,72 @@ def test_a_sequence_ends_with_its_stop_token_and_the_batch_with_the_last_sequenc
         assert torch.equal(row[: end + 1], expected[: end + 1])
         assert (row[end:] == row[end]).all()
     assert model.generate(tokens, 60, stop_tokens=range(V)).shape[1] == 5
+
+
+def test_a_single_stop_token_is_one_of_a_set() -> None:
+    model, tokens = _model(), _tokens(6, 4)
+    for stop in (0, 3):
+        expected = model.generate(tokens, 60, stop_tokens=[stop], generator=_generators(*range(6)))
+        assert torch.equal(expected, model.generate(tokens, 60, stop_tokens=stop, generator=_generators(*range(6))))
+
+
+# ---- embeddings in place of tokens ----
+
+
+def _embedded(model: RWKV, tokens: Tensor) -> Tensor:
+    return model.emb.weight.detach()[tokens]
+
+
+@pytest.mark.parametrize("with_state", [False, True], ids=["no_state", "state"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_embeddings_give_what_their_tokens_give(masked: bool, with_state: bool) -> None:
+    model, tokens = _model(), _tokens(3, 5)
+    mask, state = MASK if masked else None, model(_tokens(3, 8).flip(1))[1] if with_state else None
+    embeds = _embedded(model, tokens).masked_fill((MASK == 0)[..., None], torch.nan) if masked else None
+    embeds = _embedded(model, tokens) if embeds is None else embeds
+    expected, found = model(tokens, state, mask), model(None, state, mask, inputs_embeds=embeds)
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(x, y) for x, y in zip(found[1], expected[1], strict=True))
+    settings: dict[str, Any] = {"attention_mask": mask, "state": state, "top_p": 0.9}
+    whole = model.generate(tokens, 7, generator=_generators(1, 2, 3), **settings)
+    new = model.generate(None, 7, inputs_embeds=embeds, generator=_generators(1, 2, 3), **settings)
+    assert torch.equal(new, whole[:, 5:])
+    assert list(model.generate(None, 0, inputs_embeds=embeds, **settings).shape) == [3, 0]
+
+
+def test_gradients_reach_the_embeddings_that_are_given() -> None:
+    model, tokens = _model(), _tokens(3, 5)
+    for mask in (None, MASK):
+        embeds = _embedded(model, tokens).requires_grad_()
+        logits, _ = model(attention_mask=mask, inputs_embeds=embeds)
+        logits.square().sum().backward()
+        assert embeds.grad is not None
+        assert torch.equal(embeds.grad.abs().amax(2) > 0, torch.ones(3, 5).bool() if mask is None else mask.bool())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "embeds", "message"),
+    [
+        (None, None, "expected either tokens or inputs_embeds, got neither"),
+        (_tokens(2, 3), torch.ones(2, 3, C).double(), "expected either tokens or inputs_embeds, got both"),
+        (
+            None,
+            torch.ones(2, 3, C + 1).double(),
+            rf"inputs_embeds: expected shape \[B, T, C\] with C = {C}, got",
+        ),
+        (None, torch.ones(2, C).double(), r"inputs_embeds: expected shape \[B, T, C\]"),
+        (None, torch.ones(2, 3, C), "inputs_embeds: expected torch.float64 as the embeddings, got torch.float32"),
+        (None, torch.ones(2, 0, C).double(), "tokens: expected a prompt of at least one token"),
+    ],
+    ids=["neither", "both", "width", "dimensions", "dtype", "empty"],
+)
+def test_embeddings_that_do_not_fit_are_refused(tokens: Tensor | None, embeds: Tensor | None, message: str) -> None:
+    model = _model()
+    with pytest.raises(ValueError, match=message):
+        model.stream(tokens, 3, inputs_embeds=embeds)
+    if "prompt" not in message:
+        with pytest.raises(ValueError, match=message):
+            model(tokens, inputs_embeds=embeds)
 
 
 # ---- states ----

@@ -14,6 +14,7 @@ from torch import Tensor
 import rwkv_kernels
 from benchmarks.latency import PLAIN, gradient_calls
 from rwkv_kernels import reference
+from rwkv_kernels.nn import RWKV, Block, RWKVState
 
 ARGUMENTS = (0, 1, 2, 3, 4)
 
@@ -244,6 +245,84 @@ def test_autocast_joins_the_dtypes_inside_the_operator_too(native_backend: str) 
     expected = rwkv_kernels.wkv(w, u, narrow.float(), v, backend=native_backend)
     with torch.autocast(k.device.type, dtype=torch.bfloat16):
         assert torch.equal(torch.ops.rwkv_kernels.wkv_forward(w, u, narrow, v, None, False)[0], expected)
+
+
+@pytest.mark.parametrize("narrow", ["k", "v", "r", "k and v"])
+def test_autocast_joins_the_dtypes_of_a_step(narrow: str, compiled_backend: str) -> None:
+    w, u, k, v, state = make(Problem(T=2, with_state=True)).inputs
+    assert state is not None
+    token = {"k": k[:, 0], "v": v[:, 0], "r": v[:, 1]}
+    token = {name: x.bfloat16() if name in narrow.split() else x for name, x in token.items()}
+    found, expected = state.clone(), state.clone()
+    with torch.autocast(k.device.type, dtype=torch.bfloat16):
+        y = rwkv_kernels.wkv_step(w, u, token["k"], token["v"], found, r=token["r"], backend=compiled_backend)
+    wide = {name: x.float() for name, x in token.items()}
+    y_wide = rwkv_kernels.wkv_step(w, u, wide["k"], wide["v"], expected, r=wide["r"], backend=compiled_backend)
+    assert torch.equal(y, y_wide) and torch.equal(found, expected)
+    with pytest.raises(TypeError, match="expected torch.* as k"):
+        rwkv_kernels.wkv_step(w, u, token["k"], token["v"], found, r=token["r"], backend=compiled_backend)
+
+
+def test_a_model_decodes_under_autocast() -> None:
+    torch.manual_seed(0)
+    model, tokens = RWKV(11, 8, 2), torch.randint(11, (2, 6))
+    for parameter in model.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        expected, _ = model(tokens)
+        state = model.empty_state(2)
+        found = torch.stack([model.step(token, state) for token in tokens.unbind(1)], 1)
+    # The two ways round a dozen intermediates to eight bits at other places.
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
+
+
+class _Layer(torch.nn.Module):
+    """Calls the operator as a user's layer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.u = (torch.nn.Parameter(torch.full((5,), value)) for value in (0.0, 1.0))
+
+    def forward(self, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, state = rwkv_kernels.wkv(self.w, self.u, k, v, state, return_state=True)
+        return 2 * y, rwkv_kernels.wkv(self.w, self.u, v, k), state
+
+
+class _Step(_Layer):
+    def forward(self, k: Tensor, v: Tensor, state: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * rwkv_kernels.wkv_step(self.w, self.u, k, v, state, r=v)
+
+
+def test_fx_traces_the_operator_as_one_node() -> None:
+    layer = _Layer()
+    traced = torch.fx.symbolic_trace(layer)
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert called.count(rwkv_kernels.wkv) == 2
+    _, _, *inputs = (x.float() for x in _inputs("cpu"))
+    for found, expected in zip(traced(*inputs), layer(*inputs), strict=True):
+        assert torch.equal(found, expected)
+    traced(*inputs)[0].sum().backward()
+    assert layer.w.grad is not None and layer.w.grad.abs().max() > 0
+
+    step, (k, v, state) = _Step(), inputs
+    stepped = torch.fx.symbolic_trace(step)
+    states = state.clone(), state.clone()
+    with torch.no_grad():
+        assert torch.equal(stepped(k[:, 0], v[:, 0], states[0]), step(k[:, 0], v[:, 0], states[1]))
+    assert torch.equal(*states) and not torch.equal(states[0], state)
+
+
+def test_fx_traces_blocks_and_says_that_it_cannot_trace_a_model() -> None:
+    block, x = Block(8, 16, 0, 2), torch.randn(2, 5, 8)
+    state = RWKVState(torch.randn(2, 8), torch.randn(2, 8), rwkv_kernels.empty_state(2, 8))
+    traced = torch.fx.symbolic_trace(block, concrete_args={"packing": None})
+    (y, after), (y_expected, after_expected) = traced(x, state), block(x, state)
+    assert torch.equal(y, y_expected)
+    assert all(torch.equal(a, b) for a, b in zip(after, after_expected, strict=True))
+    with pytest.raises(TypeError, match=r"symbolic_trace cannot follow a whole model; torch\.export"):
+        torch.fx.symbolic_trace(RWKV(11, 8, 2))
+    with pytest.raises(TypeError, match=r"tokens: expected a torch\.Tensor, got list"):
+        RWKV(11, 8, 2)([[1, 2]])
 
 
 def test_meta_tensors_have_the_right_shapes(native_backend: str) -> None:

@@ -36,8 +36,56 @@ def _mix(x: Tensor, previous: Tensor, mix: Tensor) -> Tensor:
     return torch.lerp(previous, x, mix.view(-1))
 
 
-def _ramp(channels: int, power: float) -> Tensor:
-    return (torch.arange(channels) / channels).pow(power).view(1, 1, channels)
+# Every module below resets the parameters that it owns itself and no others, as torch asks of `reset_parameters`: a
+# model made on the meta device is then initialised by calling it on all modules, in any order. Initial values are
+# computed in float32 at least: 16-bit types have no QR decomposition, and too few bits for a position among channels.
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _position(channels: int, like: Tensor) -> Tensor:
+    """0, 1, ..., channels - 1."""
+    return torch.arange(channels, dtype=_wide(like), device=like.device)
+
+
+def _ramp(channels: int, power: float, like: Tensor) -> Tensor:
+    return (_position(channels, like) / channels).pow(power).view(1, 1, channels)
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer without bias that starts as zero."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Sets the initial values."""
+        self.weight.zero_()
+
+
+class OrthogonalLinear(nn.Linear):
+    """A linear layer without bias that starts as `gain` times a random orthogonal matrix."""
+
+    def __init__(self, inputs: int, outputs: int, gain: float = 1.0) -> None:
+        self.gain = gain
+        super().__init__(inputs, outputs, bias=False)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Sets the initial values."""
+        self.weight.copy_(nn.init.orthogonal_(torch.empty_like(self.weight, dtype=_wide(self.weight)), self.gain))
+
+
+class NarrowEmbedding(nn.Embedding):
+    """An embedding that starts close to zero."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Sets the initial values."""
+        self.weight.uniform_(-1e-4, 1e-4)
 
 
 class TimeMix(nn.Module):
@@ -51,22 +99,30 @@ class TimeMix(nn.Module):
 
     def __init__(self, channels: int, layer: int, layers: int) -> None:
         super().__init__()
-        depth = layer / max(layers - 1, 1)
-        ramp = 1 - layer / layers
-        position = torch.arange(channels) / max(channels - 1, 1)
-        zigzag = (torch.arange(channels) + 1) % 3 - 1
-        self.time_decay = nn.Parameter(-5 + 8 * position ** (0.7 + 1.3 * depth))
-        self.time_first = nn.Parameter(math.log(0.3) + 0.5 * zigzag)
-        self.time_mix_k = nn.Parameter(_ramp(channels, ramp))
-        self.time_mix_v = nn.Parameter(_ramp(channels, ramp) + 0.3 * depth)
-        self.time_mix_r = nn.Parameter(_ramp(channels, 0.5 * ramp))
-        self.key = nn.Linear(channels, channels, bias=False)
-        self.value = nn.Linear(channels, channels, bias=False)
-        self.receptance = nn.Linear(channels, channels, bias=False)
-        self.output = nn.Linear(channels, channels, bias=False)
-        nn.init.orthogonal_(self.value.weight)
-        for linear in (self.key, self.receptance, self.output):
-            nn.init.zeros_(linear.weight)
+        self.layer, self.layers = layer, layers
+        self.time_decay = nn.Parameter(torch.empty(channels))
+        self.time_first = nn.Parameter(torch.empty(channels))
+        self.time_mix_k = nn.Parameter(torch.empty(1, 1, channels))
+        self.time_mix_v = nn.Parameter(torch.empty(1, 1, channels))
+        self.time_mix_r = nn.Parameter(torch.empty(1, 1, channels))
+        self.key = ZeroLinear(channels, channels)
+        self.value = OrthogonalLinear(channels, channels)
+        self.receptance = ZeroLinear(channels, channels)
+        self.output = ZeroLinear(channels, channels)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Sets the initial values of the decay, the bonus and the mixes; the linear layers have their own."""
+        channels, like = self.time_decay.shape[0], self.time_decay
+        depth = self.layer / max(self.layers - 1, 1)
+        ramp = 1 - self.layer / self.layers
+        position = _position(channels, like)
+        self.time_decay.copy_(-5 + 8 * (position / max(channels - 1, 1)) ** (0.7 + 1.3 * depth))
+        self.time_first.copy_(math.log(0.3) + 0.5 * ((position + 1) % 3 - 1))
+        self.time_mix_k.copy_(_ramp(channels, ramp, like))
+        self.time_mix_v.copy_(_ramp(channels, ramp, like) + 0.3 * depth)
+        self.time_mix_r.copy_(_ramp(channels, 0.5 * ramp, like))
 
     def _project(self, x: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         k = self.key(_mix(x, previous, self.time_mix_k))
@@ -105,15 +161,19 @@ class ChannelMix(nn.Module):
 
     def __init__(self, channels: int, hidden: int, layer: int, layers: int) -> None:
         super().__init__()
-        ramp = 1 - layer / layers
-        self.time_mix_k = nn.Parameter(_ramp(channels, ramp))
-        self.time_mix_r = nn.Parameter(_ramp(channels, ramp))
-        self.key = nn.Linear(channels, hidden, bias=False)
-        self.receptance = nn.Linear(channels, channels, bias=False)
-        self.value = nn.Linear(hidden, channels, bias=False)
-        nn.init.orthogonal_(self.key.weight, gain=max(1.0, hidden / channels) ** 0.5)
-        for linear in (self.receptance, self.value):
-            nn.init.zeros_(linear.weight)
+        self.layer, self.layers = layer, layers
+        self.time_mix_k = nn.Parameter(torch.empty(1, 1, channels))
+        self.time_mix_r = nn.Parameter(torch.empty(1, 1, channels))
+        self.key = OrthogonalLinear(channels, hidden, gain=max(1.0, hidden / channels) ** 0.5)
+        self.receptance = ZeroLinear(channels, channels)
+        self.value = ZeroLinear(hidden, channels)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Sets the initial values of the mixes; the linear layers have their own."""
+        for mix in (self.time_mix_k, self.time_mix_r):
+            mix.copy_(_ramp(mix.shape[-1], 1 - self.layer / self.layers, mix))
 
     def _network(self, x: Tensor, previous: Tensor) -> Tensor:
         k = torch.relu(self.key(_mix(x, previous, self.time_mix_k)))

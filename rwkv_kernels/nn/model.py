@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rwkv_kernels.functional import empty_state
 from rwkv_kernels.nn import checkpoints
-from rwkv_kernels.nn.layers import Block
+from rwkv_kernels.nn.layers import Block, NarrowEmbedding, OrthogonalLinear
 from rwkv_kernels.nn.padding import Packing
 from rwkv_kernels.nn.sampling import Generators, sample
 from rwkv_kernels.nn.state import RWKVState
@@ -30,7 +30,8 @@ class RWKV(nn.Module):
     """The RWKV-4 language model.
 
     `load_state_dict` takes a published RWKV-4 checkpoint as it is; `from_state_dict` also reads the sizes off it, and
-    `from_pretrained` reads it from disk in any of the formats in use.
+    `from_pretrained` reads it from disk in any of the formats in use. Every module resets its own parameters, so that a
+    model made on the meta device gets its initial values by `to_empty` and `reset_parameters` of all its `modules()`.
     The backend is chosen by `rwkv_kernels.use_backend`.
 
     Args:
@@ -48,12 +49,10 @@ class RWKV(nn.Module):
         hidden = 4 * channels if hidden is None else hidden
         if min(vocab_size, channels, layers, hidden) < 1:
             raise ValueError(f"sizes: expected positive numbers, got {vocab_size=}, {channels=}, {layers=}, {hidden=}")
-        self.emb = nn.Embedding(vocab_size, channels)
+        self.emb = NarrowEmbedding(vocab_size, channels)
         self.blocks = nn.ModuleList(Block(channels, hidden, layer, layers) for layer in range(layers))
         self.ln_out = nn.LayerNorm(channels)
-        self.head = nn.Linear(channels, vocab_size, bias=False)
-        nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
-        nn.init.orthogonal_(self.head.weight, gain=0.5 * max(1.0, vocab_size / channels) ** 0.5)
+        self.head = OrthogonalLinear(channels, vocab_size, gain=0.5 * max(1.0, vocab_size / channels) ** 0.5)
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "RWKV":
@@ -153,18 +152,42 @@ class RWKV(nn.Module):
                 raise ValueError(f"state.{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
         return [RWKVState(*layer) for layer in zip(*(tensor.unbind() for tensor in state), strict=True)]
 
+    def _checked_inputs(self, tokens: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Whichever of the two is given: tokens [B, T] or embeddings [B, T, C]."""
+        if isinstance(tokens, torch.fx.Proxy):
+            raise TypeError(
+                "torch.fx.symbolic_trace cannot follow a whole model; torch.export and torch.compile can, and fx its "
+                "blocks with concrete_args={'packing': None}"
+            )
+        if (tokens is None) == (inputs_embeds is None):
+            raise ValueError(f"expected either tokens or inputs_embeds, got {'neither' if tokens is None else 'both'}")
+        if inputs_embeds is None:
+            return _checked_tokens(tokens, ("B", "T"))
+        weight = self.emb.weight
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != weight.shape[1]:
+            raise ValueError(
+                f"inputs_embeds: expected shape [B, T, C] with C = {weight.shape[1]}, got {list(inputs_embeds.shape)}"
+            )
+        if inputs_embeds.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+            raise ValueError(f"inputs_embeds: expected {weight.dtype} as the embeddings, got {inputs_embeds.dtype}")
+        return inputs_embeds
+
     def _features(
-        self, tokens: Tensor, state: RWKVState | None, attention_mask: Tensor | None
+        self,
+        tokens: Tensor | None,
+        state: RWKVState | None,
+        attention_mask: Tensor | None,
+        inputs_embeds: Tensor | None,
     ) -> tuple[Tensor, RWKVState]:
         """What the head makes logits of, [B, T, C], zero in the padding, and the state after the last tokens."""
-        _check_tokens(tokens, ("B", "T"))
-        packing = None if attention_mask is None else Packing.of(_checked_mask(attention_mask, tokens))
-        state = self.empty_state(tokens.shape[0]) if state is None else state
-        states = self._layer_states(tokens, state)
+        inputs = self._checked_inputs(tokens, inputs_embeds)
+        packing = None if attention_mask is None else Packing.of(_checked_mask(attention_mask, inputs))
+        state = self.empty_state(inputs.shape[0]) if state is None else state
+        states = self._layer_states(inputs, state)
         if packing is not None:
-            tokens = packing.pack(tokens)
+            inputs = packing.pack(inputs)
             states = [RWKVState(*(tensor[packing.rows] for tensor in layer)) for layer in states]
-        x = self.emb(tokens)
+        x = self.emb(inputs) if inputs_embeds is None else inputs
         for layer, block in enumerate(self.blocks):
             x, states[layer] = block(x, states[layer], packing)
         x = self.ln_out(x)
@@ -172,15 +195,22 @@ class RWKV(nn.Module):
         return (x, state) if packing is None else (packing.unpack(x), state.take(packing.rows.argsort()))
 
     def forward(
-        self, tokens: Tensor, state: RWKVState | None = None, attention_mask: Tensor | None = None
+        self,
+        tokens: Tensor | None = None,
+        state: RWKVState | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
     ) -> tuple[Tensor, RWKVState]:
         """The logits of every next token.
 
         Args:
-            tokens: [B, T], int64.
+            tokens: [B, T], int64; None where `inputs_embeds` is given.
             state: As an earlier call returned it, or None for an empty one. It is not modified.
             attention_mask: [B, T], bool or integer: 0 for a place that is padding, left or right or between, where
                 tokens may be any number. None if every place counts. Its sums are read on the host.
+            inputs_embeds: [B, T, C], in the dtype of `emb.weight`: what to run on in place of `emb(tokens)`, for soft
+                prompts and other modalities.
 
         Returns:
             logits [B, T, V], and the state after the last token, which continues the sequences as if they had never
@@ -188,9 +218,11 @@ class RWKV(nn.Module):
             without its padding; logits in the padding are zero.
 
         Raises:
-            ValueError: tokens, mask or state have the wrong shape or type, or tokens are not int64.
+            ValueError: tokens, embeddings, mask or state have the wrong shape or type, or tokens are not int64; or both
+                or neither of tokens and embeddings are given.
+            TypeError: tokens are no tensor.
         """
-        x, state = self._features(tokens, state, attention_mask)
+        x, state = self._features(tokens, state, attention_mask, inputs_embeds)
         return self.head(x), state
 
     def step(self, tokens: Tensor, state: RWKVState) -> Tensor:
@@ -208,7 +240,7 @@ class RWKV(nn.Module):
         Raises:
             ValueError: as for `forward`, also if a gradient would be required.
         """
-        _check_tokens(tokens, ("B",))
+        _checked_tokens(tokens, ("B",))
         x = self.emb(tokens)
         for block, layer_state in zip(self.blocks, self._layer_states(tokens, state), strict=True):
             x = cast(Block, block).step(x, layer_state)
@@ -217,28 +249,33 @@ class RWKV(nn.Module):
 
     def stream(
         self,
-        tokens: Tensor,
+        tokens: Tensor | None,
         max_new_tokens: int,
         *,
         attention_mask: Tensor | None = None,
         state: RWKVState | None = None,
         temperature: float = 1.0,
         top_p: float = 1.0,
-        stop_tokens: Collection[int] = (),
+        stop_tokens: Collection[int] | int = (),
         generator: Generators = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Continues the sequences: the prompt in parallel, then token by token, in memory that does not grow.
 
+        Gradients and inference mode are off inside, whatever mode the caller is in when it asks for a token.
+
         Args:
-            tokens: [B, T], int64: the prompts, at least one token each.
+            tokens: [B, T], int64: the prompts, at least one token each; None where `inputs_embeds` is given.
             max_new_tokens: How many tokens to append at most.
             attention_mask: [B, T], as for `forward`, for prompts of different length.
             state: What came before the prompts, as an earlier call returned it. It is not modified.
             temperature: Divides the logits; 0 takes the likeliest token every time.
             top_p: Samples among the likeliest tokens that together have at least this probability.
-            stop_tokens: A sequence that has got one of them is finished, and repeats it from then on.
+            stop_tokens: A sequence that has got one of them, or it if it is a single one, is finished, and repeats it
+                from then on.
             generator: The source of randomness: None for torch's global one, one generator, or one for each sequence,
                 whose tokens then do not depend on the batch that it is in.
+            inputs_embeds: [B, T, C], as for `forward`: prompts in place of `tokens`.
 
         Yields:
             [B], the next token of every sequence, until all of them are finished or max_new_tokens is reached.
@@ -247,10 +284,10 @@ class RWKV(nn.Module):
             ValueError: an empty prompt, an argument of the wrong shape, type or number, max_new_tokens or temperature
                 below 0, or top_p outside (0, 1].
         """
-        _check_tokens(tokens, ("B", "T"))
-        filled = tokens.shape[1] > 0
+        inputs = self._checked_inputs(tokens, inputs_embeds)
+        filled = inputs.shape[1] > 0
         if attention_mask is not None:
-            filled = bool(_checked_mask(attention_mask, tokens).any(1).all())
+            filled = bool(_checked_mask(attention_mask, inputs).any(1).all())
         if not filled:
             raise ValueError("tokens: expected a prompt of at least one token, got an empty one")
         if max_new_tokens < 0:
@@ -259,18 +296,21 @@ class RWKV(nn.Module):
             raise ValueError(f"temperature: expected a finite number of at least 0, got {temperature}")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
-        if generator is not None and not isinstance(generator, torch.Generator) and len(generator) != tokens.shape[0]:
-            raise ValueError(f"generator: expected one for each of {tokens.shape[0]} sequences, got {len(generator)}")
-        stop = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=tokens.device)
-        return self._stream(tokens, max_new_tokens, attention_mask, state, temperature, top_p, stop, generator)
+        if generator is not None and not isinstance(generator, torch.Generator) and len(generator) != inputs.shape[0]:
+            raise ValueError(f"generator: expected one for each of {inputs.shape[0]} sequences, got {len(generator)}")
+        stops = [stop_tokens] if isinstance(stop_tokens, int) else sorted(stop_tokens)
+        stop = torch.tensor(stops, dtype=torch.int64, device=inputs.device)
+        features = (tokens, state, attention_mask, inputs_embeds)
+        return self._stream(features, max_new_tokens, temperature, top_p, stop, generator)
 
+    # The state of a stream lives as long as its generator, and a tensor made in inference mode could not be written to
+    # outside of it. Turning inference mode off turns gradients on, so the order of the two matters.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _stream(
         self,
-        tokens: Tensor,
+        features: tuple[Tensor | None, RWKVState | None, Tensor | None, Tensor | None],
         max_new_tokens: int,
-        attention_mask: Tensor | None,
-        state: RWKVState | None,
         temperature: float,
         top_p: float,
         stop: Tensor,
@@ -278,11 +318,12 @@ class RWKV(nn.Module):
     ) -> Iterator[Tensor]:
         if max_new_tokens == 0:
             return
-        x, state = self._features(tokens, state, attention_mask)
+        x, state = self._features(*features)
+        attention_mask = features[2]
         if attention_mask is None:
             x = x[:, -1]
         else:
-            places = torch.arange(tokens.shape[1], device=tokens.device).where(attention_mask.bool(), -1)
+            places = torch.arange(x.shape[1], device=x.device).where(attention_mask.bool(), -1)
             x = x[torch.arange(x.shape[0], device=x.device), places.amax(1)]
         logits = self.head(x)
         chosen = finished = None
@@ -300,22 +341,24 @@ class RWKV(nn.Module):
 
     def generate(
         self,
-        tokens: Tensor,
+        tokens: Tensor | None,
         max_new_tokens: int,
         *,
         attention_mask: Tensor | None = None,
         state: RWKVState | None = None,
         temperature: float = 1.0,
         top_p: float = 1.0,
-        stop_tokens: Collection[int] = (),
+        stop_tokens: Collection[int] | int = (),
         generator: Generators = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """The prompts and what `stream` yields for them.
 
         Args: as for `stream`.
 
         Returns:
-            [B, T + n], n the number of steps until all sequences were finished, or max_new_tokens.
+            [B, T + n], n the number of steps until all sequences were finished, or max_new_tokens; [B, n] after prompts
+            that were given as `inputs_embeds`.
 
         Raises:
             ValueError: as `stream` does.
@@ -329,21 +372,27 @@ class RWKV(nn.Module):
             top_p=top_p,
             stop_tokens=stop_tokens,
             generator=generator,
+            inputs_embeds=inputs_embeds,
         )
-        return torch.cat((tokens, *(token.unsqueeze(1) for token in new)), 1)
+        if inputs_embeds is not None:
+            tokens = torch.empty(inputs_embeds.shape[0], 0, dtype=torch.int64, device=inputs_embeds.device)
+        return torch.cat((cast(Tensor, tokens), *(token.unsqueeze(1) for token in new)), 1)
 
 
-def _check_tokens(tokens: Tensor, shape: tuple[str, ...]) -> None:
+def _checked_tokens(tokens: object, shape: tuple[str, ...]) -> Tensor:
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"tokens: expected a torch.Tensor, got {type(tokens).__name__}")
     if tokens.dim() != len(shape):
         raise ValueError(f"tokens: expected shape [{', '.join(shape)}], got {list(tokens.shape)}")
     if tokens.dtype != torch.int64:
         raise ValueError(f"tokens: expected torch.int64, got {tokens.dtype}")
+    return tokens
 
 
-def _checked_mask(mask: Tensor, tokens: Tensor) -> Tensor:
+def _checked_mask(mask: Tensor, inputs: Tensor) -> Tensor:
     """The mask as booleans."""
-    if mask.shape != tokens.shape:
-        raise ValueError(f"attention_mask: expected shape {list(tokens.shape)} as tokens, got {list(mask.shape)}")
+    if mask.shape != inputs.shape[:2]:
+        raise ValueError(f"attention_mask: expected shape {list(inputs.shape[:2])} as tokens, got {list(mask.shape)}")
     if mask.is_floating_point() or mask.is_complex():
         raise ValueError(f"attention_mask: expected booleans or integers, 0 for padding, got {mask.dtype}")
     return mask.bool()

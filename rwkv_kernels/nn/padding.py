@@ -45,9 +45,10 @@ class Packing(NamedTuple):
         steps = (~mask[rows]).to(torch.int8).argsort(dim=1, stable=True)[:, :places]
         return Packing(mask, rows, steps, lengths, segments)
 
-    def pack(self, tokens: Tensor) -> Tensor:
-        """[B, T] -> [B, S]. Padding becomes 0, so that it may be any number before."""
-        return tokens.masked_fill(~self.mask, 0)[self.rows].gather(1, self.steps)
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, T] -> [B, S], or [B, T, C] -> [B, S, C]. Padding becomes 0, so that it may be any number before."""
+        mask, steps = (self.mask, self.steps) if x.dim() == 2 else (self.mask.unsqueeze(2), self.steps.unsqueeze(2))
+        return x.masked_fill(~mask, 0)[self.rows].gather(1, steps.expand(-1, -1, *x.shape[2:]))
 
     def unpack(self, x: Tensor) -> Tensor:
         """[B, S, C] -> [B, T, C], zero in the padding."""
