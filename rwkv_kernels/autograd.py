@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-__all__ = ["attach"]
+__all__ = ["attach", "fake_step"]
 
 Outputs = tuple[Tensor, ...]
 
@@ -236,3 +236,14 @@ def attach(
         return y, state_out
 
     return differentiable
+
+
+def fake_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None = None) -> Tensor:
+    """The fake kernel of an operator of the step's schema, which refuses what a compiler would get wrong."""
+    if state._is_view() and isinstance(state.storage_offset(), torch.SymInt):
+        raise NotImplementedError(
+            "state: expected a tensor whose place in memory is known to the compiler, got a view at an offset that "
+            "depends on a size: torch.compile loses it where a custom operator mutates the view; use "
+            "rwkv_kernels.wkv_step"
+        )
+    return torch.empty_like(k, memory_format=torch.contiguous_format)

@@ -50,16 +50,21 @@ class Backend:
     step: Step
 
 
-def _reference_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None) -> Tensor:
+def step_by_forward(
+    forward: Forward, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None
+) -> Tensor:
+    """A step as a sequence of one token, whose only mutation is a copy to the state."""
     # In the dtype of the sums, so that the gated result is rounded once.
     wide_k, wide_v = (x.unsqueeze(1).to(state.dtype) for x in (k, v))
-    y, state_out = reference.wkv(w, u, wide_k, wide_v, state)
+    y, state_out = forward(w, u, wide_k, wide_v, state)
     state.copy_(state_out)
     y = y.squeeze(1)
     return (y if r is None else torch.sigmoid(r.to(state.dtype)) * y).to(k.dtype)
 
 
-REFERENCE = Backend("reference", None, lambda: None, lambda k: None, reference.wkv, _reference_step)
+REFERENCE = Backend(
+    "reference", None, lambda: None, lambda k: None, reference.wkv, functools.partial(step_by_forward, reference.wkv)
+)
 
 
 def _constant(function: Callable[..., str | None]) -> Callable[..., str | None]:
@@ -133,10 +138,7 @@ def _compiled() -> tuple[Forward, Step]:
     ops = torch.ops.rwkv_kernels
     forward = autograd.attach(_library, ops.wkv_forward.default, ops._wkv_backward.default, intervals.__getitem__)
 
-    @torch.library.register_fake("rwkv_kernels::wkv_step", lib=_library)
-    def fake_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None = None) -> Tensor:
-        return torch.empty_like(k, memory_format=torch.contiguous_format)
-
+    torch.library.register_fake("rwkv_kernels::wkv_step", autograd.fake_step, lib=_library)
     return forward, ops.wkv_step.default
 
 

@@ -114,6 +114,48 @@ def test_compiles_the_step(gated: bool, compiled_backend: str) -> None:
     torch.testing.assert_close(traced, eager)
 
 
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "select": lambda state: state[1],
+    "unbind": lambda state: state.unbind()[1],
+    "slice": lambda state: state[1:2].squeeze(0),
+    "transposed": lambda state: state.view(3, -1, 5, 3).transpose(2, 3)[1],
+}
+
+
+def test_a_compiled_step_moves_the_views_of_states_that_it_is_given() -> None:
+    """By Inductor, for any batch: the offset of layer 1 depends on B, and torch loses such a one of a mutated view."""
+    w, u = torch.linspace(-1, 1, 5), torch.linspace(1, 0, 5)
+
+    def step(k: Tensor, states: dict[str, Tensor]) -> list[Tensor]:
+        return [rwkv_kernels.wkv_step(w, u, k, k + 1, view(states[name]), r=k) for name, view in VIEWS.items()]
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for B in (2, 5, 3):
+        states = {name: torch.rand(3, B, 3, 5, generator=torch.Generator().manual_seed(B)) for name in VIEWS}
+        traced = {name: state.clone() for name, state in states.items()}
+        k = torch.linspace(-2, 2, 5 * B).view(B, 5)
+        for name, found, expected in zip(VIEWS, compiled(k, traced), step(k, states), strict=True):
+            torch.testing.assert_close(found, expected, msg=lambda message, name=name: f"{name}: {message}")
+            torch.testing.assert_close(traced[name], states[name])
+
+
+def test_the_operator_of_the_step_refuses_a_view_that_a_compiler_would_lose() -> None:
+    """Called directly: with a reason in one graph, and outside of the graph where it may be."""
+    w, u = torch.linspace(-1, 1, 5), torch.linspace(1, 0, 5)
+
+    def step(k: Tensor, state: Tensor) -> Tensor:
+        result: Tensor = torch.ops.rwkv_kernels.wkv_step(w, u, k, k, state[1])
+        return result
+
+    k = torch.linspace(-2, 2, 10).view(2, 5)
+    with pytest.raises(Exception, match="use rwkv_kernels.wkv_step"):
+        torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)(k, torch.rand(3, 2, 3, 5))
+    eager = torch.rand(3, 2, 3, 5)
+    traced = eager.clone()
+    torch.testing.assert_close(torch.compile(step, backend="aot_eager", dynamic=True)(k, traced), step(k, eager))
+    torch.testing.assert_close(traced, eager)
+
+
 def test_exports_with_dynamic_length(compiled_backend: str) -> None:
     class Module(torch.nn.Module):
         def forward(self, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Any:
