@@ -15,7 +15,7 @@ import transformers_models
 from problems import assert_tensor_close
 from torch import Tensor
 
-from rwkv_kernels.nn import RWKV, RWKVState, files
+from rwkv_kernels.nn import RWKV, RWKVState, checkpoints, files
 
 V, C, L, HIDDEN = transformers_models.V, transformers_models.C, transformers_models.L, transformers_models.HIDDEN
 # Float64 through three layers, by two ways.
@@ -142,6 +142,64 @@ def test_tied_embeddings_become_two_matrices(tmp_path: Path) -> None:
     assert model.head.weight.data_ptr() != model.emb.weight.data_ptr()
     with torch.no_grad():
         assert_tensor_close("logits", model(tokens)[0], theirs.train()(tokens).logits, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["rwkv.pth", "rwkv.pt", "rwkv.safetensors", "folder"])
+def test_a_model_of_tied_embeddings_is_saved_and_loaded_as_one_of_two_matrices(name: str, tmp_path: Path) -> None:
+    if "rwkv.p" not in name:
+        pytest.importorskip("safetensors")
+    model = _model()
+    model.head.weight = model.emb.weight
+    model.save_pretrained(tmp_path / name)
+    for loaded in (RWKV.from_pretrained(tmp_path / name), RWKV.from_state_dict(model.state_dict())):
+        _assert_same(loaded, model)
+        _assert_apart(loaded)
+    assert model.head.weight is model.emb.weight
+    RWKV.from_pretrained(tmp_path / name).save_pretrained(tmp_path / "again.pth")
+
+
+def _assert_apart(model: RWKV) -> None:
+    """Writing to one parameter changes no other."""
+    expected = {name: x.clone() for name, x in model.state_dict().items()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(7)
+            expected[name].fill_(7)
+            for other, x in model.state_dict().items():
+                assert torch.equal(x, expected[other]), (name, other)
+
+
+@pytest.mark.parametrize("name", ["rwkv.pth", "rwkv.pt", "rwkv.bin", "folder"])
+def test_entries_that_share_memory_in_a_file_are_loaded_apart(name: str, tmp_path: Path) -> None:
+    tensors, whole = dict(_model().state_dict()), torch.randn(V * C + 5 * C, dtype=torch.float64)
+    tensors["head.weight"] = tensors["emb.weight"]  # the same
+    tensors["blocks.0.att.key.weight"] = whole[: C * C].view(C, C)
+    tensors["blocks.0.att.value.weight"] = whole[: C * C].view(C, C).T
+    tensors["blocks.1.att.key.weight"] = whole[3 * C : 3 * C + C * C].view(C, C)  # a part of it
+    tensors["blocks.0.ln1.bias"] = whole[:1].expand(C)  # with itself
+    expected = {entry: x.clone() for entry, x in tensors.items()}
+    path = tmp_path / name
+    if name == "folder":
+        _model().save_pretrained(path)
+        (path / "model.safetensors").unlink()
+        torch.save({checkpoints.to_transformers(entry): x for entry, x in tensors.items()}, path / "pytorch_model.bin")
+    else:
+        torch.save(tensors, path)
+    model = RWKV.from_pretrained(path)
+    for entry, x in model.state_dict().items():
+        assert torch.equal(x, expected[entry]), entry
+    _assert_apart(model)
+
+
+def test_a_part_of_a_tensor_is_saved_without_the_rest(tmp_path: Path) -> None:
+    whole = torch.zeros(100, 1000)
+    files.write(tmp_path / "part.pth", {"part": whole[0]})
+    assert (tmp_path / "part.pth").stat().st_size < 10_000
+    _, state = _model()(torch.zeros(1, 2, dtype=torch.int64))
+    torch.save({"att_shift": state.wkv[:, :, 0], "ffn_shift": state.wkv[:, :, 1], "wkv": state.wkv}, tmp_path / "s")
+    loaded = RWKVState.load(tmp_path / "s")
+    loaded.att_shift.fill_(7)
+    assert torch.equal(loaded.wkv, state.wkv)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
