@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,63 @@ def test_layers_that_transformers_rescaled_are_restored(dtype: torch.dtype, resc
     rescaled = RWKV.from_pretrained(tmp_path / "after").state_dict()
     changed = {name for name, x in expected.state_dict().items() if not torch.equal(rescaled[name], x)}
     assert changed == ({"blocks.2.att.output.weight", "blocks.2.ffn.value.weight"} if rescale_every else set())
+
+
+def _warnings_of(path: Path, **settings: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        RWKV.from_pretrained(path, **settings)
+    return [str(warning.message) for warning in caught if "rescaled" in str(warning.message)]
+
+
+@pytest.mark.parametrize(("layers", "every"), [(3, 2), (12, 6), (24, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_folder_that_transformers_rescaled_warns(dtype: torch.dtype, layers: int, every: int, tmp_path: Path) -> None:
+    theirs = transformers_models.make(dtype, rescale_every=every, num_hidden_layers=layers)
+    draw = torch.Generator().manual_seed(0)
+    for name, parameter in theirs.named_parameters():
+        if ".value.weight" in name or ".output.weight" in name:
+            # Trained layers are no two of one size, and grow with depth.
+            depth = int(name.split(".")[2]) / layers
+            parameter.data.mul_(float(2 ** (depth + 0.15 * torch.randn(1, generator=draw))))
+    _saved_by_transformers(tmp_path / "before", theirs, "safetensors")
+    assert _warnings_of(tmp_path / "before") == []
+    theirs.eval()
+    theirs.rwkv._rescale_layers()
+    assert theirs.rwkv.layers_are_rescaled
+    for layout in ("safetensors", "sharded", "bin"):
+        _saved_by_transformers(tmp_path / layout, theirs, layout)
+        found = _warnings_of(tmp_path / layout)
+        assert len(found) == 1
+        assert f"halve every {every} layers" in found[0] and "from_pretrained(..., rescaled=True)" in found[0]
+        assert _warnings_of(tmp_path / layout, rescaled=True) == []
+
+
+def test_no_other_folder_warns_of_rescaling(tmp_path: Path) -> None:
+    layers = 12
+    torch.manual_seed(0)
+    fresh = RWKV(V, C, layers, HIDDEN)
+    trained = [RWKV(V, C, layers, HIDDEN) for _ in range(5)]
+    for model in trained:
+        for name, parameter in model.named_parameters():
+            # Of any size from layer to layer, or all matrices of a layer together, or falling steadily.
+            parameter.data.normal_().mul_(float(2 ** (0.3 * torch.randn(()))))
+            if name.startswith("blocks."):
+                layer = int(name.split(".")[1])
+                parameter.data.mul_(
+                    (1, 2 ** -(layer / 3), 2 ** -(layer // 6), 2**-layer, 2 ** (layer / 6))[trained.index(model)]
+                )
+    zero, constant = RWKV(V, C, layers, HIDDEN), RWKV(V, C, layers, HIDDEN)
+    for parameter in zero.parameters():
+        parameter.data.zero_()
+    for parameter in constant.parameters():
+        parameter.data.fill_(0.5)
+    for i, model in enumerate([fresh, *trained, zero, constant, RWKV(V, C, 1), RWKV(V, C, 6)]):
+        model.save_pretrained(tmp_path / f"{i}")
+        assert _warnings_of(tmp_path / f"{i}") == [], i
+    theirs = transformers_models.make(torch.float32, rescale_every=0, num_hidden_layers=layers)
+    _saved_by_transformers(tmp_path / "never", theirs.eval(), "safetensors")
+    assert _warnings_of(tmp_path / "never") == []
 
 
 def test_transformers_loads_what_is_saved_for_it(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file where the path has that suffix, else one for torch.load; shared memory once for each."""
+    """Writes a safetensors file where the path has that suffix, else one for torch.load; shared memory for each."""
     tensors = apart({name: tensor.detach().cpu() for name, tensor in tensors.items()})
     if path.suffix == SAFETENSORS:
         # transformers asks for this entry.

@@ -74,7 +74,7 @@ class RWKV(nn.Module):
                 several with an index. Tied embeddings, and whatever else shares memory, become matrices of their own.
             rescaled: Undo what transformers does to its layers in eval mode, which it also writes to disk:
                 `model.rwkv.layers_are_rescaled` at the time when the folder was written. Published folders are not
-                rescaled.
+                rescaled. Without it, weights that look rescaled give a warning.
 
         Only tensors are read: nothing that a file contains is executed, nothing is downloaded.
 
