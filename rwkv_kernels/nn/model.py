@@ -71,10 +71,10 @@ class RWKV(nn.Module):
         Args:
             path: A file of RWKV-LM (`.pth`) or of safetensors, with RWKV-LM's or transformers' names, or a folder that
                 transformers wrote: `config.json` with `model.safetensors` or `pytorch_model.bin`, in one file or in
-                several with an index. Tied embeddings become two matrices.
+                several with an index. Tied embeddings, and whatever else shares memory, become matrices of their own.
             rescaled: Undo what transformers does to its layers in eval mode, which it also writes to disk:
                 `model.rwkv.layers_are_rescaled` at the time when the folder was written. Published folders are not
-                rescaled.
+                rescaled. Without it, weights that look rescaled give a warning.
 
         Only tensors are read: nothing that a file contains is executed, nothing is downloaded.
 
@@ -90,6 +90,7 @@ class RWKV(nn.Module):
         """Writes what `from_pretrained` reads, in the format that the path asks for.
 
         `.pth` or `.pt` and `.safetensors` give a file with RWKV-LM's names, any other path a folder for transformers.
+        Tied embeddings are written as two matrices.
 
         Raises:
             ImportError: safetensors is needed and not installed.
