@@ -9,7 +9,7 @@ Source: RWKV: Reinventing RNNs for the Transformer Era (arXiv 2305.13048).
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -130,71 +130,84 @@ class RWKV(nn.Module):
         model.load_state_dict(tensors, assign=True)
         return model
 
-    def empty_state(self, batch: int) -> RWKVState:
-        """The state before the first token, for `batch` sequences."""
+    def empty_state(self, batch: int, *, device: torch.device | str | None = None) -> RWKVState:
+        """The state before the first token, for `batch` sequences, on the device, by default that of the weights."""
+        # The weight may be a DTensor, whose new_zeros would be another.
         weight, layers, channels = self.emb.weight, len(self.blocks), self.emb.embedding_dim
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        empty = empty_state(layers * batch, channels, device=weight.device, dtype=dtype)
+        device = weight.device if device is None else device
+        wide = torch.promote_types(weight.dtype, torch.float32)
         return RWKVState(
-            weight.new_zeros(layers, batch, channels),
-            weight.new_zeros(layers, batch, channels),
-            empty.view(layers, batch, 3, channels),
+            torch.zeros(layers, batch, channels, device=device, dtype=weight.dtype),
+            torch.zeros(layers, batch, channels, device=device, dtype=weight.dtype),
+            empty_state(layers * batch, channels, device=device, dtype=wide).view(layers, batch, 3, channels),
         )
 
     def _layer_states(self, tokens: Tensor, state: RWKVState) -> list[RWKVState]:
+        _check_is_state(state)
         L, B, C = len(self.blocks), tokens.shape[0], self.emb.embedding_dim
-        if not isinstance(state, RWKVState):
-            raise ValueError(
-                f"state: expected an RWKVState, got {type(state).__name__}; import_model_state of "
-                "rwkv_kernels.compat.transformers, .blinkdl, .infctx or .rwkv_pip converts that library's states"
-            )
         for name, tensor, shape in zip(state._fields, state, ((L, B, C), (L, B, C), (L, B, 3, C)), strict=True):
             if tensor.shape != shape:
                 raise ValueError(f"state.{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
         return [RWKVState(*layer) for layer in zip(*(tensor.unbind() for tensor in state), strict=True)]
 
-    def _features(
-        self, tokens: Tensor, state: RWKVState | None, attention_mask: Tensor | None
-    ) -> tuple[Tensor, RWKVState]:
-        """What the head makes logits of, [B, T, C], zero in the padding, and the state after the last tokens."""
-        _check_tokens(tokens, ("B", "T"))
-        packing = None if attention_mask is None else Packing.of(_checked_mask(attention_mask, tokens))
-        state = self.empty_state(tokens.shape[0]) if state is None else state
-        states = self._layer_states(tokens, state)
-        if packing is not None:
-            tokens = packing.pack(tokens)
-            states = [RWKVState(*(tensor[packing.rows] for tensor in layer)) for layer in states]
-        x = self.emb(tokens)
-        for layer, block in enumerate(self.blocks):
-            x, states[layer] = block(x, states[layer], packing)
-        x = self.ln_out(x)
-        state = RWKVState(*(torch.stack(tensors) for tensors in zip(*states, strict=True)))
-        return (x, state) if packing is None else (packing.unpack(x), state.take(packing.rows.argsort()))
-
     def forward(
-        self, tokens: Tensor, state: RWKVState | None = None, attention_mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        state: RWKVState | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        last_only: bool = False,
+        in_place: bool = False,
     ) -> tuple[Tensor, RWKVState]:
         """The logits of every next token.
 
         Args:
             tokens: [B, T], int64.
-            state: As an earlier call returned it, or None for an empty one. It is not modified.
+            state: As an earlier call returned it, of a model of any dtype, or None for an empty one. It is not
+                modified.
             attention_mask: [B, T], bool or integer: 0 for a place that is padding, left or right or between, where
                 tokens may be any number. None if every place counts. Its sums are read on the host.
+            last_only: Compute the logits after each sequence's last token alone.
+            in_place: For decoding: `state.wkv` may be overwritten, and then is the one that is returned. An eager call
+                of one token does so, and is not differentiable.
 
         Returns:
-            logits [B, T, V], and the state after the last token, which continues the sequences as if they had never
-            been cut. Both are differentiable, also through the state. Every sequence gives what it gives alone and
-            without its padding; logits in the padding are zero.
+            logits [B, T, V], or [B, 1, V] with `last_only`, and the state after the last token, which continues the
+            sequences as if they had never been cut. Both are differentiable, also through the state. Every sequence
+            gives what it gives alone and without its padding; logits in the padding are zero.
 
         Raises:
             ValueError: tokens, mask or state have the wrong shape or type, or tokens are not int64.
+            TypeError: the WKV state has a 16-bit dtype.
         """
-        x, state = self._features(tokens, state, attention_mask)
-        return self.head(x), state
+        _check_tokens(tokens, ("B", "T"))
+        packing = None if attention_mask is None else Packing.of(_checked_mask(attention_mask, tokens))
+        given: Sequence[RWKVState | None] = [None] * len(self.blocks)
+        if state is not None:
+            given = self._layer_states(tokens, state)
+        if packing is not None:
+            tokens = packing.pack(tokens)
+            given = [None if layer is None else RWKVState(*(x[packing.rows] for x in layer)) for layer in given]
+        x = self.emb(tokens)
+        new: list[RWKVState] = []
+        for block, layer_state in zip(self.blocks, given, strict=True):
+            x, layer_state = block(x, layer_state, packing, in_place)
+            new.append(layer_state)
+        x = self.ln_out(x)
+        att_shift, ffn_shift, wkv = zip(*new, strict=True)
+        moved = in_place and all(layer and x is layer.wkv for x, layer in zip(wkv, given, strict=True))
+        wkv_state = state.wkv if moved and state is not None else torch.stack(wkv)
+        after = RWKVState(torch.stack(att_shift), torch.stack(ffn_shift), wkv_state)
+        if packing is not None:
+            x, after = packing.last(x) if last_only else packing.unpack(x), after.take(packing.rows.argsort())
+        elif last_only:
+            x = x[:, -1:]
+        return self.head(x), after
 
     def step(self, tokens: Tensor, state: RWKVState) -> Tensor:
         """One token of each sequence, for decoding: the state moves on in place.
+
+        Every module is called as in `forward`, by hooks and wrappers, too.
 
         Args:
             tokens: [B], int64.
@@ -206,14 +219,18 @@ class RWKV(nn.Module):
         Not differentiable: call it under torch.no_grad().
 
         Raises:
-            ValueError: as for `forward`, also if a gradient would be required.
+            ValueError, TypeError: as for `forward`, also if a gradient would be required.
         """
         _check_tokens(tokens, ("B",))
-        x = self.emb(tokens)
-        for block, layer_state in zip(self.blocks, self._layer_states(tokens, state), strict=True):
-            x = cast(Block, block).step(x, layer_state)
-        logits: Tensor = self.head(self.ln_out(x))
-        return logits
+        _check_is_state(state)
+        logits, after = self(tokens.unsqueeze(1), state, in_place=True)
+        if any(tensor.requires_grad for tensor in after):
+            raise ValueError("state: expected no gradient to be required by step (use torch.no_grad(), or forward)")
+        # What did not move in place: the shifts, and everything where a compiler or a wrapper stands between.
+        for old, moved in zip(state, after, strict=True):
+            if moved is not old:
+                old.copy_(moved)
+        return cast(Tensor, logits.squeeze(1))
 
     def stream(
         self,
@@ -278,13 +295,8 @@ class RWKV(nn.Module):
     ) -> Iterator[Tensor]:
         if max_new_tokens == 0:
             return
-        x, state = self._features(tokens, state, attention_mask)
-        if attention_mask is None:
-            x = x[:, -1]
-        else:
-            places = torch.arange(tokens.shape[1], device=tokens.device).where(attention_mask.bool(), -1)
-            x = x[torch.arange(x.shape[0], device=x.device), places.amax(1)]
-        logits = self.head(x)
+        logits, state = self(tokens, state, attention_mask, last_only=True)
+        logits = logits.squeeze(1)
         chosen = finished = None
         for left in reversed(range(max_new_tokens)):
             token = sample(logits, temperature, top_p, generator)
@@ -331,6 +343,14 @@ class RWKV(nn.Module):
             generator=generator,
         )
         return torch.cat((tokens, *(token.unsqueeze(1) for token in new)), 1)
+
+
+def _check_is_state(state: object) -> None:
+    if not isinstance(state, RWKVState):
+        raise ValueError(
+            f"state: expected an RWKVState, got {type(state).__name__}; import_model_state of "
+            "rwkv_kernels.compat.transformers, .blinkdl, .infctx or .rwkv_pip converts that library's states"
+        )
 
 
 def _check_tokens(tokens: Tensor, shape: tuple[str, ...]) -> None:
