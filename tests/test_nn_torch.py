@@ -1,7 +1,7 @@
 """What a user of PyTorch expects of the model: hooks, offloading, mixed dtypes, compilation, export and checkpoints."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -316,3 +316,67 @@ def test_the_logits_after_the_last_token_alone() -> None:
     last, last_state = model(tokens, attention_mask=mask, last_only=True)
     _assert_close(last, torch.stack((logits[0, 6:7], logits[1, 8:9], torch.zeros(1, V))))
     _assert_close(last_state, state)
+
+
+# ---- FSDP with mixed precision ----
+
+
+@pytest.fixture
+def single_process(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def _fsdp1(model: RWKV, cast: bool) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    return FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=ModuleWrapPolicy({Block}),
+        mixed_precision=MixedPrecision(torch.bfloat16, cast_forward_inputs=cast, cast_root_forward_inputs=cast),
+        device_id=torch.device("cpu"),
+        use_orig_params=True,
+    )
+
+
+def _fsdp2(model: RWKV, cast: bool) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    policy = MixedPrecisionPolicy(torch.bfloat16, cast_forward_inputs=cast)
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    return model
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
+@pytest.mark.parametrize("cast", [True, False], ids=["cast", "uncast"])
+@pytest.mark.parametrize("shard", [_fsdp1, _fsdp2])
+def test_fsdp_trains_in_bfloat16_and_the_wkv_state_stays_float32(
+    shard: Callable[[RWKV, bool], nn.Module], cast: bool, single_process: None
+) -> None:
+    tokens = _tokens()
+    exact, exact_state = _model()(tokens)
+    exact_resumed, _ = _model()(tokens, exact_state)
+    model = shard(_model(), cast)
+    logits, state = model(tokens)
+    assert (logits.dtype, state.att_shift.dtype, state.wkv.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    _assert_close(logits, exact, TOLERANCE[torch.bfloat16])
+    logits.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+    if cast:
+        with pytest.raises(TypeError, match="cast_forward_inputs=False"):
+            model(tokens, state.detach())
+        return
+    resumed, after = model(tokens, state.detach())
+    assert after.wkv.dtype == torch.float32
+    _assert_close(resumed, exact_resumed, TOLERANCE[torch.bfloat16])
+    resumed.float().sum().backward()
+    if shard is _fsdp2:
+        stepped = _stepped(model, tokens, model.empty_state(B))  # type: ignore[arg-type, operator]
+        _assert_close(stepped, exact, TOLERANCE[torch.bfloat16])
+        assert list(model.generate(tokens, 3).shape) == [B, T + 3]  # type: ignore[operator]
