@@ -34,7 +34,8 @@ def _shift(x: Tensor, before: Tensor | None, packing: Packing | None) -> tuple[T
     before = x.new_zeros(x.shape[0], x.shape[2]) if before is None else _in(x.dtype, before)
     tokens = torch.cat((before.unsqueeze(1), x), 1)
     if packing is None:
-        return tokens[:, :-1], tokens[:, -1]
+        # A copy, because a view would keep all tokens for as long as the model keeps the state.
+        return tokens[:, :-1], tokens[:, -1].clone()
     return tokens[:, :-1], tokens[torch.arange(x.shape[0], device=x.device), packing.lengths]
 
 
