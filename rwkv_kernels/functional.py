@@ -198,7 +198,8 @@ def wkv_step(
     Returns:
         [B, C] in k's dtype: y, or with r sigmoid(r)·y, which is computed in the state's dtype and rounded once.
 
-    Not differentiable: call it under torch.no_grad(), or use `wkv` with T = 1.
+    Not differentiable: call it under torch.no_grad(), or use `wkv` with T = 1. Under torch.compile it may be given any
+    view of a larger state, as in eager mode; `torch.ops.rwkv_kernels.wkv_step` itself may not.
 
     Raises:
         ValueError: also if a gradient would be required, or if elements of `state` share memory.
