@@ -2,6 +2,7 @@
 
 import ast
 import re
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -78,3 +79,37 @@ def test_documents_quote_the_records() -> None:
     quoted += [line for line in migrating.splitlines() if re.match(r"\| \d+, \d+, \d+ \|", line)]
     assert len(quoted) > 20
     assert [line for line in quoted if line not in recorded] == []
+
+
+def test_what_the_readme_says_beside_peers_is_their_record() -> None:
+    records = (ROOT / "benchmarks" / "results" / "cpu" / "tables.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    shape, forward, backward, file, anchor = re.findall(
+        r"at \(([\d, ]+)\), by `python -m benchmarks peers`:\n\[(\d+) times faster forward, (\d+) times backward\]"
+        r"\((.*)#(.*)\)",
+        readme,
+    )[0]
+    assert (ROOT / file).read_text() == records
+    # GitHub's anchor of a heading: lower case, no punctuation, hyphens for spaces.
+    headings = {re.sub(r"[^\w -]", "", line[3:].lower()).replace(" ", "-"): line for line in records.splitlines()}
+    table = records[records.index(headings[anchor]) :].split("\n## ")[0]
+    assert "`python -m benchmarks peers " in table
+    for operation, times in (("forward", forward), ("backward", backward)):
+        start = f"| {shape} | float32 | {operation} | transformers 5.23.0, loop | "
+        (row,) = (line.removeprefix(start) for line in table.splitlines() if line.startswith(start))
+        assert round(float(row.split(" | ")[2])) == int(times)
+
+
+def _python_files() -> list[Path]:
+    folders = ("rwkv_kernels", "benchmarks", "examples", "tests", "tools")
+    return [ROOT / "setup.py", *(path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))]
+
+
+def test_every_file_is_python_3_10_and_has_no_doubtful_syntax() -> None:
+    assert len(_python_files()) > 50
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for path in _python_files():
+            text = path.read_text()
+            ast.parse(text, str(path), feature_version=(3, 10))
+            compile(text, str(path), "exec")
