@@ -1,10 +1,12 @@
 """Which backend runs, who may say so, and what is said when one cannot."""
 
 import dataclasses
+import importlib
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ import torch
 from problems import Problem, make
 
 import rwkv_kernels
-from rwkv_kernels import registry
+from rwkv_kernels import _extension, registry
 from rwkv_kernels._extension import Extension
 
 PACKAGE = Path(rwkv_kernels.__file__).parent
@@ -277,6 +279,25 @@ def test_a_broken_extension_is_told_and_not_fatal(tmp_path: Path) -> None:
         pytest.skip("the extension is not built")
     (root / "rwkv_kernels" / suffix.name).write_bytes(b"not a library")
     assert "the extension does not load (" in _run(CALL, root)
+
+
+def test_a_source_tree_is_told_from_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, site, other = tmp_path / "tree", tmp_path / "site", tmp_path / "other"
+    for folder in (tree, site, other):
+        (folder / "rwkv_kernels").mkdir(parents=True)
+    (tree / "setup.py").touch()
+    (other / "rwkv_kernels" / "_C.cpython-39-x86_64-linux-gnu.so").touch()
+    monkeypatch.setattr(sys, "path", [str(tree), str(other), str(site)])
+
+    assert _extension._what_helps(site / "rwkv_kernels").startswith("run `pip install --no-build-isolation .`")
+    in_place = f"run `python setup.py build_ext --inplace` in {tree} with this Python"
+    assert _extension._what_helps(tree / "rwkv_kernels") == in_place
+
+    (site / "rwkv_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").touch()
+    importlib.invalidate_caches()
+    told = _extension._what_helps(tree / "rwkv_kernels")
+    assert f"{tree}, which hides the package that is installed in {site / 'rwkv_kernels'}: start Python in" in told
+    assert told.endswith(in_place)
 
 
 def test_import_is_quick_and_compiles_nothing() -> None:
