@@ -20,8 +20,6 @@ class DeviceLimits(TypedDict):
     multiprocessors: int
     shared_per_block: int
     shared_per_multiprocessor: int
-    threads_per_multiprocessor: int
-    blocks_per_multiprocessor: int
 
 class CudaPlan(TypedDict):
     operation: str
@@ -30,6 +28,7 @@ class CudaPlan(TypedDict):
     T: int
     C: int
     spans: int
+    buffers: int
     tile_steps: int
     chunk_len: int
     chunks: int
@@ -61,9 +60,12 @@ def plan_cuda(
     T: int,
     C: int,
     limits: DeviceLimits | int | None = None,
+    *,
     schedule: str | None = None,
     spans: int | None = None,
+    buffers: int | None = None,
     chunk_len: int | None = None,
+    group: int | None = None,
 ) -> CudaPlan: ...
 def cuda_launches(
     operation: str,
@@ -73,8 +75,18 @@ def cuda_launches(
     C: int,
     arguments: dict[str, int | str],
     limits: DeviceLimits | int | None = None,
+    *,
     schedule: str | None = None,
     spans: int | None = None,
+    buffers: int | None = None,
     chunk_len: int | None = None,
+    group: int | None = None,
 ) -> list[CudaLaunch]: ...
-def force_cuda_plan(schedule: str | None = None, spans: int | None = None, chunk_len: int | None = None) -> None: ...
+def force_cuda_plan(
+    *,
+    schedule: str | None = None,
+    spans: int | None = None,
+    buffers: int | None = None,
+    chunk_len: int | None = None,
+    group: int | None = None,
+) -> None: ...
