@@ -1,8 +1,11 @@
-"""How the CUDA toolkit is found, when CUDA kernels are built, and how machine code is counted."""
+"""How the CUDA toolkit is found, when CUDA kernels are built, how machine code is counted, and what the stub says."""
 
+import ast
 import os
+import re
 import stat
 from pathlib import Path
+from typing import Any
 
 import cuda_toolkit
 import pytest
@@ -124,3 +127,55 @@ def test_innermost_loops_are_found() -> None:
     assert loop.names == ["MUFU.EX2", "STS.64", "BRA"]
     outer = LISTING.replace("        /*0050*/", "        /*0048*/                   BRA `(.L_x_0) ;\n        /*0050*/")
     assert [loop.names for loop in sass.innermost_loops(outer)] == [loop.names]
+
+
+def test_the_report_is_of_launches_that_each_architecture_can_hold() -> None:
+    pytest.importorskip("rwkv_kernels._C", reason="the extension is not built")
+    import kernel_report
+
+    assert tuple(kernel_report.DEVICES) == cuda_toolkit.ARCHITECTURES
+    for architecture, device in kernel_report.DEVICES.items():
+        for kernel, block in kernel_report.blocks(device).items():
+            # With no more registers than the compiler may give to a thread of such a block.
+            fit = device.blocks_that_fit(block.threads, min(255, 65536 // block.threads), block.shared_bytes)
+            assert fit >= 1, (architecture, kernel, block)
+
+
+STUB = Path(__file__).parent.parent / "rwkv_kernels" / "_C.pyi"
+
+
+def test_the_stub_fits_the_module() -> None:
+    _C: Any = pytest.importorskip("rwkv_kernels._C", reason="the extension is not built")
+    tree = ast.parse(STUB.read_text())
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    keys = {
+        node.name: [item.target.id for item in node.body if isinstance(item, ast.AnnAssign)]  # type: ignore[attr-defined]
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    }
+
+    assert set(functions) == {name for name in dir(_C) if not name.startswith("_")}
+    for name, function in functions.items():
+        parameters = re.findall(r"[(,] ?(\**\w+)", _C.__dict__[name].__doc__.split(" -> ")[0])
+        choices = ["**kwargs"] if function.args.kwonlyargs else []
+        assert parameters == [argument.arg for argument in function.args.args] + choices, name
+
+    limits = dict.fromkeys(keys["DeviceLimits"], 200_000)
+    problem = ("forward", "float32", 2, 100, 64)
+    nowhere = dict.fromkeys(("k_stride", "v_stride", "r_stride"), 0)
+    nowhere |= dict.fromkeys((f"state_{axis}_stride" for axis in ("batch", "row", "channel")), 0)
+    step = ("step", "float32", 2, 1, 64, nowhere | {"w_dtype": "float32", "u_dtype": "float32"})
+    assert list(_C.build_info()) == keys["Build"]
+    assert list(_C.plan_cpu("float32", 2, 100, 64, 2)) == keys["CpuPlan"]
+    assert list(_C.plan_cuda(*problem, limits)) == keys["CudaPlan"]
+    assert list(_C.cuda_launches(*step)[0]) == keys["CudaLaunch"]
+    for key in limits:
+        with pytest.raises(KeyError, match=key):
+            _C.plan_cuda(*problem, {name: limit for name, limit in limits.items() if name != key})
+
+    choices = [argument.arg for argument in functions["plan_cuda"].args.kwonlyargs]
+    assert [argument.arg for argument in functions["cuda_launches"].args.kwonlyargs] == choices
+    assert [argument.arg for argument in functions["force_cuda_plan"].args.kwonlyargs] == choices
+    fields = (STUB.parent.parent / "csrc" / "wkv_plan.h").read_text().split("struct PlanRequest {")[1].split("};")[0]
+    assert choices == re.findall(r"(\w+) = \w+;", fields)
+    _C.plan_cuda(*problem, **dict.fromkeys(choices))

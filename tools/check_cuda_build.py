@@ -9,6 +9,7 @@ import torch
 
 import rwkv_kernels
 from rwkv_kernels import __main__ as doctor
+from rwkv_kernels._extension import extension
 
 
 def require(condition: bool, what: str) -> None:
@@ -40,6 +41,14 @@ def main(architectures: tuple[str, ...]) -> None:
         require(False, "the CUDA backend takes tensors on the CPU")
     except rwkv_kernels.BackendUnavailable as refusal:
         require(str(refusal).endswith("Available for this call: cpu, reference."), str(refusal))
+
+    # Twice, since an answer is kept.
+    for _ in range(2):
+        try:
+            extension.module.plan_cuda("forward", "float32", 1, 1, 1, limits=10_000)
+            require(False, "a device that is not there has limits")
+        except RuntimeError as refusal:
+            require("cuda:10000 does not tell its limits" in str(refusal), str(refusal))
 
     # Its self-check compares outputs and gradients of every backend that can run with the oracle.
     require(doctor.main() == 0, "the doctor finds it unwell")

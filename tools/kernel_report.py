@@ -36,14 +36,27 @@ SCHEDULES = ("chunked", "single_pass")
 
 
 @dataclass(frozen=True)
-class Multiprocessor:
-    """What bounds the blocks on a multiprocessor: CUDA C++ Programming Guide, table of compute capabilities."""
+class Device:
+    """A GPU of each architecture, and what bounds the blocks on one of its multiprocessors.
 
+    CUDA C++ Programming Guide, table of compute capabilities.
+    """
+
+    name: str
+    multiprocessors: int
     threads: int
     blocks: int
     shared_bytes: int
     reserved_bytes: int = 1024  # of shared memory for each block
     registers: int = 65536
+
+    def limits(self) -> dict[str, int]:
+        """What a plan asks of a device."""
+        return {
+            "multiprocessors": self.multiprocessors,
+            "shared_per_block": self.shared_bytes - self.reserved_bytes,
+            "shared_per_multiprocessor": self.shared_bytes,
+        }
 
     def blocks_that_fit(self, threads: int, registers: int, shared_bytes: int) -> int:
         """Of one kernel, at the same time."""
@@ -58,14 +71,14 @@ class Multiprocessor:
         )
 
 
-MULTIPROCESSORS = {
-    "7.5": Multiprocessor(1024, 16, 64 * 1024, reserved_bytes=0),
-    "8.0": Multiprocessor(2048, 32, 164 * 1024),
-    "8.6": Multiprocessor(1536, 16, 100 * 1024),
-    "8.9": Multiprocessor(1536, 24, 100 * 1024),
-    "9.0": Multiprocessor(2048, 32, 228 * 1024),
-    "10.0": Multiprocessor(2048, 32, 228 * 1024),
-    "12.0": Multiprocessor(1536, 24, 100 * 1024),
+DEVICES = {
+    "7.5": Device("T4", 40, 1024, 16, 64 * 1024, reserved_bytes=0),
+    "8.0": Device("A100", 108, 2048, 32, 164 * 1024),
+    "8.6": Device("A10", 72, 1536, 16, 100 * 1024),
+    "8.9": Device("L4", 58, 1536, 24, 100 * 1024),
+    "9.0": Device("H100", 132, 2048, 32, 228 * 1024),
+    "10.0": Device("B200", 148, 2048, 32, 228 * 1024),
+    "12.0": Device("RTX 5090", 170, 1536, 24, 100 * 1024),
 }
 
 
@@ -170,8 +183,8 @@ def _resources(log: str, codes: Codes, full_tiles: Codes) -> Iterator[Kernel]:
         yield Kernel(*key, registers, stack, stores + loads, codes.get(key), full_tiles.get(key))
 
 
-def blocks() -> dict[tuple[str, str], Block]:
-    """The blocks that the operators launch, by kernel and dtype."""
+def blocks(device: Device) -> dict[tuple[str, str], Block]:
+    """The blocks that the operators launch on a device, by kernel and dtype."""
     sizes = [f"{name}_{axis}_stride" for name in ("k", "v", "gy") for axis in ("batch", "time")]
     sizes += ["k_stride", "v_stride", "r_stride", *(f"state_{axis}_stride" for axis in ("batch", "row", "channel"))]
     nowhere: dict[str, int | str] = {**dict.fromkeys(sizes, 0), "w_dtype": "float32", "u_dtype": "float32"}
@@ -181,9 +194,9 @@ def blocks() -> dict[tuple[str, str], Block]:
         for operation, schedule in itertools.product(("forward", "backward", "step"), schedules):
             tile = 0
             if operation != "step":
-                plan = _C.plan_cuda(operation, dtype, *PROBLEM, schedule=schedule)
+                plan = _C.plan_cuda(operation, dtype, *PROBLEM, device.limits(), schedule=schedule)
                 tile = plan["tile_steps"] * -(-PROBLEM[2] // plan["channel_tiles"])
-            for launch in _C.cuda_launches(operation, dtype, *PROBLEM, nowhere, schedule=schedule):
+            for launch in _C.cuda_launches(operation, dtype, *PROBLEM, nowhere, device.limits(), schedule=schedule):
                 threads = launch["block"][0]
                 found[launch["kernel"], dtype] = Block(threads, launch["shared_bytes"], tile // threads)
     return found
@@ -196,7 +209,7 @@ PREFACE = """# What the compiler makes of the CUDA kernels
 
 `make kernel-report`, nvcc {version}. Bytes are of a thread's stack frame and spilled registers and of a block's shared
 memory; blocks are those that fit on a multiprocessor. Threads and shared memory are those of the launches for B, T, C =
-{problem} on an H100.
+{problem} on the GPU that is named for the architecture.
 
 Accesses are counted in the code, which has full and partial spans, the shared exponent and the running maximum. For
 "per element" the kernels are compiled once more for full tiles that share an exponent, and all instructions of that
@@ -206,21 +219,23 @@ code, the block's beginning and end and one turn of each loop included, are divi
 
 def report(compiled: dict[str, list[Kernel]], version: str) -> str:
     """All tables as Markdown."""
-    launched = blocks()
     parts = [PREFACE.format(version=version, problem=", ".join(map(str, PROBLEM)))]
     for architecture, kernels in compiled.items():
         ordered = sorted(kernels, key=lambda kernel: (list(NAMES.values()).index(kernel.name), kernel.dtype))
+        device = DEVICES[architecture]
+        launched = blocks(device)
         blocks_of = [(kernel, launched[kernel.name, kernel.dtype]) for kernel in ordered]
-        rows = [_resource_row(kernel, block, MULTIPROCESSORS[architecture]) for kernel, block in blocks_of]
-        parts.append(f"## {architecture}\n\n{_markdown(COLUMNS, rows)}\n")
+        rows = [_resource_row(kernel, block, device) for kernel, block in blocks_of]
+        parts.append(f"## {architecture}\n\n{device.name}, {device.multiprocessors} multiprocessors.\n")
+        parts.append(f"{_markdown(COLUMNS, rows)}\n")
         if architecture in DISASSEMBLED:
             rows = [_code_row(kernel, kernel.code, block) for kernel, block in blocks_of if kernel.code is not None]
             parts.append(f"{_markdown(CODE_COLUMNS, rows)}\n")
     return "\n".join(parts)
 
 
-def _resource_row(kernel: Kernel, block: Block, multiprocessor: Multiprocessor) -> tuple[object, ...]:
-    fit = multiprocessor.blocks_that_fit(block.threads, kernel.registers, block.shared_bytes)
+def _resource_row(kernel: Kernel, block: Block, device: Device) -> tuple[object, ...]:
+    fit = device.blocks_that_fit(block.threads, kernel.registers, block.shared_bytes)
     resources = (kernel.registers, kernel.stack_bytes, kernel.spilled_bytes, block.shared_bytes, block.threads, fit)
     return (kernel.name, kernel.dtype, *resources)
 
@@ -241,8 +256,8 @@ def _markdown(names: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
 
 def complaints(compiled: dict[str, list[Kernel]]) -> Iterator[str]:
     """Kernels that keep values in local memory, and those of more code than they may have."""
-    launched = blocks()
     for architecture, kernels in compiled.items():
+        launched = blocks(DEVICES[architecture])
         for kernel in kernels:
             name = f"{kernel.name} {kernel.dtype} for {architecture}"
             if kernel.spilled_bytes or kernel.stack_bytes:
@@ -271,7 +286,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(COMPILERS) as pool:
         work = partial(compile_for, toolkit=toolkit, nvdisasm=find_nvdisasm(), folder=Path(folder))
-        compiled = dict(zip(MULTIPROCESSORS, pool.map(work, MULTIPROCESSORS), strict=True))
+        compiled = dict(zip(DEVICES, pool.map(work, DEVICES), strict=True))
     text = report(compiled, toolkit.version)
     REPORT.write_text(text)
     print(text)

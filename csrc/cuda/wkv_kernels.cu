@@ -1,6 +1,8 @@
 // The __global__ wrappers of the block programs, and their launch. No torch.
 #include <map>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "programs.h"
@@ -85,11 +87,18 @@ DeviceLimits device_limits(int device) {
   if (known != asked.end()) return known->second;
   const auto attribute = [device](cudaDeviceAttr name) {
     int value = 0;
-    cudaDeviceGetAttribute(&value, name, device);
+    const cudaError_t error = cudaDeviceGetAttribute(&value, name, device);
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // so that nobody else is told
+      throw std::runtime_error("cuda:" + std::to_string(device) +
+                               " does not tell its limits: " + cudaGetErrorString(error));
+    }
     return static_cast<int64_t>(value);
   };
-  return asked[device] = {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+  const DeviceLimits limits = {attribute(cudaDevAttrMultiProcessorCount),
+                               attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                               attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+  return asked[device] = limits;
 }
 
 cudaError_t launch(const std::vector<Launch>& launches, cudaStream_t stream) {

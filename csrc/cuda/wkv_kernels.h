@@ -7,7 +7,7 @@
 
 namespace wkv {
 
-// Of one device, asked once.
+// Of one device, asked once. Throws std::runtime_error with the runtime's reason where the device does not say.
 DeviceLimits device_limits(int device);
 
 // Puts the launches on a stream of the current device, in order. Returns cudaErrorNoKernelImageForDevice where the
