@@ -1,4 +1,4 @@
-# make demo | test | bench | bench-micro | gpu-check | lint | cuda-build | kernel-report: each sets up what it needs first.
+# make demo | test | bench | bench-micro | gpu-check | lint | cuda-build | cross-compile | kernel-report: each sets up what it needs first.
 #
 # By default everything lives in .venv, made by $(PYTHON) from requirements.txt. `make test PYTHON=python3 VENV=` uses the
 # environment that is there instead, installs nothing into it and needs no network: the extension is built in place.
@@ -28,7 +28,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 
-.PHONY: demo test bench bench-micro gpu-check lint setup doctor cuda-build kernel-report clean
+.PHONY: demo test bench bench-micro gpu-check lint setup doctor cuda-build cross-compile kernel-report clean
 
 demo: setup
 	$(RUN) examples/train_bytes.py --minutes $(MINUTES) $(if $(TEXT),--text "$(TEXT)")
@@ -78,6 +78,10 @@ cuda-build:
 	$(CUDA_RUN) -m pip install --quiet --disable-pip-version-check "$(CUDA_TORCH)" numpy "setuptools>=77" ninja pybind11
 	RWKV_KERNELS_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 $(CUDA_RUN) setup.py --quiet build -b build/cuda --build-lib build/cuda/lib
 	PYTHONPATH=build/cuda/lib $(CUDA_RUN) tools/check_cuda_build.py 9.0
+
+# For aarch64, which GH200 and GB200 have; needs Debian's g++-aarch64-linux-gnu.
+cross-compile: $(REQUIREMENTS)
+	$(RUN) tools/cross_compile.py aarch64-linux-gnu-g++
 
 kernel-report: setup
 	$(RUN) tools/kernel_report.py
