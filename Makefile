@@ -1,4 +1,5 @@
-# make demo | test | bench | bench-micro | gpu-check | lint | cuda-build | cross-compile | kernel-report: each sets up what it needs first.
+# make demo | test | bench | bench-micro | gpu-check | lint | cuda-build | cross-compile | kernel-report: each sets up
+# what it needs first.
 #
 # By default everything lives in .venv, made by $(PYTHON) from requirements.txt. `make test PYTHON=python3 VENV=` uses the
 # environment that is there instead, installs nothing into it and needs no network: the extension is built in place.
