@@ -5,6 +5,7 @@ Autograd key, and not torch.library.register_autograd, because the latter's func
 nor forward-mode AD: the first raises, the second returns zeros.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-__all__ = ["attach"]
+__all__ = ["attach", "refuse_onnx"]
 
 Outputs = tuple[Tensor, ...]
 
@@ -23,6 +24,17 @@ NO_FORWARD_MODE = (
     "wkv has no forward-mode derivative (jvp) in its compiled backends; backend='reference' is differentiable in "
     "either mode"
 )
+NO_ONNX = (
+    "ONNX has no operator for the compiled backends of wkv: export under rwkv_kernels.use_backend('reference'), which "
+    "writes the steps of the example one by one"
+)
+
+
+def refuse_onnx() -> None:
+    """Raises while torch.onnx exports."""
+    # Only its users have it imported, so that most calls ask nothing more.
+    if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+        raise NotImplementedError(NO_ONNX)
 
 
 def _needs_derivative(*arguments: Tensor | None) -> bool:
@@ -103,6 +115,7 @@ def attach(
 
     @torch.library.register_fake(forward_name, lib=library)
     def fake_forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool) -> Outputs:
+        refuse_onnx()  # here for torch.export, which compiles the question away where the backend is chosen
         B, T, C = k.shape
         dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
         interval = checkpoint_interval(k.dtype)

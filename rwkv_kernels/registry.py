@@ -140,6 +140,7 @@ def _compiled() -> tuple[Forward, Step]:
 
     @torch.library.register_fake("rwkv_kernels::wkv_step", lib=_library)
     def fake_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None = None) -> Tensor:
+        autograd.refuse_onnx()
         return torch.empty_like(k, memory_format=torch.contiguous_format)
 
     return forward, ops.wkv_step.default
@@ -203,6 +204,8 @@ def select(name: str, k: Tensor) -> Backend:
     _check_name(name)
     for candidate in AUTOMATIC if name == "auto" else (name,):
         if _can(BACKENDS[candidate], k):
+            if candidate != "reference":
+                autograd.refuse_onnx()
             return BACKENDS[candidate]
     raise _refusal(name, k)
 

@@ -200,7 +200,6 @@ class RWKV(nn.Module):
         tokens: Tensor | None = None,
         state: RWKVState | None = None,
         attention_mask: Tensor | None = None,
-        *,
         inputs_embeds: Tensor | None = None,
     ) -> tuple[Tensor, RWKVState]:
         """The logits of every next token.
