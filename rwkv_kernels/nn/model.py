@@ -176,7 +176,6 @@ class RWKV(nn.Module):
         tokens: Tensor | None = None,
         state: RWKVState | None = None,
         attention_mask: Tensor | None = None,
-        *,
         inputs_embeds: Tensor | None = None,
         last_only: bool = False,
         in_place: bool = False,
