@@ -26,7 +26,8 @@ __all__ = ["Block", "ChannelMix", "TimeMix"]
 
 def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     # The comparison is a part of every token's latency, and a tenth of what Tensor.to needs to find nothing to do.
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+    # By identity, which a proxy of torch.fx can be asked for.
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _shift(x: Tensor, before: Tensor | None, packing: Packing | None) -> tuple[Tensor, Tensor]:
@@ -40,8 +41,8 @@ def _shift(x: Tensor, before: Tensor | None, packing: Packing | None) -> tuple[T
 
 
 def _is_eager_token(x: Tensor, packing: Packing | None) -> bool:
-    """Whether x [B, T, C] is one token of each sequence, outside of a compiler, which would specialise on T."""
-    return packing is None and not torch.compiler.is_compiling() and x.shape[1] == 1
+    """Whether x [B, T, C] is one token of each sequence, and nothing traces the call: it would specialise on T."""
+    return packing is None and isinstance(x, Tensor) and not torch.compiler.is_compiling() and x.shape[1] == 1
 
 
 def _mix(x: Tensor, previous: Tensor, mix: Tensor) -> Tensor:
@@ -50,6 +51,8 @@ def _mix(x: Tensor, previous: Tensor, mix: Tensor) -> Tensor:
 
 def _of_the_sums(state: Tensor, x: Tensor) -> Tensor:
     """A WKV state of any model in the dtype that the sums over x have."""
+    if not isinstance(state, Tensor):
+        return state  # a proxy of torch.fx, whose tensor the operator will check
     if state.dtype in (torch.bfloat16, torch.float16):
         raise TypeError(
             f"state: expected a WKV state of torch.float32 or torch.float64, got {state.dtype}, too coarse for its "

@@ -156,7 +156,7 @@ class RWKV(nn.Module):
         if isinstance(tokens, torch.fx.Proxy):
             raise TypeError(
                 "torch.fx.symbolic_trace cannot follow a whole model; torch.export and torch.compile can, and fx its "
-                "blocks with concrete_args={'packing': None}"
+                "blocks with concrete_args={'packing': None, 'in_place': False}"
             )
         if (tokens is None) == (inputs_embeds is None):
             raise ValueError(f"expected either tokens or inputs_embeds, got {'neither' if tokens is None else 'both'}")
