@@ -26,7 +26,7 @@ __all__ = ["Block", "ChannelMix", "TimeMix"]
 
 def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     # The comparison is a part of every token's latency, and a tenth of what Tensor.to needs to find nothing to do.
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _shift(x: Tensor, before: Tensor | None, packing: Packing | None) -> tuple[Tensor, Tensor]:
@@ -40,8 +40,8 @@ def _shift(x: Tensor, before: Tensor | None, packing: Packing | None) -> tuple[T
 
 
 def _is_eager_token(x: Tensor, packing: Packing | None) -> bool:
-    """Whether x [B, T, C] is one token of each sequence, outside of a compiler, which would specialise on T."""
-    return packing is None and not torch.compiler.is_compiling() and x.shape[1] == 1
+    """Whether x [B, T, C] is one token of each sequence, and no compiler or tracer's, which would specialise on T."""
+    return isinstance(x, Tensor) and packing is None and not torch.compiler.is_compiling() and x.shape[1] == 1
 
 
 def _mix(x: Tensor, previous: Tensor, mix: Tensor) -> Tensor:
@@ -50,6 +50,8 @@ def _mix(x: Tensor, previous: Tensor, mix: Tensor) -> Tensor:
 
 def _of_the_sums(state: Tensor, x: Tensor) -> Tensor:
     """A WKV state of any model in the dtype that the sums over x have."""
+    if not isinstance(state, Tensor):  # a proxy of torch.fx, whose dtype nobody knows
+        return state
     if state.dtype in (torch.bfloat16, torch.float16):
         raise TypeError(
             f"state: expected a WKV state of torch.float32 or torch.float64, got {state.dtype}, too coarse for its "
@@ -111,7 +113,7 @@ class TimeMix(nn.Module):
         """
         if state is not None:
             state = _of_the_sums(state, x)
-        if in_place and shift is not None and state is not None and _is_eager_token(x, packing):
+        if _is_eager_token(x, packing) and in_place and shift is not None and state is not None:
             x = x.squeeze(1)  # torch.nn.Linear is faster without the dimension of time
             k, v, r = self._project(x, _in(x.dtype, shift))
             gated = wkv_step(self.time_decay, self.time_first, k, v, state, r=r)
