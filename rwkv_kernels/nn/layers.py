@@ -170,7 +170,7 @@ class TimeMix(nn.Module):
         """
         if state is not None:
             state = _of_the_sums(state, x)
-        if in_place and shift is not None and state is not None and _is_eager_token(x, packing):
+        if _is_eager_token(x, packing) and in_place and shift is not None and state is not None:
             x = x.squeeze(1)  # torch.nn.Linear is faster without the dimension of time
             k, v, r = self._project(x, _in(x.dtype, shift))
             gated = wkv_step(self.time_decay, self.time_first, k, v, state, r=r)
