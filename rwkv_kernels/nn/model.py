@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rwkv_kernels.functional import empty_state
 from rwkv_kernels.nn import checkpoints
-from rwkv_kernels.nn.layers import Block, NarrowEmbedding, OrthogonalLinear
+from rwkv_kernels.nn.layers import Block, narrow_embedding, orthogonal_linear
 from rwkv_kernels.nn.padding import Packing
 from rwkv_kernels.nn.sampling import Generators, sample
 from rwkv_kernels.nn.state import RWKVState
@@ -50,10 +50,10 @@ class RWKV(nn.Module):
         hidden = 4 * channels if hidden is None else hidden
         if min(vocab_size, channels, layers, hidden) < 1:
             raise ValueError(f"sizes: expected positive numbers, got {vocab_size=}, {channels=}, {layers=}, {hidden=}")
-        self.emb = NarrowEmbedding(vocab_size, channels)
+        self.emb = narrow_embedding(vocab_size, channels)
         self.blocks = nn.ModuleList(Block(channels, hidden, layer, layers) for layer in range(layers))
         self.ln_out = nn.LayerNorm(channels)
-        self.head = OrthogonalLinear(channels, vocab_size, gain=0.5 * max(1.0, vocab_size / channels) ** 0.5)
+        self.head = orthogonal_linear(channels, vocab_size, gain=0.5 * max(1.0, vocab_size / channels) ** 0.5)
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "RWKV":
