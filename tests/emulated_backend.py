@@ -64,7 +64,7 @@ _differentiable = autograd.attach(
     _ops.backward.default,
     lambda dtype: _C.checkpoint_interval(gpu_programs.name_of(dtype)),
 )
-_backend = registry.Backend(NAME, lambda: None, lambda k: None, _differentiable, _step)
+_backend = registry.Backend(NAME, ("cpu",), lambda: None, lambda k: None, _differentiable, _step)
 
 
 @contextmanager
