@@ -62,6 +62,10 @@ WKV_HD Quotients<Real> divide(Real first, Real second, Real by) {
 
 // ---- the operator ----
 
+// Beyond w = 64 a decay is zero whatever the keys are; up to there its multiples over any number of steps are finite.
+// An infinite one would make NaN: times zero in the gradient of w and over no steps, and beside a key of -inf.
+inline constexpr double kLargestRawDecay = 64.0;
+
 // A NaN in x does not count: it reaches the sums by its own weight and need not spoil the bounds as well.
 template <class Real>
 WKV_HD Real larger(Real x, Real known) {
@@ -70,6 +74,12 @@ WKV_HD Real larger(Real x, Real known) {
 template <class Real>
 WKV_HD Real smaller(Real x, Real known) {
   return select(x < known, x, known);
+}
+
+// -e^w, finite for any w but NaN.
+template <class Real>
+WKV_HD Real log_decay_of(Real w) {
+  return -std::exp(smaller(Real(kLargestRawDecay), w));
 }
 
 template <class Real>

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from rwkv_kernels import reference
-from rwkv_kernels.registry import select
+from rwkv_kernels.registry import select, step_by_forward
 
 __all__ = ["empty_state", "wkv", "wkv_step"]
 
@@ -198,7 +198,8 @@ def wkv_step(
     Returns:
         [B, C] in k's dtype: y, or with r sigmoid(r)·y, which is computed in the state's dtype and rounded once.
 
-    Not differentiable: call it under torch.no_grad(), or use `wkv` with T = 1.
+    Not differentiable: call it under torch.no_grad(), or use `wkv` with T = 1. Under torch.compile it may be given any
+    view of a larger state, as in eager mode; `torch.ops.rwkv_kernels.wkv_step` itself may not.
 
     Raises:
         ValueError: also if a gradient would be required, or if elements of `state` share memory.
@@ -227,9 +228,16 @@ def wkv_step(
                 "no gradient to be required by wkv_step (use torch.no_grad(), or wkv with T = 1)",
                 "requires_grad=True",
             )
-    overlap = not state.is_contiguous() and torch._debug_has_internal_overlap(state) == 1
+    overlap = not state.is_contiguous() and any(
+        stride == 0 and size > 1 for stride, size in zip(state.stride(), state.shape, strict=True)
+    )
     _require(not overlap, ValueError, "state", "elements of their own to write to", "an expanded tensor")
-    return select(backend, k).step(w, u, k, v, state, r)
+    chosen = select(backend, k)
+    if torch.compiler.is_compiling():
+        # torch.compile loses the symbolic storage offset of a view that a custom operator mutates, and would write to
+        # another place of the base. A copy from a functional operator is torch's own mutation, which it keeps right.
+        return step_by_forward(chosen.forward, w, u, k, v, state, r)
+    return chosen.step(w, u, k, v, state, r)
 
 
 def empty_state(
@@ -244,6 +252,6 @@ def empty_state(
     `dtype` is that of the state: float32, or float64 for float64 inputs; TypeError for another.
     """
     _require(dtype in (torch.float32, torch.float64), TypeError, "dtype", "torch.float32 or torch.float64", dtype)
-    state = torch.zeros((batch, 3, channels), device=device, dtype=dtype)
-    state[:, 2] = reference.EMPTY_MAX
-    return state
+    sums = torch.zeros((batch, 2, channels), device=device, dtype=dtype)
+    # Nothing is written to afterwards: compilers that recompute a part of a graph recompute no mutation.
+    return torch.cat((sums, torch.full_like(sums[:, :1], reference.EMPTY_MAX)), 1)

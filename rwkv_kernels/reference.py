@@ -16,6 +16,15 @@ def _accumulation_dtype(k: Tensor) -> torch.dtype:
     return torch.float64 if k.dtype == torch.float64 else torch.float32
 
 
+def _log_decay(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """-exp(w), finite for any w but NaN: an infinite one has no gradient, and 0 · inf is NaN.
+
+    Beyond e^64 a decay is zero whatever the keys are.
+    """
+    w = w.to(dtype)
+    return -torch.exp(w.masked_fill(w > 64, 64))
+
+
 def empty_state(k: Tensor) -> Tensor:
     """The state before the first step, [B, 3, C]: (num, den, max) = (0, 0, -1e38), finite because inf - inf is NaN."""
     state = k.new_zeros((k.shape[0], 3, k.shape[2]), dtype=_accumulation_dtype(k))
@@ -37,7 +46,7 @@ def wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None)
         float64.
     """
     dtype = _accumulation_dtype(k)
-    log_decay, u = -torch.exp(w.to(dtype)), u.to(dtype)
+    log_decay, u = _log_decay(w, dtype), u.to(dtype)
     if state is None:
         state = empty_state(k)
     num, den, top = state.to(dtype).unbind(1)
@@ -63,7 +72,7 @@ def wkv_direct(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     dtype = _accumulation_dtype(k)
     steps = k.shape[1]
-    log_decay, u, keys = -torch.exp(w.to(dtype)), u.to(dtype), k.to(dtype)
+    log_decay, u, keys = _log_decay(w, dtype), u.to(dtype), k.to(dtype)
     t = torch.arange(steps, device=k.device)
     distance = (t[:, None] - 1 - t[None, :]).clamp(min=0).to(dtype)  # [t, s]
     past = keys[:, None] + distance[None, :, :, None] * log_decay

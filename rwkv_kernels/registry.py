@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_kernels import autograd, reference, triton_backend
+from rwkv_kernels import autograd, recomputation, reference, triton_backend
 from rwkv_kernels._extension import extension
 
 __all__ = ["BackendInfo", "BackendUnavailable", "backends", "use_backend"]
@@ -50,16 +50,21 @@ class Backend:
     step: Step
 
 
-def _reference_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None) -> Tensor:
+def step_by_forward(
+    forward: Forward, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None
+) -> Tensor:
+    """A step as a sequence of one token, whose only mutation is a copy to the state."""
     # In the dtype of the sums, so that the gated result is rounded once.
     wide_k, wide_v = (x.unsqueeze(1).to(state.dtype) for x in (k, v))
-    y, state_out = reference.wkv(w, u, wide_k, wide_v, state)
+    y, state_out = forward(w, u, wide_k, wide_v, state)
     state.copy_(state_out)
     y = y.squeeze(1)
     return (y if r is None else torch.sigmoid(r.to(state.dtype)) * y).to(k.dtype)
 
 
-REFERENCE = Backend("reference", None, lambda: None, lambda k: None, reference.wkv, _reference_step)
+REFERENCE = Backend(
+    "reference", None, lambda: None, lambda k: None, reference.wkv, functools.partial(step_by_forward, reference.wkv)
+)
 
 
 def _constant(function: Callable[..., str | None]) -> Callable[..., str | None]:
@@ -133,10 +138,7 @@ def _compiled() -> tuple[Forward, Step]:
     ops = torch.ops.rwkv_kernels
     forward = autograd.attach(_library, ops.wkv_forward.default, ops._wkv_backward.default, intervals.__getitem__)
 
-    @torch.library.register_fake("rwkv_kernels::wkv_step", lib=_library)
-    def fake_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None = None) -> Tensor:
-        return torch.empty_like(k, memory_format=torch.contiguous_format)
-
+    torch.library.register_fake("rwkv_kernels::wkv_step", autograd.fake_step, lib=_library)
     return forward, ops.wkv_step.default
 
 
@@ -160,11 +162,28 @@ BACKENDS = {backend.name: backend for backend in (CUDA, TRITON, CPU, REFERENCE)}
 AUTOMATIC = ("cuda", "cpu") if triton_backend.INTERPRETED else ("cuda", "triton", "cpu")
 
 
+DEFAULT = os.environ.get("RWKV_KERNELS_BACKEND", "auto")
+
+
 class _Choice(threading.local):
-    name = os.environ.get("RWKV_KERNELS_BACKEND", "auto")
+    name = DEFAULT
+    # Where the block of use_backend was opened that made the choice; None without one.
+    region: recomputation.Region | None = None
 
 
 _choice = _Choice()
+
+
+def _chosen() -> str:
+    """What "auto" means here."""
+    if _choice.region is None or torch.compiler.is_compiling():
+        return _choice.name
+    region = recomputation.current()
+    if region.recomputation is not None and region != _choice.region:
+        return DEFAULT  # the forward was in no block, or a block like its own would have been opened in the region
+    if region.forward is not None and region != _choice.region:
+        recomputation.repeat_under(functools.partial(use_backend, _choice.name), region)
+    return _choice.name
 
 
 def _check_name(name: str) -> None:
@@ -191,11 +210,13 @@ def _why_not(backend: Backend, k: Tensor) -> str | None:
 def select(name: str, k: Tensor) -> Backend:
     """The backend for a call with this k; raises ValueError for an unknown name, BackendUnavailable for a refusal."""
     if name == "auto":
-        name = _choice.name
+        name = _chosen()
     _check_name(name)
     for candidate in AUTOMATIC if name == "auto" else (name,):
         backend = BACKENDS[candidate]
         if _can(backend, k):
+            if backend is not REFERENCE:
+                autograd.refuse_onnx()
             return backend
     raise _refusal(name, k)
 
@@ -217,12 +238,18 @@ def backends() -> list[BackendInfo]:
 def use_backend(name: str) -> Iterator[None]:
     """Changes what backend="auto" means inside the block, in this thread; "auto" restores the automatic choice.
 
+    What torch.utils.checkpoint recomputes takes the backend of its forward, in any thread and after the block, except
+    with use_reentrant=True, which recomputes with what "auto" means at that time. (A function that opens a block itself
+    does so again.)
+
     The environment variable RWKV_KERNELS_BACKEND, read when the package is imported, does the same for the process.
     Raises ValueError for an unknown name at once; whether the backend can run is asked by each call.
     """
     _check_name(name)
-    before, _choice.name = _choice.name, name
+    before = _choice.name, _choice.region
+    region = recomputation.Region() if torch.compiler.is_compiling() else recomputation.current()
+    _choice.name, _choice.region = name, region
     try:
         yield
     finally:
-        _choice.name = before
+        _choice.name, _choice.region = before

@@ -336,10 +336,7 @@ def attach(library: torch.library.Library) -> tuple[Forward, Step]:
     library.impl("_triton_backward", _backward_operator, DEVICE.upper())
     library.impl("triton_step", _step_operator, DEVICE.upper())
 
-    @torch.library.register_fake("rwkv_kernels::triton_step", lib=library)
-    def fake_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None = None) -> Tensor:
-        return torch.empty_like(k, memory_format=torch.contiguous_format)
-
+    torch.library.register_fake("rwkv_kernels::triton_step", autograd.fake_step, lib=library)
     ops = torch.ops.rwkv_kernels
     differentiable = autograd.attach(
         library, ops.triton_forward.default, ops._triton_backward.default, lambda dtype: CHECKPOINT_INTERVAL

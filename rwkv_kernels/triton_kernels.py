@@ -59,6 +59,12 @@ def key_logit(k):
 
 
 @triton.jit
+def log_decay_of(w):
+    # Finite for any w but NaN; beyond e^64 a decay is zero whatever the keys are.
+    return -tl.exp(tl.where(w > 64.0, 64.0, w))
+
+
+@triton.jit
 def weigh(past_log, present_log):
     # The larger weight is 1, so one exponential serves both.
     gap = past_log - present_log
@@ -190,7 +196,7 @@ def summarise_states(
     """What every chunk but the last sums up to, alone, or the first one from the given state."""
     b, chunk, c, exists = locate(C_aligned, chunks - 1, CHANNELS, ALIGNMENT)
     C = C_aligned.to(tl.int64) * ALIGNMENT
-    log_decay = -tl.exp(load_parameter(w, c, ALIGNMENT))
+    log_decay = log_decay_of(load_parameter(w, c, ALIGNMENT))
     num, den, max = load_first_state(None, b, C, c, ALIGNMENT)
     if chunk == 0:
         num, den, max = load_first_state(state, b, C, c, ALIGNMENT)
@@ -226,7 +232,7 @@ def carry_states(
     """Joins the sums of the chunks in order, in place: each becomes the state after its chunk."""
     b, _, c, exists = locate(C_aligned, 1, CHANNELS, ALIGNMENT)
     C = C_aligned.to(tl.int64) * ALIGNMENT
-    decay = chunk_len * -tl.exp(load_parameter(w, c, ALIGNMENT))
+    decay = chunk_len * log_decay_of(load_parameter(w, c, ALIGNMENT))
     stride = rows_per_chunk * 3 * C
     first = columns(states + (b * rows + rows_per_chunk - 1) * 3 * C, c, ALIGNMENT)
     num, den, max = load_state(first, C)
@@ -247,7 +253,7 @@ def forward(
     """y, the checkpoints within every chunk, and the state after the last one."""
     b, chunk, c, exists = locate(C_aligned, chunks, CHANNELS, ALIGNMENT)
     C = C_aligned.to(tl.int64) * ALIGNMENT
-    log_decay = -tl.exp(load_parameter(w, c, ALIGNMENT))
+    log_decay = log_decay_of(load_parameter(w, c, ALIGNMENT))
     u = load_parameter(u, c, ALIGNMENT)
     num, den, max = load_first_state(state, b, C, c, ALIGNMENT)
     if chunk > 0:
@@ -378,7 +384,7 @@ def summarise_adjoints(
     C = C_aligned.to(tl.int64) * ALIGNMENT
     begin = (slot + 1) * chunk_len
     end = tl.minimum(begin + chunk_len, T)
-    log_decay = -tl.exp(load_parameter(w, c, ALIGNMENT))
+    log_decay = log_decay_of(load_parameter(w, c, ALIGNMENT))
     u = load_parameter(u, c, ALIGNMENT)
     checkpoints = columns(checkpoints + b * tl.cdiv(T, INTERVAL) * 3 * C, c, ALIGNMENT)
     num, den, max = load_state(checkpoints + (begin // INTERVAL - 1) * 3 * C, C)
@@ -439,7 +445,7 @@ def carry_adjoints(
     """Joins what the chunks give from the last to the first, in place: slot i becomes the gradient after chunk i."""
     b, _, c, exists = locate(C_aligned, 1, CHANNELS, ALIGNMENT)
     C = C_aligned.to(tl.int64) * ALIGNMENT
-    decay = chunk_len * -tl.exp(load_parameter(w, c, ALIGNMENT))
+    decay = chunk_len * log_decay_of(load_parameter(w, c, ALIGNMENT))
     # The max of the state after chunk i lies at maxes + i * stride.
     stride = chunk_len // INTERVAL * 3 * C
     maxes = columns(checkpoints + b * tl.cdiv(T, INTERVAL) * 3 * C, c, ALIGNMENT) + stride - C
@@ -469,7 +475,7 @@ def backward(
     """
     b, chunk, c, exists = locate(C_aligned, chunks, CHANNELS, ALIGNMENT)
     C = C_aligned.to(tl.int64) * ALIGNMENT
-    log_decay = -tl.exp(load_parameter(w, c, ALIGNMENT))
+    log_decay = log_decay_of(load_parameter(w, c, ALIGNMENT))
     u = load_parameter(u, c, ALIGNMENT)
     begin = chunk * chunk_len
     end = tl.minimum(begin + chunk_len, T)
@@ -574,7 +580,7 @@ def reduce(w, partials, gw, gu, C: tl.int32, rows: tl.int32, CHANNELS: tl.conste
         g_log_decay += tl.load(at, mask=inside, other=0.0)
         g_u += tl.load(at + C, mask=inside, other=0.0)
     # The log-decay -exp(w) is its own derivative.
-    log_decay = -tl.exp(tl.load(w + c, mask=exists, other=0.0).to(tl.float32))
+    log_decay = log_decay_of(tl.load(w + c, mask=exists, other=0.0).to(tl.float32))
     tl.store(gw + c, (tl.sum(g_log_decay, 0) * log_decay).to(gw.dtype.element_ty), mask=exists)
     tl.store(gu + c, tl.sum(g_u, 0).to(gu.dtype.element_ty), mask=exists)
 
@@ -590,7 +596,7 @@ def step(
 ):  # fmt: skip
     """y of one token, gated where there is an r, and the state in place."""
     b, _, c, exists = locate(C, 1, CHANNELS, 1)
-    log_decay = -tl.exp(load_parameter(w, c, 1))
+    log_decay = log_decay_of(load_parameter(w, c, 1))
     kt = key_logit(tl.load(k + b * k_stride + c))
     vt = tl.load(v + b * v_stride + c).to(tl.float32)
     state += b * state_batch_stride + c * state_channel_stride

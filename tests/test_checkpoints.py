@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import transformers_models
 from problems import assert_tensor_close
 from torch import Tensor
 
-from rwkv_kernels.nn import RWKV, RWKVState, files
+from rwkv_kernels.nn import RWKV, RWKVState, checkpoints, files
 
 V, C, L, HIDDEN = transformers_models.V, transformers_models.C, transformers_models.L, transformers_models.HIDDEN
 # Float64 through three layers, by two ways.
@@ -122,6 +123,63 @@ def test_layers_that_transformers_rescaled_are_restored(dtype: torch.dtype, resc
     assert changed == ({"blocks.2.att.output.weight", "blocks.2.ffn.value.weight"} if rescale_every else set())
 
 
+def _warnings_of(path: Path, **settings: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        RWKV.from_pretrained(path, **settings)
+    return [str(warning.message) for warning in caught if "rescaled" in str(warning.message)]
+
+
+@pytest.mark.parametrize(("layers", "every"), [(3, 2), (12, 6), (24, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_folder_that_transformers_rescaled_warns(dtype: torch.dtype, layers: int, every: int, tmp_path: Path) -> None:
+    theirs = transformers_models.make(dtype, rescale_every=every, num_hidden_layers=layers)
+    draw = torch.Generator().manual_seed(0)
+    for name, parameter in theirs.named_parameters():
+        if ".value.weight" in name or ".output.weight" in name:
+            # Trained layers are no two of one size, and grow with depth.
+            depth = int(name.split(".")[2]) / layers
+            parameter.data.mul_(float(2 ** (depth + 0.15 * torch.randn(1, generator=draw))))
+    _saved_by_transformers(tmp_path / "before", theirs, "safetensors")
+    assert _warnings_of(tmp_path / "before") == []
+    theirs.eval()
+    theirs.rwkv._rescale_layers()
+    assert theirs.rwkv.layers_are_rescaled
+    for layout in ("safetensors", "sharded", "bin"):
+        _saved_by_transformers(tmp_path / layout, theirs, layout)
+        found = _warnings_of(tmp_path / layout)
+        assert len(found) == 1
+        assert f"halve every {every} layers" in found[0] and "from_pretrained(..., rescaled=True)" in found[0]
+        assert _warnings_of(tmp_path / layout, rescaled=True) == []
+
+
+def test_no_other_folder_warns_of_rescaling(tmp_path: Path) -> None:
+    layers = 12
+    torch.manual_seed(0)
+    fresh = RWKV(V, C, layers, HIDDEN)
+    trained = [RWKV(V, C, layers, HIDDEN) for _ in range(5)]
+    for model in trained:
+        for name, parameter in model.named_parameters():
+            # Of any size from layer to layer, or all matrices of a layer together, or falling steadily.
+            parameter.data.normal_().mul_(float(2 ** (0.3 * torch.randn(()))))
+            if name.startswith("blocks."):
+                layer = int(name.split(".")[1])
+                parameter.data.mul_(
+                    (1, 2 ** -(layer / 3), 2 ** -(layer // 6), 2**-layer, 2 ** (layer / 6))[trained.index(model)]
+                )
+    zero, constant = RWKV(V, C, layers, HIDDEN), RWKV(V, C, layers, HIDDEN)
+    for parameter in zero.parameters():
+        parameter.data.zero_()
+    for parameter in constant.parameters():
+        parameter.data.fill_(0.5)
+    for i, model in enumerate([fresh, *trained, zero, constant, RWKV(V, C, 1), RWKV(V, C, 6)]):
+        model.save_pretrained(tmp_path / f"{i}")
+        assert _warnings_of(tmp_path / f"{i}") == [], i
+    theirs = transformers_models.make(torch.float32, rescale_every=0, num_hidden_layers=layers)
+    _saved_by_transformers(tmp_path / "never", theirs.eval(), "safetensors")
+    assert _warnings_of(tmp_path / "never") == []
+
+
 def test_transformers_loads_what_is_saved_for_it(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model, tokens = _model(torch.float32), transformers_models.tokens(3, 11)
@@ -142,6 +200,64 @@ def test_tied_embeddings_become_two_matrices(tmp_path: Path) -> None:
     assert model.head.weight.data_ptr() != model.emb.weight.data_ptr()
     with torch.no_grad():
         assert_tensor_close("logits", model(tokens)[0], theirs.train()(tokens).logits, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["rwkv.pth", "rwkv.pt", "rwkv.safetensors", "folder"])
+def test_a_model_of_tied_embeddings_is_saved_and_loaded_as_one_of_two_matrices(name: str, tmp_path: Path) -> None:
+    if "rwkv.p" not in name:
+        pytest.importorskip("safetensors")
+    model = _model()
+    model.head.weight = model.emb.weight
+    model.save_pretrained(tmp_path / name)
+    for loaded in (RWKV.from_pretrained(tmp_path / name), RWKV.from_state_dict(model.state_dict())):
+        _assert_same(loaded, model)
+        _assert_apart(loaded)
+    assert model.head.weight is model.emb.weight
+    RWKV.from_pretrained(tmp_path / name).save_pretrained(tmp_path / "again.pth")
+
+
+def _assert_apart(model: RWKV) -> None:
+    """Writing to one parameter changes no other."""
+    expected = {name: x.clone() for name, x in model.state_dict().items()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(7)
+            expected[name].fill_(7)
+            for other, x in model.state_dict().items():
+                assert torch.equal(x, expected[other]), (name, other)
+
+
+@pytest.mark.parametrize("name", ["rwkv.pth", "rwkv.pt", "rwkv.bin", "folder"])
+def test_entries_that_share_memory_in_a_file_are_loaded_apart(name: str, tmp_path: Path) -> None:
+    tensors, whole = dict(_model().state_dict()), torch.randn(V * C + 5 * C, dtype=torch.float64)
+    tensors["head.weight"] = tensors["emb.weight"]  # the same
+    tensors["blocks.0.att.key.weight"] = whole[: C * C].view(C, C)
+    tensors["blocks.0.att.value.weight"] = whole[: C * C].view(C, C).T
+    tensors["blocks.1.att.key.weight"] = whole[3 * C : 3 * C + C * C].view(C, C)  # a part of it
+    tensors["blocks.0.ln1.bias"] = whole[:1].expand(C)  # with itself
+    expected = {entry: x.clone() for entry, x in tensors.items()}
+    path = tmp_path / name
+    if name == "folder":
+        _model().save_pretrained(path)
+        (path / "model.safetensors").unlink()
+        torch.save({checkpoints.to_transformers(entry): x for entry, x in tensors.items()}, path / "pytorch_model.bin")
+    else:
+        torch.save(tensors, path)
+    model = RWKV.from_pretrained(path)
+    for entry, x in model.state_dict().items():
+        assert torch.equal(x, expected[entry]), entry
+    _assert_apart(model)
+
+
+def test_a_part_of_a_tensor_is_saved_without_the_rest(tmp_path: Path) -> None:
+    whole = torch.zeros(100, 1000)
+    files.write(tmp_path / "part.pth", {"part": whole[0]})
+    assert (tmp_path / "part.pth").stat().st_size < 10_000
+    _, state = _model()(torch.zeros(1, 2, dtype=torch.int64))
+    torch.save({"att_shift": state.wkv[:, :, 0], "ffn_shift": state.wkv[:, :, 1], "wkv": state.wkv}, tmp_path / "s")
+    loaded = RWKVState.load(tmp_path / "s")
+    loaded.att_shift.fill_(7)
+    assert torch.equal(loaded.wkv, state.wkv)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

@@ -206,8 +206,7 @@ def test_infctx_is_called_from_torchscript_with_every_gradient(tmp_path: Path) -
             assert_tensor_close("gradient", a, b, 1e-14)
 
 
-@torch.jit.script
-def _scripted_cuda_wkv(
+def _cuda_wkv_and_more(
     T: int, C: int, w: Tensor, u: Tensor, k: Tensor, v: Tensor, aa: Tensor, bb: Tensor, pp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y, aa, bb, pp = rwkv_pip.cuda_wkv(T, C, w, u, k, v, aa, bb, pp)
@@ -218,10 +217,11 @@ def _scripted_cuda_wkv(
 def test_cuda_wkv_is_called_from_torchscript_and_moves_its_state_on_in_place() -> None:
     x = _inputs(torch.float32)
     arguments = [-x["w"].exp().float(), x["u"].float().requires_grad_(), x["k"][0], x["v"][0]]
+    scripted = torch.jit.script(_cuda_wkv_and_more)
     ours, theirs = ([part[0].float() for part in _given_state()] for _ in range(2))
     for _ in range(3):
         expected, *_ = rwkv_pip.cuda_wkv(T, C, *arguments, *theirs)
-        y, aa, bb, pp = _scripted_cuda_wkv(T, C, *arguments, *ours)
+        y, aa, bb, pp = scripted(T, C, *arguments, *ours)
         assert torch.equal(y, expected) and not y.requires_grad
         assert torch.equal(aa, ours[0]) and bb is ours[1] and pp is ours[2]
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -230,13 +230,14 @@ def test_cuda_wkv_is_called_from_torchscript_and_moves_its_state_on_in_place() -
 def test_errors_reach_the_caller_from_torchscript() -> None:
     x, state = _inputs(torch.float32), [torch.zeros(C) for _ in range(3)]
     arguments = [-x["w"].exp().float(), x["u"].float(), x["k"][0], x["v"][0]]
+    scripted = torch.jit.script(_cuda_wkv_and_more)
     with pytest.raises(torch.jit.Error, match=r"k: expected shape \[T, C\] = \[12, 8\], got \[13, 8\]"):
-        _scripted_cuda_wkv(T - 1, C, *arguments, *state)
+        scripted(T - 1, C, *arguments, *state)
     with pytest.raises(torch.jit.Error, match=r"aa: expected shape \[C\], got \[1, 8\]"):
-        _scripted_cuda_wkv(T, C, *arguments, *(part[None] for part in state))
+        scripted(T, C, *arguments, *(part[None] for part in state))
     arguments[1] = arguments[1][:3]
     with pytest.raises(RuntimeError, match=r"u: expected shape \[C\] = \[8\], got \[3\]"):
-        _scripted_cuda_wkv(T, C, *arguments, *state)
+        scripted(T, C, *arguments, *state)
 
 
 # ---- states ----

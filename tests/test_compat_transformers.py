@@ -154,6 +154,28 @@ def test_equals_the_original_where_the_original_is_right(dtype: torch.dtype, set
             assert_tensor_close(name, ours, theirs, allowed)
 
 
+class _LowRank(torch.nn.Module):
+    """A linear layer and a low-rank addition to it, with the layer's weight as its own, as peft has it."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base, self.weight = base, base.weight
+        self.down, self.up = torch.nn.Linear(base.in_features, 2), torch.nn.Linear(2, base.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_lora_in_eval_mode_needs_rescale_every_zero(patched: None) -> None:
+    tokens = transformers_models.tokens(2, T)
+    for rescale_every in (0, 1):
+        model = transformers_models.make(rescale_every=rescale_every)
+        for block in model.rwkv.blocks:
+            block.attention.output = _LowRank(block.attention.output).double()
+        difference = (model.eval()(tokens).logits - model.train()(tokens).logits).abs().max()
+        assert difference < CLOSE if rescale_every == 0 else difference > 0.01
+
+
 def _generate(model: Any, tokens: Tensor, **settings: Any) -> Tensor:
     torch.manual_seed(3)
     mask = torch.ones_like(tokens)
@@ -186,18 +208,54 @@ def test_generate_for_several_sequences_equals_each_alone() -> None:
         assert torch.equal(_generate(model, tokens, do_sample=False), alone)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 3}, "num_beams=3: .* cannot use beam search with a cache.*use_cache=False gives the right"),
+        ({"num_beams": 3, "do_sample": True}, "num_beams=3: .* cannot use beam search with a cache"),
+        ({"guidance_scale": 2.0}, r"guidance_scale=2.0: .* cannot use guidance with a cache.*use_cache=False gives"),
+    ],
+    ids=["beams", "sampled beams", "guidance"],
+)
+def test_generate_refuses_with_a_cache_what_is_right_only_without(settings: dict[str, Any], message: str) -> None:
+    model, tokens = transformers_models.make(eos_token_id=None).eval(), transformers_models.tokens(2, 4)
+    settings = {"do_sample": False} | settings
+    right = _generate(model, tokens, use_cache=False, **settings)
+    with compat.patched():
+        assert torch.equal(_generate(model, tokens, use_cache=False, **settings), right)
+        with pytest.raises(ValueError, match=message):
+            _generate(model, tokens, **settings)
+
+
+@pytest.mark.parametrize("prompt", [1, 4])
+def test_generate_continues_a_state_or_refuses_to(prompt: int) -> None:
+    model, tokens = transformers_models.make(eos_token_id=None).eval(), transformers_models.tokens(2, 9)
+    with compat.patched(), torch.no_grad():
+        whole = _generate(model, tokens, do_sample=False)
+        settings = {"do_sample": False, "state": model(tokens[:, :-prompt], use_cache=True).state}
+        with pytest.raises(ValueError, match="state: .* cannot continue a state with use_cache=False"):
+            _generate(model, tokens[:, -prompt:], use_cache=False, **settings)
+        if prompt > 1 and "prepare_inputs_for_generation" in vars(modeling.RwkvForCausalLM):
+            with pytest.raises(ValueError, match="state: .* reads the last of the 4 tokens alone; pass that one, with"):
+                _generate(model, tokens[:, -prompt:], **settings)
+        else:
+            assert torch.equal(_generate(model, tokens[:, -prompt:], **settings), whole[:, 9 - prompt :])
+
+
 # ---- patch and unpatch ----
 
 
 def _in_place() -> list[Any]:
-    return [modeling.rwkv_linear_attention, modeling.load_wkv_cuda_kernel, modeling.RwkvModel.forward]
+    names = ["_prepare_cache_for_generation", "prepare_inputs_for_generation"]
+    generation = [vars(modeling.RwkvForCausalLM).get(name) for name in names]
+    return [modeling.rwkv_linear_attention, modeling.load_wkv_cuda_kernel, modeling.RwkvModel.forward, *generation]
 
 
 def test_unpatch_restores_what_was_there() -> None:
     original = _in_place()
     compat.unpatch()
     with compat.patched():
-        assert not any(x is y for x, y in zip(_in_place(), original, strict=True))
+        assert not any(x is y for x, y in zip(_in_place()[:4], original[:4], strict=True))
         replaced = _in_place()
         compat.patch()
         with compat.patched():

@@ -100,6 +100,38 @@ def test_a_step_without_any_weight_is_zero_over_zero(backend: str) -> None:
     assert y[:, :3].isnan().all() and y[:, 3:].isfinite().all()
 
 
+@pytest.mark.parametrize("w", [64.0, 89.0, 6e4, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_the_ends_of_the_decay_have_the_gradients_of_float64(w: float, dtype: torch.dtype, backend: str) -> None:
+    """-exp(w) overflows in float32 from 89 on, and no weight is left that a gradient could come from."""
+    tensors = make(Problem(T=30, C=16, with_state=True), dtype)
+    for parameter in {torch.float32, dtype} - {torch.float64}:
+        tensors.w = tensors.w.to(parameter)
+        tensors.w[::2] = w
+        exact = tensors.exact()
+        exact.w.clamp_(-600, 600)
+        found, expected = solve(tensors, backend), solve(exact, "reference")
+        assert (found["gw"][::2] == 0).all()
+        assert (found["gw"][1::2] != 0).all()
+        assert all(x.isfinite().all() for x in found.values())
+        torch.testing.assert_close(found["y"].double(), expected["y"], rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(found["gk"].double(), expected["gk"], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("steps", [1, 80])
+def test_the_strongest_decay_over_masked_steps_spoils_nothing_after_them(steps: int, backend: str) -> None:
+    tensors = make(Problem(T=steps + 1, C=C))
+    w, u, k, v, _ = tensors.inputs
+    w, k = torch.full_like(w, 90.0), k.clone()
+    k[:, :steps] = -torch.inf
+    y = rwkv_kernels.wkv(w, u, k, v, backend=backend)
+    assert torch.equal(y[:, -1], v[:, -1])
+    state = rwkv_kernels.empty_state(2, C)
+    for t in range(steps + 1):
+        y_step = rwkv_kernels.wkv_step(w, u, k[:, t], v[:, t], state, backend=backend)
+    assert torch.equal(y_step, v[:, -1])
+
+
 @pytest.mark.parametrize("k_scale", [0.0, 1.0, 1e4])
 @pytest.mark.parametrize("log_decay", [-1e-30, -1.0, -1e4])
 @pytest.mark.parametrize("u", [-1e4, 0.0, 1e4])

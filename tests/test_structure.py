@@ -57,7 +57,8 @@ def test_python_modules_import_downwards_only() -> None:
     assert _imports("triton_plan") == set()
     assert _imports("triton_kernels") == {"triton_plan"}
     assert _imports("triton_backend") <= {"autograd", "reference", "triton_plan", "triton_kernels"}
-    assert _imports("registry") <= {"autograd", "reference", "triton_backend", "_extension"}
+    assert _imports("recomputation") == set()
+    assert _imports("registry") <= {"autograd", "recomputation", "reference", "triton_backend", "_extension"}
     assert _imports("functional") <= {"registry", "reference"}
     assert _imports("nn/files") == set()
     assert _imports("nn/checkpoints") <= {"nn"}

@@ -1,5 +1,8 @@
 """What a user of PyTorch expects of an operator: compile, export, functional transforms, checkpointing, autocast."""
 
+import concurrent.futures
+import contextlib
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -7,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.benchmark
-import torch.utils.checkpoint
 from problems import Problem, make, widest_dtype
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 import rwkv_kernels
 from benchmarks.latency import PLAIN, gradient_calls
-from rwkv_kernels import reference
+from rwkv_kernels import reference, registry
 from rwkv_kernels.nn import RWKV, Block, RWKVState
 
 ARGUMENTS = (0, 1, 2, 3, 4)
@@ -114,6 +117,48 @@ def test_compiles_the_step(gated: bool, compiled_backend: str) -> None:
     torch.testing.assert_close(traced, eager)
 
 
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "select": lambda state: state[1],
+    "unbind": lambda state: state.unbind()[1],
+    "slice": lambda state: state[1:2].squeeze(0),
+    "transposed": lambda state: state.view(3, -1, 5, 3).transpose(2, 3)[1],
+}
+
+
+def test_a_compiled_step_moves_the_views_of_states_that_it_is_given() -> None:
+    """By Inductor, for any batch: the offset of layer 1 depends on B, and torch loses such a one of a mutated view."""
+    w, u = torch.linspace(-1, 1, 5), torch.linspace(1, 0, 5)
+
+    def step(k: Tensor, states: dict[str, Tensor]) -> list[Tensor]:
+        return [rwkv_kernels.wkv_step(w, u, k, k + 1, view(states[name]), r=k) for name, view in VIEWS.items()]
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for B in (2, 5, 3):
+        states = {name: torch.rand(3, B, 3, 5, generator=torch.Generator().manual_seed(B)) for name in VIEWS}
+        traced = {name: state.clone() for name, state in states.items()}
+        k = torch.linspace(-2, 2, 5 * B).view(B, 5)
+        for name, found, expected in zip(VIEWS, compiled(k, traced), step(k, states), strict=True):
+            torch.testing.assert_close(found, expected, msg=lambda message, name=name: f"{name}: {message}")
+            torch.testing.assert_close(traced[name], states[name])
+
+
+def test_the_operator_of_the_step_refuses_a_view_that_a_compiler_would_lose() -> None:
+    """Called directly: with a reason in one graph, and outside of the graph where it may be."""
+    w, u = torch.linspace(-1, 1, 5), torch.linspace(1, 0, 5)
+
+    def step(k: Tensor, state: Tensor) -> Tensor:
+        result: Tensor = torch.ops.rwkv_kernels.wkv_step(w, u, k, k, state[1])
+        return result
+
+    k = torch.linspace(-2, 2, 10).view(2, 5)
+    with pytest.raises(Exception, match="use rwkv_kernels.wkv_step"):
+        torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)(k, torch.rand(3, 2, 3, 5))
+    eager = torch.rand(3, 2, 3, 5)
+    traced = eager.clone()
+    torch.testing.assert_close(torch.compile(step, backend="aot_eager", dynamic=True)(k, traced), step(k, eager))
+    torch.testing.assert_close(traced, eager)
+
+
 def test_exports_with_dynamic_length(compiled_backend: str) -> None:
     class Module(torch.nn.Module):
         def forward(self, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> Any:
@@ -190,8 +235,82 @@ def test_activation_checkpointing(reentrant: bool, compiled_backend: str) -> Non
         return [x.grad for x in leaves]
 
     with rwkv_kernels.use_backend(compiled_backend):
-        found = gradients(lambda *x: torch.utils.checkpoint.checkpoint(_wkv, *x, use_reentrant=reentrant))
+        found = gradients(lambda *x: checkpointed(_wkv, *x, use_reentrant=reentrant))
     _assert_all_close(found, gradients(reference.wkv))
+
+
+def _run(function: Callable[[], None], in_thread: bool) -> None:
+    """As autograd does on a GPU, in a thread that has made no choice of backend; its exceptions come back."""
+    if in_thread:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(function).result()
+    else:
+        function()
+
+
+def _nested(*inputs: Tensor) -> Any:
+    """Three calls, one of them in a checkpoint in the checkpoint, and one in a block of its own."""
+    w, u, k, v, state = inputs
+    y, state = _wkv(w, u, k, v, state)
+    y, state = checkpointed(_wkv, w, u, y, v, state, use_reentrant=False)
+    with rwkv_kernels.use_backend("cpu"):
+        y, state = _wkv(w, u, k, y, state)
+    return _wkv(w, u, y, k, state)
+
+
+@pytest.mark.parametrize("in_thread", [False, True], ids=["same_thread", "other_thread"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    ("before", "after"), [("reference", "auto"), ("cpu", "reference"), ("reference", "cpu"), (None, "reference")]
+)
+@pytest.mark.parametrize("function", [_wkv, _nested], ids=["one_call", "nested"])
+def test_recomputation_takes_the_backend_of_its_forward(
+    function: Callable[..., Any], before: str | None, after: str, reentrant: bool, in_thread: bool
+) -> None:
+    leaves = [x.requires_grad_() for x in _inputs("cpu")]
+    with contextlib.nullcontext() if before is None else rwkv_kernels.use_backend(before):
+        losses = [_loss(lambda *x: checkpointed(function, *x, use_reentrant=reentrant))(*leaves) for _ in range(2)]
+
+    def backward() -> None:
+        with rwkv_kernels.use_backend(after):
+            for loss in losses:
+                loss.backward()
+            assert registry.select("auto", leaves[2]).name == ("cpu" if after == "auto" else after)
+        assert registry.select("auto", leaves[2]).name == "cpu"
+
+    _run(backward, in_thread)
+    expected = torch.autograd.grad(_loss(function)(*leaves), leaves)
+    _assert_all_close([x.grad for x in leaves], [2 * x for x in expected])
+
+
+def test_a_checkpointed_model_trains_under_use_backend() -> None:
+    torch.manual_seed(0)
+    model, tokens = RWKV(11, 8, 2).double(), torch.randint(11, (2, 6))
+    for parameter in model.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(model(tokens)[0].square().sum(), parameters)
+    for block in model.blocks:
+        block.forward = functools.partial(checkpointed, block.forward, use_reentrant=False)
+    with rwkv_kernels.use_backend("reference"):
+        loss = model(tokens)[0].square().sum()
+    _run(loss.backward, in_thread=True)
+    _assert_all_close([parameter.grad for parameter in parameters], expected)
+
+
+def test_a_context_for_recomputation_is_still_the_callers() -> None:
+    """`context_fn`, torch's own way, and hooks of another kind go together with it."""
+    leaves = [x.requires_grad_() for x in _inputs("cpu")]
+
+    def contexts() -> tuple[Any, Any]:
+        return rwkv_kernels.use_backend("reference"), rwkv_kernels.use_backend("reference")
+
+    loss = _loss(lambda *x: checkpointed(_wkv, *x, use_reentrant=False, context_fn=contexts))(*leaves)
+    with rwkv_kernels.use_backend("reference"), torch.autograd.graph.save_on_cpu():
+        loss = loss + _loss(_wkv)(*leaves)
+    loss.backward()
+    expected = torch.autograd.grad(_loss(_wkv)(*leaves), leaves)
+    _assert_all_close([x.grad for x in leaves], [2 * x for x in expected])
 
 
 def test_second_derivative_is_refused(compiled_backend: str) -> None:

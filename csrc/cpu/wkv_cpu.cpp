@@ -95,7 +95,7 @@ struct ParameterTable {
     const Real *w_values = w.const_data_ptr<Real>(), *u_values = u.const_data_ptr<Real>();
     Real* log_decay = reinterpret_cast<Real*>(rows);
     for (int64_t c = 0; c < C; ++c) {
-      log_decay[c] = plain(-std::exp(w_values[c]));
+      log_decay[c] = plain(log_decay_of(w_values[c]));
       log_decay[C + c] = plain(u_values[c]);
     }
   }

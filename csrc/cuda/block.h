@@ -92,7 +92,7 @@ struct SharedChannels {
         value = load_parameter<Real>(is_u ? parameters.u : parameters.w, is_u ? parameters.u_dtype : parameters.w_dtype,
                                      c + column);
       }
-      if (!is_u) value = -std::exp(value);
+      if (!is_u) value = log_decay_of(value);
       values[i] = value;
       values[2 * kChannels + i] = std::exp(value);
     }

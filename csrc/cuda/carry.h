@@ -43,7 +43,7 @@ struct CarryStates {
       Real* states = static_cast<Real*>(arguments.chunk_states) + block.z * slots * 3 * C + c;
       const auto& parameters = arguments.parameters;
       const Real decay =
-          Real(arguments.chunk_len) * -std::exp(load_parameter<Real>(parameters.w, parameters.w_dtype, c));
+          Real(arguments.chunk_len) * log_decay_of(load_parameter<Real>(parameters.w, parameters.w_dtype, c));
       const auto load = [=](int64_t i) {
         const Real* slot = states + i * 3 * C;
         return State<Real>{{slot[0], slot[C]}, slot[2 * C]};
@@ -85,7 +85,7 @@ struct CarryAdjoints {
       const auto max_after = [=](int64_t chunk) { return maxes[((chunk + 1) * checkpoints_of_chunk - 1) * 3 * C]; };
       const auto& parameters = arguments.parameters;
       const Real decay =
-          Real(arguments.chunk_len) * -std::exp(load_parameter<Real>(parameters.w, parameters.w_dtype, c));
+          Real(arguments.chunk_len) * log_decay_of(load_parameter<Real>(parameters.w, parameters.w_dtype, c));
       // Slot i lies behind chunk i; the last one is true already, and the way goes from there to the first.
       const auto slot_at = [=](int64_t i) { return adjoints + (slots - 1 - i) * 2 * C; };
       const Sums<Real> true_one{slot_at(0)[0], slot_at(0)[C]};
@@ -141,7 +141,7 @@ struct Reduce {
       }
       // The log-decay -exp(w) is its own derivative.
       const auto& parameters = arguments.parameters;
-      const double log_decay = -std::exp(load_parameter<Real>(parameters.w, parameters.w_dtype, c));
+      const double log_decay = log_decay_of(load_parameter<Real>(parameters.w, parameters.w_dtype, c));
       store_parameter(arguments.gw, parameters.w_dtype, c, static_cast<Real>(total.num * log_decay));
       store_parameter(arguments.gu, parameters.u_dtype, c, static_cast<Real>(total.den));
     });

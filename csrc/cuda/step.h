@@ -21,7 +21,7 @@ struct Step {
       if (i >= arguments.B * C) return;
       const int64_t b = i / C, c = i % C;
       const auto& parameters = arguments.parameters;
-      const RunningScale<Real> scale{{-std::exp(load_parameter<Real>(parameters.w, parameters.w_dtype, c)),
+      const RunningScale<Real> scale{{log_decay_of(load_parameter<Real>(parameters.w, parameters.w_dtype, c)),
                                       load_parameter<Real>(parameters.u, parameters.u_dtype, c)}};
       const Real kt = scale.logit(to_real(static_cast<const Element*>(arguments.k)[b * arguments.k_stride + c]));
       const Real vt = to_real(static_cast<const Element*>(arguments.v)[b * arguments.v_stride + c]);

@@ -3,20 +3,24 @@
     import rwkv_kernels.compat.transformers
     rwkv_kernels.compat.transformers.patch()
 
-Original: `transformers.models.rwkv.modeling_rwkv` of transformers 4.57 to 5.23, with or without its CUDA kernel. Its
+Original: `transformers.models.rwkv.modeling_rwkv` of transformers 4.57 to 5.24, with or without its CUDA kernel. Its
 decay is raw (`log_decay = -exp(time_decay)`), its WKV state a list of num, den and max, its model state a list of five
 [B, C, L] tensors.
 
 Two places of that module are replaced: the function `rwkv_linear_attention`, and the way `RwkvModel.forward` keeps its
 state while the layers run. The original lets every layer overwrite its column of the state tensors, which breaks
 backward and loses the gradient of a state that was passed; here the layers read what was given and write beside it.
-Loading of the original's own kernel is switched off meanwhile, since it would never run.
+Loading of the original's own kernel is switched off meanwhile, since it would never run. `RwkvForCausalLM.generate`
+refuses what it would silently do wrong.
 
 Deliberate differences:
 
 - Gradients are right for every batch size, and reach a state that was passed. T is not limited.
 - One token of several sequences, as in every step of a batched `generate`, is mixed with its own predecessor. The
   original takes the B predecessors for B tokens of each sequence, and returns logits [B, B, V].
+- `generate` with a cache refuses beam search, which older versions run on the states of other beams, and guidance, as
+  the unconditional sequence has no state; both are right with use_cache=False. It refuses to continue a state with
+  use_cache=False, which repeats tokens, or, in older versions, by several tokens, of which these read the last alone.
 - Backward works after a call that kept the state (eval mode, use_cache).
 - A state that was passed is not modified; the new one is in the output.
 - In a float64 model, keys and the WKV state stay float64; the original rounds them to float32.
@@ -188,7 +192,50 @@ def _keep_state_apart(forward: Callable[..., Any]) -> Callable[..., Any]:
     return replacement
 
 
-# What patch() has replaced: (owner, name) -> the original.
+def _refuse_what_goes_wrong(prepare_cache: Callable[..., Any]) -> Callable[..., Any]:
+    """Of the steps of `generate`, the first that knows both its settings and the model's arguments."""
+
+    @functools.wraps(prepare_cache)
+    def replacement(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        model, beams, guidance = type(self).__name__, generation_config.num_beams, generation_config.guidance_scale
+        if generation_config.use_cache is False:
+            if model_kwargs.get("state") is not None:
+                raise ValueError(
+                    f"state: {model}.generate cannot continue a state with use_cache=False, which gives it the same "
+                    "tokens again at every step; use_cache=True gives the right tokens"
+                )
+        elif beams is not None and beams > 1:
+            raise ValueError(
+                f"num_beams={beams}: {model}.generate cannot use beam search with a cache, because its state is not "
+                "reordered with the beams; use_cache=False gives the right tokens"
+            )
+        elif guidance is not None and guidance != 1:
+            raise ValueError(
+                f"guidance_scale={guidance}: {model}.generate cannot use guidance with a cache, because the "
+                "unconditional sequence has no state; use_cache=False gives the right tokens"
+            )
+        return prepare_cache(self, generation_config, model_kwargs, *args, **kwargs)
+
+    return replacement
+
+
+def _refuse_a_prompt_after_a_state(prepare_inputs: Callable[..., Any]) -> Callable[..., Any]:
+    """Where there is a state, the original takes the last token alone, as if all before it were in the state."""
+
+    @functools.wraps(prepare_inputs)
+    def replacement(self: Any, input_ids: Tensor, state: Any = None, **kwargs: Any) -> Any:
+        unread = kwargs.get("cache_position")
+        if state is not None and unread is not None and len(unread) > 1:
+            raise ValueError(
+                f"state: {type(self).__name__}.generate of this version of transformers reads the last of the "
+                f"{len(unread)} tokens alone; pass that one, with a state that has seen the others"
+            )
+        return prepare_inputs(self, input_ids, state=state, **kwargs)
+
+    return replacement
+
+
+# What patch() has replaced: (owner, name) -> the original, or None for a name that the owner only inherits.
 _originals: dict[tuple[Any, str], Any] = {}
 
 
@@ -201,12 +248,12 @@ def _modeling() -> ModuleType:
         modeling = importlib.import_module("transformers.models.rwkv.modeling_rwkv")
     except ImportError as error:
         raise ImportError(
-            f"transformers {version} has no RWKV (transformers.models.rwkv): use 4.57 to 5.23, or "
+            f"transformers {version} has no RWKV (transformers.models.rwkv): use 4.57 to 5.24, or "
             "rwkv_kernels.nn.RWKV, which reads the same checkpoints"
         ) from error
     if faults := _faults(modeling):
         raise RuntimeError(
-            f"transformers {version}: its RWKV is not the one that this patch knows, that of 4.57 to 5.23: "
+            f"transformers {version}: its RWKV is not the one that this patch knows, that of 4.57 to 5.24: "
             f"{'; '.join(faults)}. Nothing was changed."
         )
     return modeling
@@ -233,6 +280,8 @@ def _faults(modeling: ModuleType) -> list[str]:
     model_parameters = ["self", "input_ids", "attention_mask", "inputs_embeds", "state", "use_cache"]
     find("rwkv_linear_attention", wkv_parameters)
     find("RwkvModel.forward", model_parameters)
+    find("RwkvForCausalLM._prepare_cache_for_generation", ["self", "generation_config", "model_kwargs"])
+    find("RwkvForCausalLM.prepare_inputs_for_generation", ["self", "input_ids"])
     layer = find("RwkvSelfAttention.forward", ["self", "hidden", "state", "use_cache"])
     if layer is not None and "rwkv_linear_attention" not in layer.__code__.co_names:
         faults.append("RwkvSelfAttention.forward does not call rwkv_linear_attention")
@@ -256,14 +305,19 @@ def patch() -> None:
     if _originals:
         return
     modeling = _modeling()
+    inner, outer = modeling.RwkvModel, modeling.RwkvForCausalLM
     replacements = {
         (modeling, "rwkv_linear_attention"): rwkv_linear_attention,
         (modeling, "load_wkv_cuda_kernel"): _load_no_kernel,
-        (modeling.RwkvModel, "forward"): _keep_state_apart(modeling.RwkvModel.forward),
+        (inner, "forward"): _keep_state_apart(inner.forward),
+        (outer, "_prepare_cache_for_generation"): _refuse_what_goes_wrong(outer._prepare_cache_for_generation),
     }
+    if "prepare_inputs_for_generation" in vars(outer):
+        prepare = outer.prepare_inputs_for_generation
+        replacements[outer, "prepare_inputs_for_generation"] = _refuse_a_prompt_after_a_state(prepare)
     for (owner, name), replacement in replacements.items():
         if hasattr(owner, name):
-            _originals[owner, name] = getattr(owner, name)
+            _originals[owner, name] = vars(owner).get(name)
             setattr(owner, name, replacement)
 
 
@@ -271,7 +325,10 @@ def unpatch() -> None:
     """Puts back what `patch` replaced; without a patch, changes nothing."""
     while _originals:
         (owner, name), original = _originals.popitem()
-        setattr(owner, name, original)
+        if original is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
 
 
 @contextmanager

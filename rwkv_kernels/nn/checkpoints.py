@@ -6,10 +6,12 @@ and in eval mode divides two matrices of every layer by 2^(layer // rescale_ever
 
 import json
 import os
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rwkv_kernels.nn import files
@@ -32,6 +34,8 @@ WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 LAYER_NORM_EPSILON = 1e-5
 # As published. It keeps transformers from overflowing in float16; otherwise only the epsilon of layer norms feels it.
 RESCALE_EVERY = 6
+RESCALED = (".att.output.weight", ".ffn.value.weight")
+NOT_RESCALED = (".att.value.weight", ".ffn.key.weight")
 
 # A parameter's ending that only this version has, the newest version first.
 OTHER_VERSIONS = [
@@ -71,18 +75,51 @@ def load(path: Path, rescaled: bool) -> dict[str, Tensor]:
     if path.is_dir():
         _check_config(path / CONFIG, config)
     tensors = _read_folder(path) if path.is_dir() else files.read(path)
+    every = config.get("rescale_every", RESCALE_EVERY)
     if any(name.startswith(PREFIX) for name in tensors):
         tensors = {from_transformers(name): tensor for name, tensor in tensors.items()}
+        if not rescaled and _looks_rescaled(tensors, every):
+            warnings.warn(
+                f"{path}: transformers seems to have rescaled its layers before it was written, because att.output and "
+                f"ffn.value halve every {every} layers and nothing else does: from_pretrained(..., rescaled=True) "
+                "undoes that",
+                stacklevel=3,
+            )
     if config.get("tie_word_embeddings") and "emb.weight" in tensors:
         tensors.setdefault("head.weight", tensors["emb.weight"].clone())
     if rescaled:
-        every = config.get("rescale_every", RESCALE_EVERY)
         tensors = {name: _undo_rescaling(name, tensor, every) for name, tensor in tensors.items()}
     return tensors
 
 
+def _looks_rescaled(tensors: Mapping[str, Tensor], every: int) -> bool:
+    """Whether both matrices that transformers rescales halve, from layer to layer, wherever it would halve them.
+
+    Layers differ in size anyway, though by less than a factor of two, and matrices of a layer together. So what counts
+    is a change beside the usual one between the layers of that matrix, and beside that of matrices not rescaled.
+    """
+    layers = sum(name.endswith(RESCALED[0]) for name in tensors)
+    if not 1 < every < layers:
+        return False  # nothing is rescaled, or nothing is left to tell the usual change from
+
+    def changes(ending: str) -> Tensor:
+        """The binary logarithms of the matrix's size in each layer over that in the one before."""
+        sizes = [
+            torch.linalg.vector_norm(tensors.get(f"blocks.{layer}{ending}", torch.zeros(1)), dtype=torch.float64)
+            for layer in range(layers)
+        ]
+        return torch.stack(sizes).log2().diff()
+
+    halved = torch.arange(1, layers) % every == 0
+    drops = [change[halved] - change[~halved].median() for change in map(changes, RESCALED)]
+    others = torch.stack([change[halved].mean() for change in map(changes, NOT_RESCALED)])
+    both = torch.cat(drops)
+    # Comparisons are false for the NaN of matrices that are zero, which show nothing.
+    return bool((both < -0.5).all() and (both.mean() + 1).abs() < 0.35 and (others.abs() < 0.5).all())
+
+
 def _undo_rescaling(name: str, tensor: Tensor, every: int) -> Tensor:
-    if every > 0 and name.endswith((".att.output.weight", ".ffn.value.weight")):
+    if every > 0 and name.endswith(RESCALED):
         return tensor * float(2 ** (int(name.split(".")[1]) // every))
     return tensor
 

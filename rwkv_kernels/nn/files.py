@@ -14,6 +14,8 @@ SAFETENSORS = ".safetensors"
 def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a safetensors file, known by its suffix, or of one that torch.save wrote; on the CPU.
 
+    Each has memory of its own, also where the file's entries are views of one another.
+
     Raises:
         OSError: the file cannot be opened.
         ValueError: it is broken, or holds anything but tensors by name.
@@ -34,7 +36,7 @@ def read_torch(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     ):
         content = sorted(map(str, found))[:5] if isinstance(found, Mapping) else type(found).__name__
         raise ValueError(f"{path}: expected tensors by name, got {content}")
-    return dict(found)
+    return apart(found)
 
 
 def _read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -54,9 +56,21 @@ def _unreadable(path: str | os.PathLike[str], error: Exception) -> ValueError:
     )
 
 
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, contiguous, copied where they share memory with one another or are a part of more."""
+    found: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        alone = storage.nbytes() == tensor.numel() * tensor.element_size() and storage.data_ptr() not in storages
+        storages.add(storage.data_ptr())
+        found[name] = tensor.contiguous() if alone else tensor.clone(memory_format=torch.contiguous_format)
+    return found
+
+
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file where the path has that suffix, else one for torch.load."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Writes a safetensors file where the path has that suffix, else one for torch.load; shared memory for each."""
+    tensors = apart({name: tensor.detach().cpu() for name, tensor in tensors.items()})
     if path.suffix == SAFETENSORS:
         # transformers asks for this entry.
         _safetensors().save_file(tensors, path, metadata={"format": "pt"})

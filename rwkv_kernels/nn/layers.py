@@ -24,16 +24,39 @@ from rwkv_kernels.nn.state import RWKVState
 __all__ = ["Block", "ChannelMix", "TimeMix"]
 
 
-def _shift(x: Tensor, before: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
+def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    # The comparison is a part of every token's latency, and a tenth of what Tensor.to needs to find nothing to do.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _shift(x: Tensor, before: Tensor | None, packing: Packing | None) -> tuple[Tensor, Tensor]:
     """Every token's predecessor, [B, T, C], and the last token, [B, C], which is the next call's `before`."""
+    before = x.new_zeros(x.shape[0], x.shape[2]) if before is None else _in(x.dtype, before)
     tokens = torch.cat((before.unsqueeze(1), x), 1)
     if packing is None:
-        return tokens[:, :-1], tokens[:, -1]
+        # A copy, because a view would keep all tokens for as long as the model keeps the state.
+        return tokens[:, :-1], tokens[:, -1].clone()
     return tokens[:, :-1], tokens[torch.arange(x.shape[0], device=x.device), packing.lengths]
 
 
+def _is_eager_token(x: Tensor, packing: Packing | None) -> bool:
+    """Whether x [B, T, C] is one token of each sequence, outside of a compiler, which would specialise on T."""
+    return packing is None and not torch.compiler.is_compiling() and x.shape[1] == 1
+
+
 def _mix(x: Tensor, previous: Tensor, mix: Tensor) -> Tensor:
-    return torch.lerp(previous, x, mix.view(-1))
+    return torch.lerp(previous, x, _in(x.dtype, mix).view(-1))
+
+
+def _of_the_sums(state: Tensor, x: Tensor) -> Tensor:
+    """A WKV state of any model in the dtype that the sums over x have."""
+    if state.dtype in (torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"state: expected a WKV state of torch.float32 or torch.float64, got {state.dtype}, too coarse for its "
+            "sums. RWKVState.to(dtype) leaves it float32; FSDP's mixed precision casts what is passed to a module "
+            "unless it is told cast_forward_inputs=False"
+        )
+    return _in(torch.float64 if x.dtype == torch.float64 else torch.float32, state)
 
 
 # Every module below resets the parameters that it owns itself and no others, as torch asks of `reset_parameters`: a
@@ -130,9 +153,25 @@ class TimeMix(nn.Module):
         return k, v, self.receptance(_mix(x, previous, self.time_mix_r))
 
     def forward(
-        self, x: Tensor, shift: Tensor, state: Tensor, packing: Packing | None = None
+        self,
+        x: Tensor,
+        shift: Tensor | None = None,
+        state: Tensor | None = None,
+        packing: Packing | None = None,
+        in_place: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, C], shift [B, C], state [B, 3, C] -> the output [B, T, C] and the new shift and state."""
+        """x [B, T, C], shift [B, C], state [B, 3, C] -> the output [B, T, C] and the new shift and state.
+
+        None stands for an empty shift or state. With `in_place`, the state may be overwritten by the new one, as it is
+        by an eager call of one token; such a call is not differentiable.
+        """
+        if state is not None:
+            state = _of_the_sums(state, x)
+        if in_place and shift is not None and state is not None and _is_eager_token(x, packing):
+            x = x.squeeze(1)  # torch.nn.Linear is faster without the dimension of time
+            k, v, r = self._project(x, _in(x.dtype, shift))
+            gated = wkv_step(self.time_decay, self.time_first, k, v, state, r=r)
+            return self.output(gated).unsqueeze(1), x, state
         previous, shift = _shift(x, shift, packing)
         k, v, r = self._project(x, previous)
         if packing is None:
@@ -140,13 +179,6 @@ class TimeMix(nn.Module):
         else:
             y, state = wkv_of_packed(self.time_decay, self.time_first, k, v, state, packing)
         return self.output(torch.sigmoid(r) * y), shift, state
-
-    def step(self, x: Tensor, shift: Tensor, state: Tensor) -> Tensor:
-        """One token, x [B, C] -> [B, C]; shift and state move on in place."""
-        k, v, r = self._project(x, shift)
-        y: Tensor = self.output(wkv_step(self.time_decay, self.time_first, k, v, state, r=r))
-        shift.copy_(x)
-        return y
 
 
 class ChannelMix(nn.Module):
@@ -182,16 +214,13 @@ class ChannelMix(nn.Module):
         out: Tensor = gate * self.value(k)
         return out
 
-    def forward(self, x: Tensor, shift: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
-        """x [B, T, C], shift [B, C] -> the output [B, T, C] and the new shift."""
+    def forward(self, x: Tensor, shift: Tensor | None = None, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
+        """x [B, T, C], shift [B, C] or None for an empty one -> the output [B, T, C] and the new shift."""
+        if shift is not None and _is_eager_token(x, packing):
+            x = x.squeeze(1)
+            return self._network(x, _in(x.dtype, shift)).unsqueeze(1), x
         previous, shift = _shift(x, shift, packing)
         return self._network(x, previous), shift
-
-    def step(self, x: Tensor, shift: Tensor) -> Tensor:
-        """One token, x [B, C] -> [B, C]; shift moves on in place."""
-        y = self._network(x, shift)
-        shift.copy_(x)
-        return y
 
 
 class Block(nn.Module):
@@ -212,19 +241,17 @@ class Block(nn.Module):
         self.att = TimeMix(channels, layer, layers)
         self.ffn = ChannelMix(channels, hidden, layer, layers)
 
-    def forward(self, x: Tensor, state: RWKVState, packing: Packing | None = None) -> tuple[Tensor, RWKVState]:
-        """x [B, T, C] and the block's state -> the same of the next layer, and the new state.
+    def forward(
+        self, x: Tensor, state: RWKVState | None = None, packing: Packing | None = None, in_place: bool = False
+    ) -> tuple[Tensor, RWKVState]:
+        """x [B, T, C] and the block's state, None for an empty one -> the same of the next layer, and the new state.
 
-        With a packing, x has the packed rows, and shifts and state are those at each row's own end.
+        With a packing, x has the packed rows, and shifts and state are those at each row's own end. `in_place` is that
+        of `TimeMix`.
         """
+        att_shift, ffn_shift, wkv_state = (None, None, None) if state is None else state
         x = self.ln0(x)
-        y, att_shift, wkv_state = self.att(self.ln1(x), state.att_shift, state.wkv, packing)
+        y, att_shift, wkv_state = self.att(self.ln1(x), att_shift, wkv_state, packing, in_place)
         x = x + y
-        y, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, packing)
+        y, ffn_shift = self.ffn(self.ln2(x), ffn_shift, packing)
         return x + y, RWKVState(att_shift, ffn_shift, wkv_state)
-
-    def step(self, x: Tensor, state: RWKVState) -> Tensor:
-        """One token, x [B, C] -> [B, C]; the state moves on in place."""
-        x = self.ln0(x)
-        x = x + self.att.step(self.ln1(x), state.att_shift, state.wkv)
-        return x + self.ffn.step(self.ln2(x), state.ffn_shift)

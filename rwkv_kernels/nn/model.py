@@ -6,10 +6,11 @@ sequence or token by token.
 Source: RWKV: Reinventing RNNs for the Transformer Era (arXiv 2305.13048).
 """
 
+import functools
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -71,10 +72,10 @@ class RWKV(nn.Module):
         Args:
             path: A file of RWKV-LM (`.pth`) or of safetensors, with RWKV-LM's or transformers' names, or a folder that
                 transformers wrote: `config.json` with `model.safetensors` or `pytorch_model.bin`, in one file or in
-                several with an index. Tied embeddings become two matrices.
+                several with an index. Tied embeddings, and whatever else shares memory, become matrices of their own.
             rescaled: Undo what transformers does to its layers in eval mode, which it also writes to disk:
                 `model.rwkv.layers_are_rescaled` at the time when the folder was written. Published folders are not
-                rescaled.
+                rescaled. Without it, weights that look rescaled give a warning.
 
         Only tensors are read: nothing that a file contains is executed, nothing is downloaded.
 
@@ -90,6 +91,7 @@ class RWKV(nn.Module):
         """Writes what `from_pretrained` reads, in the format that the path asks for.
 
         `.pth` or `.pt` and `.safetensors` give a file with RWKV-LM's names, any other path a folder for transformers.
+        Tied embeddings are written as two matrices.
 
         Raises:
             ImportError: safetensors is needed and not installed.
@@ -129,24 +131,21 @@ class RWKV(nn.Module):
         model.load_state_dict(tensors, assign=True)
         return model
 
-    def empty_state(self, batch: int) -> RWKVState:
-        """The state before the first token, for `batch` sequences."""
+    def empty_state(self, batch: int, *, device: torch.device | str | None = None) -> RWKVState:
+        """The state before the first token, for `batch` sequences, on the device, by default that of the weights."""
+        # The weight may be a DTensor, whose new_zeros would be another.
         weight, layers, channels = self.emb.weight, len(self.blocks), self.emb.embedding_dim
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        empty = empty_state(layers * batch, channels, device=weight.device, dtype=dtype)
+        device = weight.device if device is None else device
+        wide = torch.promote_types(weight.dtype, torch.float32)
         return RWKVState(
-            weight.new_zeros(layers, batch, channels),
-            weight.new_zeros(layers, batch, channels),
-            empty.view(layers, batch, 3, channels),
+            torch.zeros(layers, batch, channels, device=device, dtype=weight.dtype),
+            torch.zeros(layers, batch, channels, device=device, dtype=weight.dtype),
+            empty_state(layers * batch, channels, device=device, dtype=wide).view(layers, batch, 3, channels),
         )
 
     def _layer_states(self, tokens: Tensor, state: RWKVState) -> list[RWKVState]:
+        _check_is_state(state)
         L, B, C = len(self.blocks), tokens.shape[0], self.emb.embedding_dim
-        if not isinstance(state, RWKVState):
-            raise ValueError(
-                f"state: expected an RWKVState, got {type(state).__name__}; import_model_state of "
-                "rwkv_kernels.compat.transformers, .blinkdl, .infctx or .rwkv_pip converts that library's states"
-            )
         for name, tensor, shape in zip(state._fields, state, ((L, B, C), (L, B, C), (L, B, 3, C)), strict=True):
             if tensor.shape != shape:
                 raise ValueError(f"state.{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
@@ -172,61 +171,67 @@ class RWKV(nn.Module):
             raise ValueError(f"inputs_embeds: expected {weight.dtype} as the embeddings, got {inputs_embeds.dtype}")
         return inputs_embeds
 
-    def _features(
-        self,
-        tokens: Tensor | None,
-        state: RWKVState | None,
-        attention_mask: Tensor | None,
-        inputs_embeds: Tensor | None,
-    ) -> tuple[Tensor, RWKVState]:
-        """What the head makes logits of, [B, T, C], zero in the padding, and the state after the last tokens."""
-        inputs = self._checked_inputs(tokens, inputs_embeds)
-        packing = None if attention_mask is None else Packing.of(_checked_mask(attention_mask, inputs))
-        state = self.empty_state(inputs.shape[0]) if state is None else state
-        states = self._layer_states(inputs, state)
-        if packing is not None:
-            inputs = packing.pack(inputs)
-            states = [RWKVState(*(tensor[packing.rows] for tensor in layer)) for layer in states]
-        x = self.emb(inputs) if inputs_embeds is None else inputs
-        for layer, block in enumerate(self.blocks):
-            x, states[layer] = block(x, states[layer], packing)
-        x = self.ln_out(x)
-        state = RWKVState(*(torch.stack(tensors) for tensors in zip(*states, strict=True)))
-        return (x, state) if packing is None else (packing.unpack(x), state.take(packing.rows.argsort()))
-
     def forward(
         self,
         tokens: Tensor | None = None,
         state: RWKVState | None = None,
         attention_mask: Tensor | None = None,
-        *,
         inputs_embeds: Tensor | None = None,
+        last_only: bool = False,
+        in_place: bool = False,
     ) -> tuple[Tensor, RWKVState]:
         """The logits of every next token.
 
         Args:
             tokens: [B, T], int64; None where `inputs_embeds` is given.
-            state: As an earlier call returned it, or None for an empty one. It is not modified.
+            state: As an earlier call returned it, of a model of any dtype, or None for an empty one. It is not
+                modified.
             attention_mask: [B, T], bool or integer: 0 for a place that is padding, left or right or between, where
                 tokens may be any number. None if every place counts. Its sums are read on the host.
             inputs_embeds: [B, T, C], in the dtype of `emb.weight`: what to run on in place of `emb(tokens)`, for soft
                 prompts and other modalities.
+            last_only: Compute the logits after each sequence's last token alone.
+            in_place: For decoding: `state.wkv` may be overwritten, and then is the one that is returned. An eager call
+                of one token does so, and is not differentiable.
 
         Returns:
-            logits [B, T, V], and the state after the last token, which continues the sequences as if they had never
-            been cut. Both are differentiable, also through the state. Every sequence gives what it gives alone and
-            without its padding; logits in the padding are zero.
+            logits [B, T, V], or [B, 1, V] with `last_only`, and the state after the last token, which continues the
+            sequences as if they had never been cut. Both are differentiable, also through the state. Every sequence
+            gives what it gives alone and without its padding; logits in the padding are zero.
 
         Raises:
             ValueError: tokens, embeddings, mask or state have the wrong shape or type, or tokens are not int64; or both
                 or neither of tokens and embeddings are given.
-            TypeError: tokens are no tensor.
+            TypeError: tokens are no tensor, or the WKV state has a 16-bit dtype.
         """
-        x, state = self._features(tokens, state, attention_mask, inputs_embeds)
-        return self.head(x), state
+        inputs = self._checked_inputs(tokens, inputs_embeds)
+        packing = None if attention_mask is None else Packing.of(_checked_mask(attention_mask, inputs))
+        given: Sequence[RWKVState | None] = [None] * len(self.blocks)
+        if state is not None:
+            given = self._layer_states(inputs, state)
+        if packing is not None:
+            inputs = packing.pack(inputs)
+            given = [None if layer is None else RWKVState(*(x[packing.rows] for x in layer)) for layer in given]
+        x = self.emb(inputs) if inputs_embeds is None else inputs
+        new: list[RWKVState] = []
+        for block, layer_state in zip(self.blocks, given, strict=True):
+            x, layer_state = block(x, layer_state, packing, in_place)
+            new.append(layer_state)
+        x = self.ln_out(x)
+        att_shift, ffn_shift, wkv = zip(*new, strict=True)
+        moved = in_place and all(layer and x is layer.wkv for x, layer in zip(wkv, given, strict=True))
+        wkv_state = state.wkv if moved and state is not None else torch.stack(wkv)
+        after = RWKVState(torch.stack(att_shift), torch.stack(ffn_shift), wkv_state)
+        if packing is not None:
+            x, after = packing.last(x) if last_only else packing.unpack(x), after.take(packing.rows.argsort())
+        elif last_only:
+            x = x[:, -1:]
+        return self.head(x), after
 
     def step(self, tokens: Tensor, state: RWKVState) -> Tensor:
         """One token of each sequence, for decoding: the state moves on in place.
+
+        Every module is called as in `forward`, by hooks and wrappers, too.
 
         Args:
             tokens: [B], int64.
@@ -238,14 +243,18 @@ class RWKV(nn.Module):
         Not differentiable: call it under torch.no_grad().
 
         Raises:
-            ValueError: as for `forward`, also if a gradient would be required.
+            ValueError, TypeError: as for `forward`, also if a gradient would be required.
         """
         _checked_tokens(tokens, ("B",))
-        x = self.emb(tokens)
-        for block, layer_state in zip(self.blocks, self._layer_states(tokens, state), strict=True):
-            x = cast(Block, block).step(x, layer_state)
-        logits: Tensor = self.head(self.ln_out(x))
-        return logits
+        _check_is_state(state)
+        logits, after = self(tokens.unsqueeze(1), state, in_place=True)
+        if any(tensor.requires_grad for tensor in after):
+            raise ValueError("state: expected no gradient to be required by step (use torch.no_grad(), or forward)")
+        # What did not move in place: the shifts, and everything where a compiler or a wrapper stands between.
+        for old, moved in zip(state, after, strict=True):
+            if moved is not old:
+                old.copy_(moved)
+        return cast(Tensor, logits.squeeze(1))
 
     def stream(
         self,
@@ -300,8 +309,8 @@ class RWKV(nn.Module):
             raise ValueError(f"generator: expected one for each of {inputs.shape[0]} sequences, got {len(generator)}")
         stops = [stop_tokens] if isinstance(stop_tokens, int) else sorted(stop_tokens)
         stop = torch.tensor(stops, dtype=torch.int64, device=inputs.device)
-        features = (tokens, state, attention_mask, inputs_embeds)
-        return self._stream(features, max_new_tokens, temperature, top_p, stop, generator)
+        prompt = functools.partial(self, tokens, state, attention_mask, inputs_embeds=inputs_embeds, last_only=True)
+        return self._stream(prompt, max_new_tokens, temperature, top_p, stop, generator)
 
     # The state of a stream lives as long as its generator, and a tensor made in inference mode could not be written to
     # outside of it. Turning inference mode off turns gradients on, so the order of the two matters.
@@ -309,7 +318,7 @@ class RWKV(nn.Module):
     @torch.no_grad()
     def _stream(
         self,
-        features: tuple[Tensor | None, RWKVState | None, Tensor | None, Tensor | None],
+        prompt: Callable[[], tuple[Tensor, RWKVState]],
         max_new_tokens: int,
         temperature: float,
         top_p: float,
@@ -318,14 +327,8 @@ class RWKV(nn.Module):
     ) -> Iterator[Tensor]:
         if max_new_tokens == 0:
             return
-        x, state = self._features(*features)
-        attention_mask = features[2]
-        if attention_mask is None:
-            x = x[:, -1]
-        else:
-            places = torch.arange(x.shape[1], device=x.device).where(attention_mask.bool(), -1)
-            x = x[torch.arange(x.shape[0], device=x.device), places.amax(1)]
-        logits = self.head(x)
+        logits, state = prompt()
+        logits = logits.squeeze(1)
         chosen = finished = None
         for left in reversed(range(max_new_tokens)):
             token = sample(logits, temperature, top_p, generator)
@@ -377,6 +380,14 @@ class RWKV(nn.Module):
         if inputs_embeds is not None:
             tokens = torch.empty(inputs_embeds.shape[0], 0, dtype=torch.int64, device=inputs_embeds.device)
         return torch.cat((cast(Tensor, tokens), *(token.unsqueeze(1) for token in new)), 1)
+
+
+def _check_is_state(state: object) -> None:
+    if not isinstance(state, RWKVState):
+        raise ValueError(
+            f"state: expected an RWKVState, got {type(state).__name__}; import_model_state of "
+            "rwkv_kernels.compat.transformers, .blinkdl, .infctx or .rwkv_pip converts that library's states"
+        )
 
 
 def _checked_tokens(tokens: object, shape: tuple[str, ...]) -> Tensor:

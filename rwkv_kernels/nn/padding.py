@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rwkv_kernels.functional import wkv
+from rwkv_kernels.functional import empty_state, wkv
 
 
 class Packing(NamedTuple):
@@ -55,10 +55,20 @@ class Packing(NamedTuple):
         places = (self.mask.cumsum(1) - 1).clamp(min=0).unsqueeze(2).expand(-1, -1, x.shape[2])
         return x[self.rows.argsort()].gather(1, places).masked_fill(~self.mask.unsqueeze(2), 0)
 
+    def last(self, x: Tensor) -> Tensor:
+        """[B, S, C] -> [B, 1, C], the last step of each sequence, zero for one without steps."""
+        rows = self.rows.argsort()
+        lengths = self.lengths[rows]
+        return x[rows, (lengths - 1).clamp(min=0)].masked_fill((lengths == 0).unsqueeze(1), 0).unsqueeze(1)
 
-def wkv_of_packed(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+
+def wkv_of_packed(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, packing: Packing
+) -> tuple[Tensor, Tensor]:
     """`wkv` of packed k and v [B, S, C]: zeros after each row's end, and the states [B, 3, C] at each row's own end."""
     B, S, C = k.shape
+    if state is None:
+        state = empty_state(B, C, device=k.device, dtype=torch.promote_types(k.dtype, torch.float32))
     outputs, states, done = [], [], 0
     for rows, start, stop in packing.segments:
         states.append(state[rows:])

@@ -34,9 +34,34 @@ class RWKVState(NamedTuple):
         """The states of several batches as one batch."""
         return RWKVState(*(torch.cat(tensors, 1) for tensors in zip(*states, strict=True)))
 
+    def to(
+        self,
+        device: torch.device | str | int | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+    ) -> "RWKVState":
+        """The state of a model on that device, of that dtype; as `Tensor.to`, also by one argument.
+
+        `wkv` becomes float64 for float64 and float32 for any other dtype, as in such a model.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        dtypes = (dtype, dtype, None if dtype is None else torch.promote_types(dtype, torch.float32))
+        return RWKVState(
+            *(x.to(device=device, dtype=to, non_blocking=non_blocking) for x, to in zip(self, dtypes, strict=True))
+        )
+
+    def detach(self) -> "RWKVState":
+        """The same tensors without their history, as truncated backpropagation through time needs them."""
+        return RWKVState(*(tensor.detach() for tensor in self))
+
+    def clone(self) -> "RWKVState":
+        """A copy, which `RWKV.step` may move on while this one stays; differentiable."""
+        return RWKVState(*(tensor.clone() for tensor in self))
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a file that `load` reads, whatever model it is for."""
-        torch.save({name: tensor.detach().clone() for name, tensor in self._asdict().items()}, path)
+        torch.save(self.detach().clone()._asdict(), path)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "RWKVState":
@@ -45,3 +70,9 @@ class RWKVState(NamedTuple):
         if set(tensors) != set(RWKVState._fields):
             raise ValueError(f"{path}: expected the tensors {', '.join(RWKVState._fields)}, got {sorted(tensors)[:5]}")
         return RWKVState(**tensors)
+
+
+# torch.export saves and AOTInductor packages programs that take or return a state, and torch.load reads one with
+# weights_only=True. torch has no public function that registers a named tuple.
+torch.utils._pytree._register_namedtuple(RWKVState, serialized_type_name="rwkv_kernels.nn.RWKVState")
+torch.serialization.add_safe_globals([RWKVState])
