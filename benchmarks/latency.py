@@ -34,7 +34,7 @@ def run(device: Device, record: Record) -> None:
     for what, call in calls.items():
         with record.attempt(what), torch.no_grad():
             rows += _rows(device, what, call)
-    record.add(TITLE, ["what", "way"], rows)
+            record.add(TITLE, ["what", "way"], rows)
 
 
 def _import_row(device: Device) -> Row:
