@@ -12,6 +12,9 @@ MINUTES ?= 3.5
 DEVICE ?= cuda
 PEERS ?=
 ONLY ?=
+RESULTS ?= build/gpu-check
+BUDGET ?= 570
+NO_BUILD ?=
 CUDA_VENV ?= .venv-cuda
 CUDA_TORCH ?= torch
 
@@ -42,9 +45,11 @@ bench: setup
 bench-micro: setup
 	$(RUN) -m pytest benchmarks/micro.py $(MICRO)
 
-# Builds by itself, for the GPU that is there. PEERS="name=file.py ..." are measured beside it.
-gpu-check: $(REQUIREMENTS)
-	$(RUN) -m benchmarks.gpu_check --device $(DEVICE) $(PEERS:%=--peer %) $(ONLY:%=--only %)
+# Takes $(VENV) where one has been made and otherwise what $(PYTHON) has, installs nothing, and builds by itself, for the
+# GPU that is there; NO_BUILD=1 takes the extension that lies in the tree. PEERS="name=file.py ..." are measured beside it.
+gpu-check:
+	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) -m benchmarks.gpu_check --device $(DEVICE) --results $(RESULTS) \
+		--budget $(BUDGET) $(if $(NO_BUILD),--no-build) $(PEERS:%=--peer %) $(ONLY:%=--only %)
 
 lint: setup
 	$(RUN) -m ruff check .
