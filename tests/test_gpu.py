@@ -79,7 +79,7 @@ def test_first_light_of_a_step(dtype: torch.dtype, gated: bool, gpu_backend: str
     def step(given: Tensors, backend: str) -> tuple[Tensor, Tensor]:
         w, u, k, v, state = given.inputs
         assert state is not None
-        r = given.gy[:, 0] if gated else None
+        state, r = state.clone(), given.gy[:, 0] if gated else None
         return rwkv_kernels.wkv_step(w, u, k[:, 0], v[:, 0], state, r=r, backend=backend).cpu(), state.cpu()
 
     for name, found, expected in zip(("y", "state"), step(tensors, gpu_backend), step(exact, "reference"), strict=True):
