@@ -11,13 +11,13 @@ KERNELS = ROOT / "csrc" / "cuda" / "wkv_kernels.cu"
 HOST = [ROOT / "tests" / "sanitized.cu", ROOT / "csrc" / "wkv_plan.cpp", ROOT / "csrc" / "wkv_launch.cpp"]
 
 
-def build(program: Path, architecture: str, kernels: Path) -> None:
+def build(program: Path, architectures: list[str], kernels: Path) -> None:
     """Compiles and links; `kernels` is their source, or what a build of the extension has made of it."""
     toolkit = cuda_toolkit.find_toolkit()
     if toolkit is None:
         raise SystemExit("there is no nvcc")
     program.parent.mkdir(parents=True, exist_ok=True)
-    flags = [*cuda_toolkit.nvcc_flags([architecture]), "-lineinfo", "--split-compile=0", f"-I{ROOT / 'csrc'}"]
+    flags = [*cuda_toolkit.nvcc_flags(architectures), "-lineinfo", "--split-compile=0", f"-I{ROOT / 'csrc'}"]
     subprocess.run([toolkit.nvcc, *flags, *HOST, kernels, "-o", program], check=True)
 
 
@@ -31,4 +31,4 @@ def newest_kernels() -> Path:
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]), sys.argv[2], newest_kernels())
+    build(Path(sys.argv[1]), [sys.argv[2]], newest_kernels())
