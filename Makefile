@@ -17,6 +17,9 @@ PEERS ?=
 ONLY ?=
 # Processes that test at the same time, by pytest-xdist; without it, WORKERS= tests in one.
 WORKERS ?= $(if $(VENV),2)
+RESULTS ?= build/gpu-check
+BUDGET ?= 570
+NO_BUILD ?=
 CUDA_VENV ?= .venv-cuda
 CUDA_TORCH ?= torch
 
@@ -62,9 +65,12 @@ bench-micro: setup
 	@printf 'bench-micro: pytest-benchmark\n'
 	@$(RUN) -m pytest benchmarks/micro.py $(MICRO)
 
-# Builds by itself, for the GPU that is there. PEERS="name=file.py ..." are measured beside it.
-gpu-check: $(REQUIREMENTS)
-	$(RUN) -m benchmarks.gpu_check --device $(DEVICE) $(PEERS:%=--peer %) $(ONLY:%=--only %)
+# Takes $(VENV) where one has been made and otherwise what $(PYTHON) has, installs nothing, and builds by itself, for the
+# GPU that is there; NO_BUILD=1 takes the extension that lies in the tree. PEERS="name=file.py ..." are measured beside it.
+gpu-check:
+	@printf 'gpu-check: on $(DEVICE), for at most $(BUDGET) s\n'
+	@$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) -m benchmarks.gpu_check --device $(DEVICE) --results $(RESULTS) \
+		--budget $(BUDGET) $(if $(NO_BUILD),--no-build) $(PEERS:%=--peer %) $(ONLY:%=--only %)
 
 lint: setup
 	@printf 'lint: ruff\n'
