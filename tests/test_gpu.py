@@ -64,7 +64,7 @@ def test_first_light_of_a_ring(dtype: torch.dtype, gpu_backend: str) -> None:
     if gpu_backend != "cuda":
         pytest.skip(f"{gpu_backend} has no rings")
     tensors = make(FIRST, dtype)
-    with forced_plan(schedule="serial", warps=1, buffers=2):
+    with forced_plan(schedule="serial", spans=1, buffers=2):
         y = _outputs(tensors, gpu_backend)
     exact = _outputs(tensors.changed(Tensor.cpu).exact(), "reference")
     assert_tensor_close("y", y.cpu(), exact, tolerance(dtype, FIRST.T, largest_logit(tensors)))
