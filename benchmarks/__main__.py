@@ -12,6 +12,7 @@ import torch
 from benchmarks.compare import compare
 from benchmarks.device import Device, keep_freed_memory
 from benchmarks.records import Record, environment, write_tables
+from benchmarks.stage import CANNOT_RUN
 
 # The modules of this package that measure, and where each runs.
 EVERYWHERE = ("cpu", "cuda")
@@ -19,6 +20,7 @@ BENCHMARKS = {
     "op": EVERYWHERE,
     "crossover": ("cuda",),
     "choices": ("cuda",),
+    "counters": ("cuda",),
     "latency": EVERYWHERE,
     "attention": EVERYWHERE,
     "decode": EVERYWHERE,
@@ -44,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         "--device", choices=EVERYWHERE, help="default: a GPU, if there is one and the benchmark has a use"
     )
     common.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
-    common.add_argument("--results", type=Path, help="folder for the record, its tables and its plot")
+    common.add_argument("--results", type=Path, help="folder for the record; `plots` draws it")
     common.add_argument(
         "--peer", type=_named_file, action="append", default=[], metavar="NAME=FILE", help="see benchmarks/peers.py"
     )
@@ -64,9 +66,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run_all(arguments: argparse.Namespace, options: list[str]) -> int:
     # Each in a process of its own: what one does to memory and caches, or a crash, must not meet the next.
     names = [name for name, devices in BENCHMARKS.items() if arguments.device in devices]
-    failed = [
-        name for name in names if subprocess.run([sys.executable, "-m", "benchmarks", name, *options]).returncode != 0
-    ]
+    status = {name: subprocess.run([sys.executable, "-m", "benchmarks", name, *options]).returncode for name in names}
+    failed = [name for name in names if status[name] not in (0, CANNOT_RUN)]
     if failed:
         print(f"FAILED: {', '.join(failed)}")
     return 1 if failed else 0
@@ -78,12 +79,13 @@ def _run(arguments: argparse.Namespace) -> int:
     device = Device(arguments.device, arguments.smoke)
     record = Record(arguments.command, arguments.results, environment(device.type) | {"smoke": device.smoke})
     module = importlib.import_module(f"benchmarks.{arguments.command}")
-    with record.attempt(arguments.command):
-        module.run(device, record, *([dict(arguments.peer)] if arguments.command == "peers" else []))
+    try:
+        with record.attempt(arguments.command):
+            module.run(device, record, *([dict(arguments.peer)] if arguments.command == "peers" else []))
+    except KeyboardInterrupt:
+        record.failures.append("interrupted: what it had measured until then is kept")
     record.save()
-    if arguments.results:
-        with record.attempt("pictures and tables"):
-            _draw(arguments.results)
+    record.show()
     for failure in record.failures:
         print(f"FAILED {failure}")
     print(f"\n({arguments.command}: {time.perf_counter() - started:.0f} s)", flush=True)

@@ -31,7 +31,7 @@ def run(device: Device, record: Record) -> None:
                 if loop is not None:
                     row[name] += f" ({_error(loop[name], exact[name]):.1e})"
             rows.append(row)
-    record.add(TITLE, ["T", "dtype"], rows)
+            record.add(TITLE, ["T", "dtype"], rows)
 
 
 def _inputs(T: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -37,8 +37,8 @@ def run(device: Device, record: Record) -> None:
             with record.attempt(f"{name}, {operation}"):
                 for row in _sweep(device, name, operation):
                     rows.append(row)
+                    record.add(TITLE, ["mixer", "pass", "T"], rows)
                     print(f"{name}, {operation}, T = {row['T']}: {row['ms']:.3g} ms", flush=True)
-    record.add(TITLE, ["mixer", "pass", "T"], rows)
     series = {
         (name, operation): [row for row in rows if (row["mixer"], row["pass"]) == (name, operation)]
         for name in mixers.NAMES

@@ -33,7 +33,7 @@ def run(device: Device, record: Record) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             with record.attempt(f"{shape} {dtype}"):
                 rows += _rows(device, shape, dtype)
-    record.add(TITLE, ["shape", "dtype", "operation", "choice"], rows)
+                record.add(TITLE, ["shape", "dtype", "operation", "choice"], rows)
 
 
 def _rows(device: Device, shape: Shape, dtype: torch.dtype) -> list[Row]:

@@ -28,7 +28,7 @@ def run(device: Device, record: Record) -> None:
         for shape in shapes:
             with record.attempt(f"{shape}"):
                 rows += _rows(device, sweep, shape)
-    record.add(TITLE, ["sweep", "shape", "operation", "schedule"], rows)
+                record.add(TITLE, ["sweep", "shape", "operation", "schedule"], rows)
 
 
 def _rows(device: Device, sweep: str, shape: Shape) -> list[Row]:

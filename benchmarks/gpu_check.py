@@ -1,81 +1,81 @@
 """`make gpu-check`: everything that a GPU has to show, offline, with the python and torch that are there.
 
-It builds for the present GPU, runs the whole suite on it, its kernels under compute-sanitizer, the stress tests and the
-benchmarks, each in a process of its own, so that one that crashes or hangs costs the others nothing. It lies among the
-benchmarks because its folder is theirs and more: check.json has the device, the versions, the commit and the outcome of
-every stage. A CPU runs the same stages as far as it can, on small sizes, which keeps them working.
+It builds for the present GPU, tests, stresses, sanitizes and measures, each in a process of its own, so that one that
+crashes or hangs costs the others nothing. What tells most comes first, and a stage whose limit does not fit into what
+is left of the budget is skipped: `ONLY=` takes it up later. A CPU runs the same stages as far as it can, on small
+sizes, which keeps them working.
 
-The aim is less than 9 minutes on an H100 with 16 cores: build 1, suite 2½, sanitizer 1½, stress 1½, benchmarks 2. The
-benchmarks are those that tell of a kernel; `make bench` has the others, too.
+It lies among the benchmarks because its folder is theirs and more: check.json has the device, the versions, the commit
+and the outcome of every stage. Beside it there is a record for each benchmark, eight files at most, and no picture:
+`python -m benchmarks plots` draws them anywhere.
 """
 
 import argparse
 import importlib.util
-import os
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    sys.exit(f"{sys.executable} has no torch: `make setup` makes an environment with one, PYTHON= names another")
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.stage import ROOT, Stage, run
+
 sys.path.insert(0, str(ROOT / "tools"))
 
-import cuda_toolkit  # noqa: E402
+import cuda_toolkit
 
 TITLE, KEYS = "The check", ["stage"]
-PYTEST = [sys.executable, "-m", "pytest", "-q"]
-STRESS = ["tests/test_gpu.py", "tests/test_stress.py"]
-# What is the same with and without a GPU.
-OF_THE_CPU = ["gpu_programs", "gpu_plan", "gpu_check", "ptx", "triton_compiled", "cpu", "oracle", "build", "structure"]
-
-
+BUDGET = 570  # seconds: a machine that is lent may allow a command ten minutes
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+WATCHDOG = ["-o", "faulthandler_timeout=20"]  # seconds of a test, after which all stacks are printed
+PROCESSES = 6  # of the tests that share the GPU
+PROGRAM = ROOT / "build" / "sanitized"
+SANITIZERS = {"memcheck": 40, "racecheck": 60, "initcheck": 40, "synccheck": 40}
 # Of the benchmarks those that tell of a kernel, each with the seconds that it may take.
-BENCHMARKS = {"op": 120, "crossover": 90, "choices": 60, "latency": 90, "peers": 120}
+BENCHMARKS = {"op": 120, "counters": 60, "choices": 75, "peers": 90, "latency": 60, "crossover": 75}
+OF_A_GPU_ALONE = ("counters", "choices", "crossover")
+
+WHETHER_IT_LOADS = "import sys, rwkv_kernels; sys.exit({{i.name: i.reason for i in rwkv_kernels.backends()}}[{!r}])"
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A command, the seconds it may take, and why it cannot run, if it cannot."""
-
-    name: str
-    command: list[str]
-    limit: int
-    environment: dict[str, str] = field(default_factory=dict)
-    why_not: str | None = None
-
-
-def stages(device: str, results: Path, peers: list[str]) -> Iterator[Stage]:
+def stages(device: str, results: Path, peers: list[str], build: bool = True) -> Iterator[Stage]:
     """The stages in order. What a stage is told is decided when its turn comes, so that it may rest on the build."""
     on_gpu = device == "cuda"
-    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    yield Stage("build", build, 180, _architecture() if on_gpu else {})
+    if build:
+        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+        yield Stage("build", command, 180, _of_the_build() if on_gpu else {})
+    else:
+        yield Stage("build", [sys.executable, "-c", WHETHER_IT_LOADS.format(device)], 60)
 
-    required = _required_backends() if on_gpu else []
-    everything_else = [f"--ignore={path}" for path in [*STRESS, *(f"tests/test_{name}.py" for name in OF_THE_CPU)]]
-    a_few = ["tests/test_operator.py", "-k", "small and cpu"]
-    yield Stage("suite", [*PYTEST, *required, "--durations=10", *(everything_else if on_gpu else a_few)], 300)
+    if on_gpu:
+        required = _required_backends()
+        yield _tests("first_light", 45, "first_light and cuda", [*required, "-v", *WATCHDOG])
+        yield _tests("first_light_triton", 75, "first_light and triton", [*required, "-v", *WATCHDOG])
+        yield _tests("stress", 90, "cuda or triton", [*required, "-m", "stress"])
+    else:
+        yield _tests("first_light", 60, "small and cpu", ["tests/test_operator.py"])
+    yield _benchmark("op", device, results)
+    yield _benchmark("counters", device, results)
+    yield from _sanitizers(on_gpu)
+    if on_gpu:
+        several = ["-n", str(PROCESSES)] if importlib.util.find_spec("xdist") else []
+        # What is the same with and without a GPU, and takes long.
+        others = ["--ignore=tests/test_triton_compiled.py", "--ignore=tests/test_ptx.py"]
+        yield _tests("tests", 150, "cuda or triton", [*required, *several, *others, "-m", "not stress"])
+    for name in list(BENCHMARKS)[2:]:
+        yield _benchmark(name, device, results, [f"--peer={peer}" for peer in peers if name == "peers"])
 
-    options = [f"--device={device}", f"--results={results}", *([] if on_gpu else ["--smoke"])]
-    for name, limit in BENCHMARKS.items():
-        command = [sys.executable, "-m", "benchmarks", name, *options]
-        why_not = "a CPU has no schedules" if name in ("crossover", "choices") and not on_gpu else None
-        yield Stage(name, command + [f"--peer={peer}" for peer in peers if name == "peers"], limit, why_not=why_not)
 
-    yield Stage("stress", [*PYTEST, *required, "--durations=10", *STRESS], 150)
-    yield _sanitizer("memcheck", on_gpu)
-    yield _sanitizer("racecheck", on_gpu)
-
-
-def _architecture() -> dict[str, str]:
+def _of_the_build() -> dict[str, str]:
     major, minor = torch.cuda.get_device_capability()
-    return {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
+    # Lines of the source in profiles, and the kernels, of one file, compiled side by side.
+    return {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "NVCC_APPEND_FLAGS": "-lineinfo --split-compile=0"}
 
 
 def _required_backends() -> list[str]:
@@ -87,59 +87,71 @@ def _required_backends() -> list[str]:
     return ["--require-backend=cuda", *(["--require-backend=triton"] if with_triton else [])]
 
 
-def _sanitizer(tool: str, on_gpu: bool) -> Stage:
-    toolkit = cuda_toolkit.find_toolkit()
-    folders = [os.environ["PATH"], *([str(toolkit.home / "bin")] if toolkit else [])]
-    program = shutil.which("compute-sanitizer", path=os.pathsep.join(folders)) or "compute-sanitizer"
+def _tests(name: str, limit: int, chosen: str, options: list[str]) -> Stage:
+    return Stage(name, [*PYTEST, "--durations=5", "-k", chosen, *options], limit, {"OMP_NUM_THREADS": "2"})
+
+
+def _benchmark(name: str, device: str, results: Path, more: list[str] | None = None) -> Stage:
+    options = [f"--device={device}", f"--results={results}", *([] if device == "cuda" else ["--smoke"]), *(more or [])]
+    why_not = "it is of a GPU alone" if name in OF_A_GPU_ALONE and device != "cuda" else None
+    return Stage(name, [sys.executable, "-m", "benchmarks", name, *options], BENCHMARKS[name], why_not=why_not)
+
+
+def _sanitizers(on_gpu: bool) -> Iterator[Stage]:
+    """The kernels in a program without torch, by itself and under every tool of compute-sanitizer."""
     why_not = None if on_gpu else "a CPU has none"
-    few = "edges and cuda and (chunked or single_pass) and not float64"
-    tests = [*PYTEST, "-x", "--require-backend=cuda", "tests/test_gpu.py", "-k", few]
-    # Within torch's cache of memory a kernel could leave its tensor without leaving what was allocated.
-    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return Stage(tool, [program, "--tool", tool, "--error-exitcode", "1", *tests], 90, uncached, why_not)
-
-
-def run(stage: Stage) -> dict[str, Any]:
-    """Runs a stage; its outcome begins with "passed", "failed" or "skipped"."""
-    print(f"\n== {stage.name}: {stage.why_not or ' '.join(stage.command)}", flush=True)
-    started = time.perf_counter()
-    outcome = f"skipped: {stage.why_not}"
-    if stage.why_not is None:
-        # A session of its own, so that the end of its time is the end of its children, too.
-        try:
-            process = subprocess.Popen(
-                stage.command, cwd=ROOT, env={**os.environ, **stage.environment}, start_new_session=True
-            )
-        except FileNotFoundError:
-            return {"stage": stage.name, "outcome": f"failed: there is no {stage.command[0]}", "seconds": 0.0}
-        try:
-            code = process.wait(stage.limit)
-            outcome = "passed" if code == 0 else f"failed with exit status {code}"
-        except subprocess.TimeoutExpired:
-            outcome = f"failed to end within {stage.limit} s"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    return {"stage": stage.name, "outcome": outcome, "seconds": time.perf_counter() - started}
+    architecture = _of_the_build()["TORCH_CUDA_ARCH_LIST"] if on_gpu else ""
+    yield Stage("program", [sys.executable, "tools/sanitized.py", str(PROGRAM), architecture], 120, why_not=why_not)
+    yield Stage("program_runs", [str(PROGRAM), "hog"], 20, why_not=why_not)
+    for tool, limit in SANITIZERS.items():
+        options = ["--tool", tool, "--error-exitcode", "1", "--report-api-errors", "no"]
+        sanitizer = cuda_toolkit.find_program("compute-sanitizer") or "compute-sanitizer"
+        yield Stage(tool, [sanitizer, *options, str(PROGRAM)], limit, why_not=why_not)
 
 
 def write_record(results: Path, outcomes: list[dict[str, Any]], device: str) -> None:
-    """Writes check.json, what is known so far: a record of the check itself, beside those of the benchmarks."""
-    from benchmarks.records import Record, Table, environment  # not before the build: it loads what the build makes
+    """Writes check.json, what is known so far: a record of the check itself, beside those of the benchmarks.
 
-    Record("check", results, environment(device), [Table(TITLE, KEYS, outcomes)]).save()
+    The stages of an earlier call in the same place stay in it, so that one call can go on where another ended.
+    """
+    from benchmarks.records import Record, environment  # not before the build: it loads what the build makes
+
+    record = Record("check", results, environment(device))
+    earlier = Record.load(results / "check.json") if (results / "check.json").exists() else record
+    known = earlier.tables[0].rows if earlier.tables and earlier.environment == record.environment else []
+    rows = {row["stage"]: row for row in [*known, *outcomes]}
+    record.add(TITLE, KEYS, list(rows.values()))
+
+
+def run_all(arguments: argparse.Namespace, results: Path) -> list[dict[str, Any]]:
+    """The outcome of every stage, written after each of them."""
+    started = time.perf_counter()
+    outcomes: list[dict[str, Any]] = []
+    for stage in stages(arguments.device, results, arguments.peer, not arguments.no_build):
+        if arguments.only and stage.name not in ["build", *arguments.only]:
+            continue
+        left = arguments.budget - (time.perf_counter() - started)
+        if stage.why_not is None and stage.limit > left:
+            why_not = (
+                f"{stage.limit} s no longer fit into the budget of {arguments.budget} s, of which {left:.0f} are left"
+            )
+            stage = Stage(stage.name, stage.command, stage.limit, why_not=why_not)
+        outcomes.append(run(stage))
+        write_record(results, outcomes, arguments.device)
+        if stage.name == "build" and outcomes[-1]["outcome"] != "passed":
+            break  # the other stages would tell of an older build
+    return outcomes
 
 
 def main() -> int:
-    """Builds, tests, sanitizes, stresses and measures; the exit status is 0 if nothing failed."""
+    """Builds, tests, stresses, measures and sanitizes; the exit status is 0 if nothing failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=main.__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument(
-        "--results", type=Path, default=Path("build/gpu-check"), help="folder of the records and the plots"
-    )
+    parser.add_argument("--results", type=Path, default=Path("build/gpu-check"), help="folder of the records")
     parser.add_argument("--only", action="append", default=[], metavar="STAGE", help="these stages and the build")
     parser.add_argument("--peer", action="append", default=[], help="NAME=FILE, see benchmarks/peers.py")
+    parser.add_argument("--budget", type=int, default=BUDGET, help="seconds for all stages (default: %(default)s)")
+    parser.add_argument("--no-build", action="store_true", help="take the extension that lies in the tree")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print(
@@ -147,20 +159,21 @@ def main() -> int:
         )
         return 2
 
+    # So that the end of this process, too, is the end of what a stage has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     results = arguments.results.resolve()
-    results.mkdir(parents=True, exist_ok=True)
-    outcomes = []
-    for stage in stages(arguments.device, results, arguments.peer):
-        if arguments.only and stage.name not in ["build", *arguments.only]:
-            continue
-        outcomes.append(run(stage))
-        write_record(results, outcomes, arguments.device)
-        if stage.name == "build" and outcomes[-1]["outcome"] != "passed":
-            break  # the other stages would tell of an older build
+    outcomes = run_all(arguments, results)
 
     from benchmarks.records import Table
 
     print(f"\n{Table(TITLE, KEYS, outcomes).markdown()}\n\n{results}")
+    unknown = set(arguments.only) - {row["stage"] for row in outcomes}
+    if unknown and outcomes[0]["outcome"] == "passed":
+        print(f"no stage is called {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    left = [row["stage"] for row in outcomes if "no longer fit" in row["outcome"]]
+    if left:
+        print(f'\nmake gpu-check NO_BUILD=1 ONLY="{" ".join(left)}" runs what did not fit.')
     return 1 if any(row["outcome"].startswith("failed") for row in outcomes) else 0
 
 

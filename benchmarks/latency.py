@@ -42,12 +42,12 @@ def run(device: Device, record: Record) -> None:
     for what, call in calls.items():
         with record.attempt(what), torch.no_grad():
             rows += _rows(device, what, call)
-    record.add(TITLE, ["what", "way"], rows)
+            record.add(TITLE, ["what", "way"], rows)
     rows = []
     for backend in backends(device):
         with record.attempt(f"{backend}: gradients"), device.default():
             rows += _gradient_rows(device, backend)
-    record.add(GRADIENTS, ["backend", "what", "way"], rows)
+            record.add(GRADIENTS, ["backend", "what", "way"], rows)
 
 
 def _import_row(device: Device) -> Row:

@@ -32,7 +32,7 @@ def run(device: Device, record: Record) -> None:
     for shape in [(2, 16, 32)] if device.smoke else SHAPES:
         with record.attempt(f"{shape}"):
             rows += _rows(device, shape, transformers.__version__)
-    record.add(TITLE, ["B, T, C", "operation", "code"], rows)
+            record.add(TITLE, ["B, T, C", "operation", "code"], rows)
 
 
 def _rows(device: Device, shape: tuple[int, int, int], version: str) -> list[Row]:

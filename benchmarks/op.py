@@ -42,6 +42,8 @@ DTYPES = {
 # Shared CPUs change their speed for many seconds at a time; several rounds over all cases show it in the spread.
 ROUNDS = {"cuda": 1, "cpu": 4, "smoke": 1}
 TENSORS = {"forward": 3, "backward": 5}
+# What a gradient will be asked of: 12/64 bytes an element more, which the minimum has not.
+WITH_CHECKPOINTS = "forward with checkpoints"
 OF_A_STEP = 6  # k, v, gy, y, gk, gv
 LEAST_ELEMENTS_TOLD = 2**20  # a process's memory is counted in pages
 
@@ -71,7 +73,7 @@ def function_of(backend: str, schedule: str | None) -> Function:
 
 
 def calls_of(problem: Problem, backend: str, schedule: str | None) -> dict[str, Callable[[], object]]:
-    """Forward and backward, each to be timed by itself."""
+    """Forward, forward that keeps what backward needs, and backward, each to be timed by itself."""
     function = function_of(backend, schedule)
     gradients = problem.prepare_backward(function)
 
@@ -79,13 +81,18 @@ def calls_of(problem: Problem, backend: str, schedule: str | None) -> dict[str, 
         with forced_plan(schedule=schedule):
             return gradients()
 
-    return {"forward": lambda: problem.forward(function), "backward": backward}
+    return {
+        "forward": lambda: problem.forward(function),
+        WITH_CHECKPOINTS: lambda: function(*problem.leaves),
+        "backward": backward,
+    }
 
 
 def planned(backend: str, operation: str, dtype: torch.dtype, shape: Shape, schedule: str | None) -> dict[str, object]:
     """The plan as the planner tells it, nothing for a backend without one."""
     if backend != "cuda":
         return {}
+    operation = operation.split()[0]
     return dict(extension.module.plan_cuda(operation, name_of(dtype), *shape, limits=0, schedule=schedule))
 
 
@@ -104,10 +111,10 @@ def run(device: Device, record: Record) -> None:
         for case in list(cases):
             with record.attempt(f"{case.shape} {case.dtype}"):
                 case.measure(device)
+                keys = ["shape", "dtype", "operation", "backend", "schedule"]
+                record.add(TITLE, keys, [row for each in cases for row in each.rows()])
                 continue
             cases.remove(case)
-    keys = ["shape", "dtype", "operation", "backend", "schedule"]
-    record.add(TITLE, keys, [row for case in cases for row in case.rows()])
     _measure_memory(device, record)
 
 
@@ -138,7 +145,7 @@ class Case:
             self.extra = {variant: _extra_bytes(device, self.shape, self.dtype, *variant) for variant in variants}
         prepared = {variant: calls_of(problem, *variant) for variant in variants}
         self.triad_bytes, triad = device.triad()
-        for operation in TENSORS:
+        for operation in ("forward", WITH_CHECKPOINTS, "backward"):
             calls = {str(variant): prepared[variant][operation] for variant in variants}
             *seconds, of_triad = device.alternate({**calls, "triad": triad}).values()
             self.triad[operation] += of_triad
@@ -151,7 +158,8 @@ class Case:
         for (operation, variant), samples in self.seconds.items():
             backend, schedule = variant
             bandwidth = self.triad_bytes / statistics.median(self.triad[operation])
-            achieved = TENSORS[operation] * B * T * C * self.dtype.itemsize / statistics.median(samples)
+            tensors = TENSORS[operation.split()[0]]
+            achieved = tensors * B * T * C * self.dtype.itemsize / statistics.median(samples)
             yield {
                 "shape": written(self.shape),
                 "dtype": name_of(self.dtype),
@@ -214,9 +222,9 @@ def _measure_memory(device: Device, record: Record) -> None:
                 least = OF_A_STEP * T * CHANNELS * dtype.itemsize
                 where = {"backend": backend, "dtype": name_of(dtype), "T": T}
                 rows.append({**where, "MB": held[-1] / 1e6, "inputs, outputs, gradients, MB": least / 1e6})
+                record.add(TITLE_OF_MEMORY, ["backend", "dtype", "T"], rows)
             slope = statistics.linear_regression(steps, held).slope
             least = OF_A_STEP * CHANNELS * dtype.itemsize
             where = {"backend": backend, "dtype": name_of(dtype)}
             slopes.append({**where, "bytes per step": slope, "of what is least": slope / least})
-    record.add(TITLE_OF_MEMORY, ["backend", "dtype", "T"], rows)
     record.add("Its slope: bytes for every step of T, and as a part of inputs, outputs and gradients", [], slopes)

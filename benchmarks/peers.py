@@ -114,7 +114,7 @@ def run(device: Device, record: Record, files: dict[str, Path]) -> None:
                 errors |= _errors_of_others(problem, others, f"{shape}, {dtype}")
                 where = {"shape": written(shape), "dtype": name_of(dtype)}
                 rows += _rows(device, problem, where, {**ours, **others}, errors)
-    record.add(TITLE, ["shape", "dtype", "operation", "who"], rows)
+                record.add(TITLE, ["shape", "dtype", "operation", "who"], rows)
 
 
 def _errors_of_others(problem: Problem, others: dict[str, Function], where: str) -> dict[str, float]:

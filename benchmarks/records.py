@@ -49,7 +49,7 @@ def _format(value: object) -> str:
 
 @dataclass
 class Record:
-    """The tables of one benchmark, printed as they come and kept in `folder`/`name`.json, unless folder is None."""
+    """The tables of one benchmark, kept in `folder`/`name`.json as they grow, unless folder is None."""
 
     name: str
     folder: Path | None = None
@@ -67,11 +67,18 @@ class Record:
             self.failures.append(f"{what}: {type(error).__name__}: {error}")
 
     def add(self, title: str, keys: list[str], rows: list[Row]) -> None:
-        """Prints and saves a table, unless nothing was measured for it."""
+        """Saves a table, in place of an earlier one of this title, unless nothing was measured for it.
+
+        Called after every case, it leaves a run that is interrupted with all cases but one.
+        """
         if rows:
-            self.tables.append(Table(title, keys, rows))
-            print(f"\n{self.tables[-1].markdown()}", flush=True)
-        self.save()
+            self.tables = [table for table in self.tables if table.title != title] + [Table(title, keys, rows)]
+            self.save()
+
+    def show(self) -> None:
+        """Prints all tables."""
+        for table in self.tables:
+            print(f"\n{table.markdown()}", flush=True)
 
     def save(self) -> None:
         """Writes what there is so far, a row a line."""

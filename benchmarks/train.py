@@ -38,7 +38,7 @@ def run(device: Device, record: Record) -> None:
             rate = TOKENS[device.scale] / statistics.median(samples)
             where = {"T": T, "B": tokens.shape[0], "model": name, "parameters": parameters(models[name])}
             rows.append({**where, **timed(samples), "tokens/s": rate})
-    record.add(TITLE, ["T", "model"], rows)
+        record.add(TITLE, ["T", "model"], rows)
 
 
 def _training_step(model: nn.Module, tokens: Tensor, device: Device) -> Call:

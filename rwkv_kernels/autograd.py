@@ -10,6 +10,7 @@ every pass through the key calls back into Python, and a Function with setup_con
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-__all__ = ["attach", "fake_step"]
+__all__ = ["attach", "fake_step", "refuse_onnx"]
 
 Outputs = tuple[Tensor, ...]
 
@@ -28,6 +29,17 @@ NO_FORWARD_MODE = (
     "wkv has no forward-mode derivative (jvp) in its compiled backends; backend='reference' is differentiable in "
     "either mode"
 )
+NO_ONNX = (
+    "ONNX has no operator for the compiled backends of wkv: export under rwkv_kernels.use_backend('reference'), which "
+    "writes the steps of the example one by one"
+)
+
+
+def refuse_onnx() -> None:
+    """Raises while torch.onnx exports."""
+    # Only its users have it imported, so that most calls ask nothing more.
+    if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+        raise NotImplementedError(NO_ONNX)
 
 
 def _needs_derivative(*arguments: Tensor | None) -> bool:
@@ -139,6 +151,7 @@ def attach(
 
     @torch.library.register_fake(forward_name, lib=library)
     def fake_forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool) -> Outputs:
+        refuse_onnx()  # here for torch.export, which compiles the question away where the backend is chosen
         B, T, C = k.shape
         dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
         interval = checkpoint_interval(k.dtype)
@@ -240,6 +253,7 @@ def attach(
 
 def fake_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None = None) -> Tensor:
     """The fake kernel of an operator of the step's schema, which refuses what a compiler would get wrong."""
+    refuse_onnx()
     if state._is_view() and isinstance(state.storage_offset(), torch.SymInt):
         raise NotImplementedError(
             "state: expected a tensor whose place in memory is known to the compiler, got a view at an offset that "

@@ -43,7 +43,7 @@ def current() -> Region:
     if not inspect.isfunction(pack):
         return Region()
     cells = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True))
-    frame_type = torch.utils.checkpoint._CheckpointFrame
+    frame_type = getattr(torch.utils.checkpoint, "_CheckpointFrame", ())
     if "frame" in cells and isinstance(frame := cells["frame"].cell_contents, frame_type):
         return Region(forward=frame)
     if "target_frame_ref" in cells and isinstance(frame := cells["target_frame_ref"].cell_contents(), frame_type):

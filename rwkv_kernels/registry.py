@@ -215,6 +215,8 @@ def select(name: str, k: Tensor) -> Backend:
     for candidate in AUTOMATIC if name == "auto" else (name,):
         backend = BACKENDS[candidate]
         if _can(backend, k):
+            if backend is not REFERENCE:
+                autograd.refuse_onnx()
             return backend
     raise _refusal(name, k)
 

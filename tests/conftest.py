@@ -1,6 +1,7 @@
 """Fixtures that every test may use, and the closing line that says which backends ran."""
 
 import collections
+from typing import Any
 
 import pytest
 import torch
@@ -80,11 +81,25 @@ def triton(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> collections.abc.Iterator[None]:
     """New tensors start as NaN, so that an element that nothing wrote is seen."""
-    # Only the filling is wanted: cuBLAS and others that are not deterministic by themselves may stay so.
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Only the filling is wanted: cuBLAS and others that are not deterministic by themselves may stay so. This way
+    # of saying so does not import Inductor, which costs torch.use_deterministic_algorithms 3 seconds a process.
+    torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
+
+
+# Several processes (pytest -n) count together: each worker hands its calls to the one that prints the closing lines.
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["calls_by_backend"] = dict(_calls_by_backend)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    _calls_by_backend.update(getattr(node, "workeroutput", {}).get("calls_by_backend", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -64,7 +64,7 @@ _differentiable = autograd.attach(
     _ops.backward.default,
     lambda dtype: _C.checkpoint_interval(gpu_programs.name_of(dtype)),
 )
-_backend = registry.Backend(NAME, lambda: None, lambda k: None, _differentiable, _step)
+_backend = registry.Backend(NAME, ("cpu",), lambda: None, lambda k: None, _differentiable, _step)
 
 
 @contextmanager
@@ -89,13 +89,13 @@ def emulated(
 
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Before conftest.py lists the backends."""
-    folder = Path(tempfile.mkdtemp())
-    early_config.add_cleanup(lambda: shutil.rmtree(folder))
     architecture = os.environ.get("WKV_TEST_ARCHITECTURE")
     executor: gpu_programs.Executor
     if architecture is None:
-        executor = gpu_programs.Emulator(gpu_programs.compile_emulator(folder), "shuffled")
+        executor = gpu_programs.Emulator(gpu_programs.compile_emulator(), "shuffled")
     else:
+        folder = Path(tempfile.mkdtemp())
+        early_config.add_cleanup(lambda: shutil.rmtree(folder))
         executor = gpu_programs.PtxRunner(folder, architecture, "random")
     context = emulated(executor, *json.loads(os.environ.get("WKV_TEST_PLANS", "[]")))
     context.__enter__()

@@ -5,6 +5,8 @@ PTX that nvcc makes of the kernels, by the program that RWKV_KERNELS_PTX_RUNNER 
 """
 
 import ctypes
+import fcntl
+import hashlib
 import importlib.util
 import os
 import subprocess
@@ -77,12 +79,24 @@ class Executor(Protocol):
     def run(self, launch: Launch, memory: Memory) -> None: ...
 
 
-def compile_emulator(folder: Path) -> ctypes.CDLL:
-    library = folder / "emulator.so"
-    flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
-    compiler = os.environ.get("CXX", "c++")
+def compile_emulator() -> ctypes.CDLL:
+    """Half a minute, so once for all processes that test the same sources: by their content, in build/emulator."""
     source = ROOT / "tests" / "emulator.cpp"
-    subprocess.run([compiler, *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(library)], check=True)
+    compiler = os.environ.get("CXX", "c++")
+    flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
+    command = [compiler, *flags, f"-I{ROOT / 'csrc'}", str(source)]
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    content = hashlib.sha256(repr(command).encode() + version)
+    for path in [source, *sorted((ROOT / "csrc").rglob("*.h"))]:
+        content.update(path.read_bytes())
+    library = ROOT / "build" / "emulator" / f"{content.hexdigest()[:16]}.so"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with (library.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            unfinished = library.with_suffix(".unfinished")
+            subprocess.run([*command, "-o", str(unfinished)], check=True)
+            unfinished.rename(library)
     return ctypes.CDLL(str(library))
 
 

@@ -3,12 +3,15 @@
 import ast
 import os
 import re
+import shutil
 import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import cuda_toolkit
 import pytest
+import sanitized
 import sass
 
 NVCC = """#!/bin/sh
@@ -101,6 +104,23 @@ def test_insisting_without_a_toolkit_is_an_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("RWKV_KERNELS_CUDA", "1")
     with pytest.raises(SystemExit, match="RWKV_KERNELS_CUDA=1, but there is no CUDA toolkit: nvcc is neither"):
         cuda_toolkit.to_build_with("13.0")
+
+
+def test_the_program_for_the_sanitizer_compiles_and_says_that_it_needs_a_gpu(tmp_path: Path) -> None:
+    """Linked with a stand-in for the kernels, whose own compilation takes a minute and is that of every CUDA build."""
+    if cuda_toolkit.find_toolkit() is None:
+        pytest.skip("there is no nvcc")
+    kernels = tmp_path / "kernels.cpp"
+    kernels.write_text(
+        '#include "cuda/wkv_kernels.h"\n'
+        "wkv::DeviceLimits wkv::device_limits(int) { return {}; }\n"
+        "cudaError_t wkv::launch(const std::vector<Launch>&, cudaStream_t) { return cudaSuccess; }\n"
+    )
+    program = tmp_path / "program"
+    sanitized.build(program, ["7.5", "9.0"], kernels)
+    if shutil.which("nvidia-smi") is None:
+        result = subprocess.run([program], capture_output=True, text=True)
+        assert result.returncode == 2 and "no CUDA device" in result.stderr
 
 
 LISTING = """

@@ -11,10 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from problems import Problem, Tensors, assert_solves, dtypes_of, make, solve
+from problems import (
+    DTYPES,
+    Problem,
+    Tensors,
+    assert_solves,
+    assert_tensor_close,
+    dtypes_of,
+    largest_logit,
+    make,
+    solve,
+    tolerance,
+)
 from test_stress import random_problem
 from torch import Tensor
 
+import benchmarks.problem
 import rwkv_kernels
 from benchmarks.plans import SCHEDULES, forced_plan
 from rwkv_kernels._extension import extension
@@ -36,6 +48,44 @@ def _assert_bitwise(found: dict[str, Tensor], expected: dict[str, Tensor], what:
         assert torch.equal(found[name], value), (what, name)
 
 
+# ---- first light: every kernel once, in seconds, before anything else ----
+
+FIRST = Problem(B=2, T=200, C=72, with_state=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_first_light_of_every_schedule(dtype: torch.dtype, schedule: str | None, gpu_backend: str) -> None:
+    assert_solves(make(FIRST, dtype), gpu_backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_first_light_of_a_ring(dtype: torch.dtype, gpu_backend: str) -> None:
+    """Which a problem as small as this gets by force only, and backward never."""
+    if gpu_backend != "cuda":
+        pytest.skip(f"{gpu_backend} has no rings")
+    tensors = make(FIRST, dtype)
+    with forced_plan(schedule="serial", spans=1, buffers=2):
+        y = _outputs(tensors, gpu_backend)
+    exact = _outputs(tensors.changed(Tensor.cpu).exact(), "reference")
+    assert_tensor_close("y", y.cpu(), exact, tolerance(dtype, FIRST.T, largest_logit(tensors)))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_first_light_of_a_step(dtype: torch.dtype, gated: bool, gpu_backend: str) -> None:
+    tensors = make(FIRST, dtype)
+    exact = tensors.changed(Tensor.cpu).exact()
+
+    def step(given: Tensors, backend: str) -> tuple[Tensor, Tensor]:
+        w, u, k, v, state = given.inputs
+        assert state is not None
+        state, r = state.clone(), given.gy[:, 0] if gated else None
+        return rwkv_kernels.wkv_step(w, u, k[:, 0], v[:, 0], state, r=r, backend=backend).cpu(), state.cpu()
+
+    for name, found, expected in zip(("y", "state"), step(tensors, gpu_backend), step(exact, "reference"), strict=True):
+        assert_tensor_close(name, found, expected, tolerance(found.dtype, 1, largest_logit(tensors)))
+
+
 # ---- schedules ----
 
 EDGES = [
@@ -55,7 +105,6 @@ EDGES = [
 def test_edges_of_tiles_and_chunks(
     problem: Problem, dtype: torch.dtype, schedule: str | None, gpu_backend: str
 ) -> None:
-    """This is what the sanitizer runs, too: few elements and every kernel."""
     tensors = make(problem, dtype)
     assert_solves(tensors, gpu_backend, "cpu")
     w, u, k, v, _ = tensors.inputs
@@ -106,6 +155,7 @@ def _outputs(tensors: Tensors, backend: str) -> Tensor:
 # ---- shapes ----
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("seed", range(60))
 def test_a_random_large_problem_equals_the_cpu(seed: int, gpu_backend: str) -> None:
     draw = random.Random(seed)
@@ -140,6 +190,7 @@ def test_many_sequences_and_many_channels(gpu_backend: str) -> None:
     assert_solves(make(Problem(B=1, T=1, C=70000 * 32)), gpu_backend, "cpu")
 
 
+@pytest.mark.stress
 def test_a_million_steps(schedule: str | None, gpu_backend: str) -> None:
     assert_solves(make(Problem(B=1, T=2**20, C=3, log_decay=-1e-4, with_state=True)), gpu_backend, "cpu")
 
@@ -152,6 +203,7 @@ def _gradients(k: Tensor, v: Tensor, gy: Tensor, state: Tensor | None, backend: 
     return (y.detach(), *torch.autograd.grad(y, leaves, gy))
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(("B", "T", "C"), [(9, 2**16, 3648), (1, 2**20, 2052)], ids=["many_sequences", "one_sequence"])
 def test_more_than_2_to_the_31_elements(B: int, T: int, C: int, gpu_backend: str) -> None:
     """The end of the whole equals the end alone, cut off along the batch or along time, which has fewer."""
@@ -174,6 +226,35 @@ def test_more_than_2_to_the_31_elements(B: int, T: int, C: int, gpu_backend: str
     for found, alone in zip(whole, _gradients(k[end], v[end], gy[end], state, gpu_backend), strict=True):
         # bfloat16 rounds to 2^-9, and the two ways may round a number between two to either.
         torch.testing.assert_close(found[end], alone, rtol=2**-7, atol=1e-3)
+
+
+LARGER_THAN_THE_DEVICE = [(1, 65536, 2560), (3, 20000, 640)]
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", LARGER_THAN_THE_DEVICE, ids=lambda shape: "-".join(map(str, shape)))
+def test_more_blocks_than_the_device_holds(
+    shape: tuple[int, int, int], dtype: torch.dtype, schedule: str | None, gpu_backend: str
+) -> None:
+    """Right, and the same bits in ten runs alone and ten beside matrix products that take the multiprocessors away."""
+    large = benchmarks.problem.Problem(shape, dtype)
+
+    def function(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return rwkv_kernels.wkv(w, u, k, v, backend=gpu_backend)
+
+    large.check(function)
+    expected = large.forward_and_backward(function)
+    hog, matrix = torch.cuda.Stream(), torch.randn(8192, 8192, dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    for run in range(20):
+        if run >= 10:
+            with torch.cuda.stream(hog):
+                for _ in range(10):
+                    torch.mm(matrix, matrix)
+        for i, x in enumerate(large.forward_and_backward(function)):
+            assert torch.equal(x, expected[i]), (run, i)
+    torch.cuda.synchronize()
 
 
 # ---- streams ----
@@ -318,6 +399,7 @@ def no_more_memory(gpu_backend: str) -> Iterator[Callable[[], None]]:
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+@pytest.mark.stress
 def test_a_step_without_memory_raises_and_leaves_the_state(
     no_more_memory: Callable[[], None], gpu_backend: str
 ) -> None:
@@ -333,6 +415,7 @@ def test_a_step_without_memory_raises_and_leaves_the_state(
     assert torch.equal(rwkv_kernels.wkv_step(w, u, k, k, state, backend=gpu_backend), k)
 
 
+@pytest.mark.stress
 def test_forward_and_backward_without_memory_raise_and_work_later(
     no_more_memory: Callable[[], None], gpu_backend: str
 ) -> None:

@@ -50,8 +50,8 @@ PLANS_AND_DTYPES = [
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return gpu_programs.compile_emulator(tmp_path_factory.mktemp("emulator"))
+def library() -> Any:
+    return gpu_programs.compile_emulator()
 
 
 @contextmanager

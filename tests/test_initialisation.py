@@ -1,5 +1,7 @@
 """Where a model's initial values come from, whatever device and dtype it is made in."""
 
+import copy
+import io
 from collections.abc import Iterator
 
 import pytest
@@ -66,6 +68,23 @@ def test_random_matrices_are_orthogonal_of_their_published_scale() -> None:
         (model.head.weight, 0.5 * (V / C) ** 0.5),
     ]:
         torch.testing.assert_close(matrix.T @ matrix, gain**2 * torch.eye(C), rtol=1e-5, atol=1e-5)
+
+
+def test_layers_are_of_torchs_own_types_and_copies_reset_themselves() -> None:
+    """Quantisation and others know a layer by its exact type."""
+    model = RWKV(V, C, L)
+    assert {type(x) for x in model.modules() if isinstance(x, (nn.Linear, nn.Embedding))} == {nn.Linear, nn.Embedding}
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for copied in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        before = [x.clone() for x in model.parameters()]
+        copied.blocks[0].att.key.weight.data.fill_(1)
+        copied.blocks[0].att.key.reset_parameters()
+        copied.head.reset_parameters()
+        assert not copied.blocks[0].att.key.weight.any()
+        assert not torch.equal(copied.head.weight, model.head.weight)
+        assert all(torch.equal(x, y) for x, y in zip(model.parameters(), before, strict=True))
 
 
 # ---- torch's default dtype ----

@@ -27,6 +27,7 @@ emulated_backend = pytest.importorskip("emulated_backend")
 HERE = Path(__file__).parent
 
 pytestmark = [
+    pytest.mark.ptx,
     pytest.mark.skipif("RWKV_KERNELS_PTX_RUNNER" not in os.environ, reason="RWKV_KERNELS_PTX_RUNNER names no program"),
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH"),
 ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from problems import assert_tensor_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -86,3 +87,72 @@ def test_fsdp2_trains_in_bfloat16_with_a_float32_state(single_process: None) -> 
     assert list(made["generated"].shape) == [2, 15]
     (group,) = made["optimizer"].param_groups
     assert {parameter.dtype for parameter in group["params"]} == {torch.float32}
+
+
+def _run_in_process(rank: int, heading: str, kept: str, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    names = _run(heading)
+    if rank == 0:
+        torch.save((names["batch"], names[kept].state_dict()), f"{folder}/result")
+    torch.distributed.destroy_process_group()
+
+
+def test_ddp_makes_the_steps_of_one_process_on_the_whole_batch(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_run_in_process, ("DDP", "model", str(tmp_path)), nprocs=2)
+    batch, found = torch.load(tmp_path / "result")
+    torch.manual_seed(0)
+    model, state = RWKV(50, 32, 2), None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    for piece in (batch[:, :11], batch[:, 10:]):
+        logits, state = model(piece[:, :-1], state)
+        optimizer.zero_grad()
+        F.cross_entropy(logits.flatten(0, 1), piece[:, 1:].flatten()).backward()
+        optimizer.step()
+        state = state.detach()
+    assert not torch.equal(found["head.weight"], before["head.weight"])
+    for name, expected in model.state_dict().items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_lora_trains_decodes_and_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    monkeypatch.chdir(tmp_path)
+    made = _run("LoRA by peft")
+    adapted, merged, tokens = made["adapted"], made["merged"], made["tokens"]
+    adapters = peft.utils.load_peft_weights("adapter", device="cpu")
+    # Both matrices of every linear layer of both mixings.
+    assert len(adapters) == 2 * 7 * 2
+    # B starts as zero and A as random, so both show that gradients came.
+    moved = {name for name, x in adapters.items() if x.abs().max() > 0}
+    assert len(moved) == len(adapters)
+    assert type(merged) is RWKV and not any("lora" in name for name in merged.state_dict())
+    assert adapted is not merged
+    # Decoding went through the adapters: their merged weights, in parallel, give the same tokens.
+    output = made["generated"]
+    with torch.no_grad():
+        logits, _ = merged(output[:, :-1])
+        best = logits[:, 4:].gather(2, output[:, 5:, None]).squeeze(2)
+        torch.testing.assert_close(best, logits[:, 4:].amax(2), rtol=1e-4, atol=1e-4)
+    merged.save_pretrained("merged.pth")
+    loaded = RWKV.from_pretrained("merged.pth")
+    assert torch.equal(loaded(tokens)[0], merged(tokens)[0])
+
+
+def test_an_adapter_changes_what_is_decoded_token_by_token() -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(0)
+    model, tokens = RWKV(50, 32, 2), torch.randint(50, (2, 6))
+    for parameter in model.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    config = peft.LoraConfig(r=4, target_modules=["key", "value", "receptance", "output"], init_lora_weights=False)
+    with torch.no_grad():
+        plain, _ = model(tokens)
+        adapted = peft.get_peft_model(model, config)
+        expected, _ = adapted(tokens)
+        state = adapted.empty_state(2)
+        found = torch.stack([adapted.step(token, state) for token in tokens.unbind(1)], 1)
+        with adapted.disable_adapter():
+            torch.testing.assert_close(adapted(tokens)[0], plain)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (plain - expected).abs().max() > 0.1

@@ -6,6 +6,8 @@ import pytest
 import torch
 from problems import Problem, assert_solves, dtypes_of, make, solve
 
+pytestmark = pytest.mark.stress
+
 
 def random_problem(draw: random.Random, longest: int, widest: int) -> Problem:
     """Lengths and widths are drawn by their logarithm, so that small ones and large ones are alike in number."""

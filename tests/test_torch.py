@@ -434,7 +434,7 @@ def test_fx_traces_the_operator_as_one_node() -> None:
 def test_fx_traces_blocks_and_says_that_it_cannot_trace_a_model() -> None:
     block, x = Block(8, 16, 0, 2), torch.randn(2, 5, 8)
     state = RWKVState(torch.randn(2, 8), torch.randn(2, 8), rwkv_kernels.empty_state(2, 8))
-    traced = torch.fx.symbolic_trace(block, concrete_args={"packing": None})
+    traced = torch.fx.symbolic_trace(block, concrete_args={"packing": None, "in_place": False})
     (y, after), (y_expected, after_expected) = traced(x, state), block(x, state)
     assert torch.equal(y, y_expected)
     assert all(torch.equal(a, b) for a, b in zip(after, after_expected, strict=True))

@@ -37,9 +37,11 @@ INTERPRETED = (
 
 @pytest.mark.skipif(triton_backend.INTERPRETED, reason="this is the interpreter's run")
 @pytest.mark.skipif(triton_backend.why_unavailable() is None, reason="the compiled kernels pass these tests here")
-def test_the_interpreter_passes_the_same_tests() -> None:
+@pytest.mark.parametrize(
+    "names", [["operator"], ["special_values"], ["state", "errors", "torch", "triton"]], ids=" ".join
+)
+def test_the_interpreter_passes_the_same_tests(names: list[str]) -> None:
     pytest.importorskip("triton")
-    names = ("operator", "special_values", "state", "errors", "torch", "triton")
     files = [str(HERE / f"test_{name}.py") for name in names]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", INTERPRETED],

@@ -113,6 +113,7 @@ PTX_CASES = {
 }
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("name", PTX_CASES)
 def test_ptx_equals_the_oracle(name: str, runner: Any) -> None:
     problem, dtype, plan = PTX_CASES[name]
@@ -132,6 +133,7 @@ def test_ptx_equals_the_oracle(name: str, runner: Any) -> None:
     assert_close(found, expected, tensors)
 
 
+@pytest.mark.ptx
 def test_ptx_the_gauge_of_a_checkpoint_does_not_matter(runner: Any) -> None:
     tensors = make(Problem(B=1, T=331, C=80, with_state=True))
     w, u, k, v, state = tensors.inputs
@@ -151,6 +153,7 @@ def test_ptx_the_gauge_of_a_checkpoint_does_not_matter(runner: Any) -> None:
             assert_tensor_close(name, a, b, tolerance(torch.float32, 331, 10.0))
 
 
+@pytest.mark.ptx
 def test_ptx_does_not_depend_on_the_order_of_programs_and_threads(runner: Any) -> None:
     tensors = make(Problem(B=2, T=331, C=80, with_state=True), torch.bfloat16)
     w, u, k, v, state = tensors.inputs
@@ -166,6 +169,7 @@ def test_ptx_does_not_depend_on_the_order_of_programs_and_threads(runner: Any) -
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ptx_steps_equal_the_oracle(dtype: torch.dtype, gated: bool, runner: Any) -> None:

@@ -1,4 +1,4 @@
-"""Two repairs of Triton's interpreter, which runs kernels on the CPU where TRITON_INTERPRET=1."""
+"""Three repairs of Triton's interpreter, which runs kernels on the CPU where TRITON_INTERPRET=1."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from triton.runtime import interpreter
 
 def repair() -> None:
     convert, call = interpreter._convert_float, interpreter.InterpretedFunction.__call__
+    patch_tensor = interpreter._patch_lang_tensor
 
     def converting(values: Any, source: Any, target: Any, mode: Any) -> Any:
         """GPUs round float32 to the nearest bfloat16, where the interpreter cuts off, and know subnormal numbers."""
@@ -24,4 +25,10 @@ def repair() -> None:
         ours = self.fn.__module__.startswith("rwkv_kernels")
         return self.rewrite()(*arguments, **constants) if ours else call(self, *arguments, **constants)
 
+    def patching_tensor(tensor: Any, scope: Any) -> None:
+        """A scalar is an array of one element in Triton 3.6, which numpy 2.4 no longer takes for an integer."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
     interpreter._convert_float, interpreter.InterpretedFunction.__call__ = converting, calling
+    interpreter._patch_lang_tensor = patching_tensor

@@ -51,6 +51,14 @@ def find_toolkit() -> Toolkit | None:
     return Toolkit(home, Path(found), version[1]) if version else None
 
 
+def find_program(name: str) -> str | None:
+    """A program on the PATH, of the toolkit, or where Nsight Compute lies by itself."""
+    toolkit = find_toolkit()
+    folders = [os.environ.get("PATH", ""), *([str(toolkit.home / "bin")] if toolkit else [])]
+    folders += map(str, Path("/opt/nvidia/nsight-compute").glob("*"))
+    return shutil.which(name, path=os.pathsep.join(folders))
+
+
 def to_build_with(torch_cuda: str | None) -> Toolkit | None:
     """The toolkit if the extension gets CUDA kernels, else None; `torch_cuda` is the CUDA version of the torch.
 

@@ -12,7 +12,10 @@ Source: RWKV: Reinventing RNNs for the Transformer Era (arXiv 2305.13048), secti
 appendix on parameter initialisation.
 """
 
+import functools
 import math
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +26,13 @@ from rwkv_kernels.nn.state import RWKVState
 
 __all__ = ["Block", "ChannelMix", "TimeMix"]
 
+Layer = TypeVar("Layer", nn.Linear, nn.Embedding)
+
 
 def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     # The comparison is a part of every token's latency, and a tenth of what Tensor.to needs to find nothing to do.
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+    # By identity, which a proxy of torch.fx can be asked for.
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _shift(x: Tensor, before: Tensor | None, packing: Packing | None) -> tuple[Tensor, Tensor]:
@@ -40,8 +46,8 @@ def _shift(x: Tensor, before: Tensor | None, packing: Packing | None) -> tuple[T
 
 
 def _is_eager_token(x: Tensor, packing: Packing | None) -> bool:
-    """Whether x [B, T, C] is one token of each sequence, outside of a compiler, which would specialise on T."""
-    return packing is None and not torch.compiler.is_compiling() and x.shape[1] == 1
+    """Whether x [B, T, C] is one token of each sequence, and nothing traces the call: it would specialise on T."""
+    return packing is None and isinstance(x, Tensor) and not torch.compiler.is_compiling() and x.shape[1] == 1
 
 
 def _mix(x: Tensor, previous: Tensor, mix: Tensor) -> Tensor:
@@ -50,6 +56,8 @@ def _mix(x: Tensor, previous: Tensor, mix: Tensor) -> Tensor:
 
 def _of_the_sums(state: Tensor, x: Tensor) -> Tensor:
     """A WKV state of any model in the dtype that the sums over x have."""
+    if not isinstance(state, Tensor):
+        return state  # a proxy of torch.fx, whose tensor the operator will check
     if state.dtype in (torch.bfloat16, torch.float16):
         raise TypeError(
             f"state: expected a WKV state of torch.float32 or torch.float64, got {state.dtype}, too coarse for its "
@@ -59,7 +67,7 @@ def _of_the_sums(state: Tensor, x: Tensor) -> Tensor:
     return _in(torch.float64 if x.dtype == torch.float64 else torch.float32, state)
 
 
-# Every module below resets the parameters that it owns itself and no others, as torch asks of `reset_parameters`: a
+# Every module resets the parameters that it owns itself and no others, as torch asks of `reset_parameters`: a
 # model made on the meta device is then initialised by calling it on all modules, in any order. Initial values are
 # computed in float32 at least: 16-bit types have no QR decomposition, and too few bits for a position among channels.
 
@@ -77,38 +85,44 @@ def _ramp(channels: int, power: float, like: Tensor) -> Tensor:
     return (_position(channels, like) / channels).pow(power).view(1, 1, channels)
 
 
-class ZeroLinear(nn.Linear):
+def _zeros(weight: Tensor) -> None:
+    weight.zero_()
+
+
+def _orthogonal(weight: Tensor, gain: float) -> None:
+    weight.copy_(nn.init.orthogonal_(torch.empty_like(weight, dtype=_wide(weight)), gain))
+
+
+def _narrow(weight: Tensor) -> None:
+    weight.uniform_(-1e-4, 1e-4)
+
+
+@torch.no_grad()
+def _reset(layer: nn.Module, start: Callable[[Tensor], None]) -> None:
+    start(cast(Tensor, layer.weight))
+
+
+def _starting(kind: type[Layer], *sizes: int, start: Callable[[Tensor], None], **settings: bool) -> Layer:
+    """A layer of torch's own type, by which other tools know it, whose `reset_parameters` sets other initial values."""
+    layer = nn.utils.skip_init(kind, *sizes, **settings, device=torch.get_default_device())
+    layer.reset_parameters = functools.partial(_reset, layer, start)
+    layer.reset_parameters()
+    return cast(Layer, layer)
+
+
+def zero_linear(inputs: int, outputs: int) -> nn.Linear:
     """A linear layer without bias that starts as zero."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Sets the initial values."""
-        self.weight.zero_()
+    return _starting(nn.Linear, inputs, outputs, start=_zeros, bias=False)
 
 
-class OrthogonalLinear(nn.Linear):
+def orthogonal_linear(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
     """A linear layer without bias that starts as `gain` times a random orthogonal matrix."""
-
-    def __init__(self, inputs: int, outputs: int, gain: float = 1.0) -> None:
-        self.gain = gain
-        super().__init__(inputs, outputs, bias=False)
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Sets the initial values."""
-        self.weight.copy_(nn.init.orthogonal_(torch.empty_like(self.weight, dtype=_wide(self.weight)), self.gain))
+    return _starting(nn.Linear, inputs, outputs, start=functools.partial(_orthogonal, gain=gain), bias=False)
 
 
-class NarrowEmbedding(nn.Embedding):
+def narrow_embedding(tokens: int, channels: int) -> nn.Embedding:
     """An embedding that starts close to zero."""
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Sets the initial values."""
-        self.weight.uniform_(-1e-4, 1e-4)
+    return _starting(nn.Embedding, tokens, channels, start=_narrow)
 
 
 class TimeMix(nn.Module):
@@ -128,10 +142,10 @@ class TimeMix(nn.Module):
         self.time_mix_k = nn.Parameter(torch.empty(1, 1, channels))
         self.time_mix_v = nn.Parameter(torch.empty(1, 1, channels))
         self.time_mix_r = nn.Parameter(torch.empty(1, 1, channels))
-        self.key = ZeroLinear(channels, channels)
-        self.value = OrthogonalLinear(channels, channels)
-        self.receptance = ZeroLinear(channels, channels)
-        self.output = ZeroLinear(channels, channels)
+        self.key = zero_linear(channels, channels)
+        self.value = orthogonal_linear(channels, channels)
+        self.receptance = zero_linear(channels, channels)
+        self.output = zero_linear(channels, channels)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -167,7 +181,7 @@ class TimeMix(nn.Module):
         """
         if state is not None:
             state = _of_the_sums(state, x)
-        if in_place and shift is not None and state is not None and _is_eager_token(x, packing):
+        if _is_eager_token(x, packing) and in_place and shift is not None and state is not None:
             x = x.squeeze(1)  # torch.nn.Linear is faster without the dimension of time
             k, v, r = self._project(x, _in(x.dtype, shift))
             gated = wkv_step(self.time_decay, self.time_first, k, v, state, r=r)
@@ -196,9 +210,9 @@ class ChannelMix(nn.Module):
         self.layer, self.layers = layer, layers
         self.time_mix_k = nn.Parameter(torch.empty(1, 1, channels))
         self.time_mix_r = nn.Parameter(torch.empty(1, 1, channels))
-        self.key = OrthogonalLinear(channels, hidden, gain=max(1.0, hidden / channels) ** 0.5)
-        self.receptance = ZeroLinear(channels, channels)
-        self.value = ZeroLinear(hidden, channels)
+        self.key = orthogonal_linear(channels, hidden, gain=max(1.0, hidden / channels) ** 0.5)
+        self.receptance = zero_linear(channels, channels)
+        self.value = zero_linear(hidden, channels)
         self.reset_parameters()
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rwkv_kernels.functional import empty_state
 from rwkv_kernels.nn import checkpoints
-from rwkv_kernels.nn.layers import Block, NarrowEmbedding, OrthogonalLinear
+from rwkv_kernels.nn.layers import Block, narrow_embedding, orthogonal_linear
 from rwkv_kernels.nn.padding import Packing
 from rwkv_kernels.nn.sampling import Generators, sample
 from rwkv_kernels.nn.state import RWKVState
@@ -50,10 +50,10 @@ class RWKV(nn.Module):
         hidden = 4 * channels if hidden is None else hidden
         if min(vocab_size, channels, layers, hidden) < 1:
             raise ValueError(f"sizes: expected positive numbers, got {vocab_size=}, {channels=}, {layers=}, {hidden=}")
-        self.emb = NarrowEmbedding(vocab_size, channels)
+        self.emb = narrow_embedding(vocab_size, channels)
         self.blocks = nn.ModuleList(Block(channels, hidden, layer, layers) for layer in range(layers))
         self.ln_out = nn.LayerNorm(channels)
-        self.head = OrthogonalLinear(channels, vocab_size, gain=0.5 * max(1.0, vocab_size / channels) ** 0.5)
+        self.head = orthogonal_linear(channels, vocab_size, gain=0.5 * max(1.0, vocab_size / channels) ** 0.5)
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "RWKV":
@@ -156,7 +156,7 @@ class RWKV(nn.Module):
         if isinstance(tokens, torch.fx.Proxy):
             raise TypeError(
                 "torch.fx.symbolic_trace cannot follow a whole model; torch.export and torch.compile can, and fx its "
-                "blocks with concrete_args={'packing': None}"
+                "blocks with concrete_args={'packing': None, 'in_place': False}"
             )
         if (tokens is None) == (inputs_embeds is None):
             raise ValueError(f"expected either tokens or inputs_embeds, got {'neither' if tokens is None else 'both'}")
@@ -176,7 +176,6 @@ class RWKV(nn.Module):
         tokens: Tensor | None = None,
         state: RWKVState | None = None,
         attention_mask: Tensor | None = None,
-        *,
         inputs_embeds: Tensor | None = None,
         last_only: bool = False,
         in_place: bool = False,

@@ -1,0 +1,408 @@
+// The CUDA kernels without torch, for compute-sanitizer: every kernel, dtype and schedule, on a few shapes with tails.
+//
+// Each call's y, final state and gradients are compared with a plain loop in double on the host. Outputs start as NaN,
+// so that an element that nothing wrote is seen; workspaces start as cudaMalloc left them, so that initcheck sees a
+// read before a write. With the argument "hog" all of it runs beside a kernel that leaves one multiprocessor free.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/lanes.h"
+#include "cuda/wkv_kernels.h"
+
+namespace {
+
+using wkv::DType;
+using wkv::Operation;
+using Values = std::vector<double>;
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
+  std::exit(2);
+}
+
+// ---- memory of the device ----
+
+class Memory {
+ public:
+  explicit Memory(int64_t bytes) : bytes_(bytes) {
+    check(cudaMalloc(&data_, static_cast<size_t>(bytes > 0 ? bytes : 1)), "cudaMalloc");
+  }
+  ~Memory() { cudaFree(data_); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+
+  void* get() const { return data_; }
+  void poison() const { check(cudaMemset(data_, 0xff, static_cast<size_t>(bytes_)), "cudaMemset"); }
+
+  template <class T>
+  void write(const std::vector<T>& values) const {
+    check(cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
+  template <class T>
+  std::vector<T> read(int64_t count) const {
+    std::vector<T> values(static_cast<size_t>(count));
+    check(cudaMemcpy(values.data(), data_, values.size() * sizeof(T), cudaMemcpyDeviceToHost), "cudaMemcpy");
+    return values;
+  }
+
+ private:
+  void* data_ = nullptr;
+  int64_t bytes_;
+};
+
+// Numbers of one type in the device's memory; `values` are what the type has made of them.
+template <class T>
+struct Input {
+  Values values;
+  Memory memory;
+
+  explicit Input(const Values& given) : memory(static_cast<int64_t>(given.size() * sizeof(T))) {
+    std::vector<T> rounded(given.size());
+    for (size_t i = 0; i < given.size(); ++i) {
+      wkv::from_real(static_cast<typename wkv::ElementTraits<T>::Real>(given[i]), rounded[i]);
+      values.push_back(wkv::to_real(rounded[i]));
+    }
+    memory.write(rounded);
+  }
+};
+
+template <class T>
+struct Output {
+  int64_t count;
+  Memory memory;
+
+  explicit Output(int64_t count) : count(count), memory(count * static_cast<int64_t>(sizeof(T))) { memory.poison(); }
+  Values values() const {
+    Values result;
+    for (const T& value : memory.read<T>(count)) result.push_back(wkv::to_real(value));
+    return result;
+  }
+};
+
+// ---- a device, and what may keep it busy ----
+
+// Takes the place of any other block on a multiprocessor, by its shared memory, for some milliseconds.
+__global__ void hog() {
+  const long long started = clock64();
+  while (clock64() - started < 8'000'000) __nanosleep(1000);
+}
+
+class Device {
+ public:
+  const wkv::DeviceLimits limits = wkv::device_limits(0);
+  int launches = 0, done_before_the_hog = 0;
+
+  explicit Device(bool beside_a_hog) : beside_a_hog_(beside_a_hog && limits.multiprocessors > 1) {
+    // Streams that do not wait for the default one, nor for each other.
+    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream");
+    check(cudaStreamCreateWithFlags(&other_, cudaStreamNonBlocking), "stream");
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(&hog), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(limits.shared_per_block)),
+          "shared memory");
+  }
+
+  void run(const std::vector<wkv::Launch>& work) {
+    if (beside_a_hog_) {
+      // All multiprocessors but one.
+      const dim3 grid(static_cast<unsigned>(limits.multiprocessors) - 1), block(32);
+      check(cudaDeviceSynchronize(), "before the hog");
+      check(cudaLaunchKernel(reinterpret_cast<const void*>(&hog), grid, block, nullptr,
+                             static_cast<size_t>(limits.shared_per_block), other_),
+            "hog");
+    }
+    check(wkv::launch(work, stream_), "launch");
+    check(cudaStreamSynchronize(stream_), "kernel");
+    ++launches;
+    done_before_the_hog += beside_a_hog_ && cudaStreamQuery(other_) == cudaErrorNotReady;
+  }
+
+ private:
+  bool beside_a_hog_;
+  cudaStream_t stream_ = nullptr, other_ = nullptr;
+};
+
+// ---- the operator on the host ----
+
+struct Problem {
+  int64_t B, T, C;
+};
+
+struct Inputs {
+  Values w, u, k, v, state, gy, gstate_out, r;
+};
+
+struct Expected {
+  Values y, state, gw, gu, gk, gv, gstate;  // state: num / den and log(den) + max
+};
+
+// Sums that are not scaled by their maximum: keys of a few and some hundred steps leave them far from double's range.
+// `max_out` [B, C] is the scale that the gradient of the final state is relative to.
+Expected solve(const Problem& p, const Inputs& in, const Values& max_out) {
+  Expected out;
+  const auto size = [](int64_t count) { return Values(static_cast<size_t>(count)); };
+  out.y = out.gk = out.gv = size(p.B * p.T * p.C);
+  out.state = size(p.B * 2 * p.C);
+  out.gstate = size(p.B * 3 * p.C);
+  out.gw = out.gu = size(p.C);
+  for (int64_t b = 0; b < p.B; ++b) {
+    for (int64_t c = 0; c < p.C; ++c) {
+      const auto of_state = [&](int64_t row) { return (b * 3 + row) * p.C + c; };
+      const double log_decay = -std::exp(in.w[c]), decay = std::exp(log_decay);
+      const double scale = std::exp(in.state[of_state(2)]);
+      Values nums = {in.state[of_state(0)] * scale}, dens = {in.state[of_state(1)] * scale};
+      for (int64_t t = 0; t < p.T; ++t) {
+        const int64_t i = (b * p.T + t) * p.C + c;
+        const double weight = std::exp(in.k[i]), now = std::exp(in.u[c] + in.k[i]);
+        out.y[i] = (nums[t] + now * in.v[i]) / (dens[t] + now);
+        nums.push_back(decay * nums[t] + weight * in.v[i]);
+        dens.push_back(decay * dens[t] + weight);
+      }
+      out.state[(b * 2) * p.C + c] = nums[p.T] / dens[p.T];
+      out.state[(b * 2 + 1) * p.C + c] = std::log(dens[p.T]);
+      if (max_out.empty()) continue;
+
+      const double unscale = std::exp(-max_out[b * p.C + c]);
+      double gnum = in.gstate_out[of_state(0)] * unscale, gden = in.gstate_out[of_state(1)] * unscale;
+      double gdecay = 0;
+      for (int64_t t = p.T - 1; t >= 0; --t) {
+        const int64_t i = (b * p.T + t) * p.C + c;
+        const double weight = std::exp(in.k[i]), now = std::exp(in.u[c] + in.k[i]);
+        const double gread = in.gy[i] / (dens[t] + now), gden_read = -gread * out.y[i];
+        const double gnow = (gread * in.v[i] + gden_read) * now;
+        out.gk[i] = gnow + (gnum * in.v[i] + gden) * weight;
+        out.gv[i] = gread * now + gnum * weight;
+        out.gu[c] += gnow;
+        gdecay += gnum * nums[t] + gden * dens[t];
+        gnum = gnum * decay + gread;
+        gden = gden * decay + gden_read;
+      }
+      out.gw[c] += gdecay * decay * log_decay;
+      out.gstate[of_state(0)] = gnum * scale;
+      out.gstate[of_state(1)] = gden * scale;
+      out.gstate[of_state(2)] = gnum * nums[0] + gden * dens[0];
+    }
+  }
+  return out;
+}
+
+int failures = 0;
+
+// Relative to the largest element, or to `least` where sums of larger terms cancel.
+void compare(const std::string& what, const Values& found, const Values& expected, double allowed, double least = 0) {
+  double largest = least, worst = 0;
+  for (double value : expected) largest = std::max(largest, std::fabs(value));
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const double error = std::fabs(found[i] - expected[i]) / largest;
+    if (!(error <= worst)) worst = error;  // NaN is worse than anything
+  }
+  if (worst <= allowed) return;
+  ++failures;
+  std::printf("WRONG %s: off by %.2e of the largest element, allowed %.2e\n", what.c_str(), worst, allowed);
+}
+
+// ---- the kernels ----
+
+template <class Element>
+class Kernels {
+  using Real = typename wkv::ElementTraits<Element>::Real;
+  static constexpr DType kType = wkv::ElementTraits<Element>::dtype;
+  static constexpr DType kParameters = sizeof(Real) == 8 ? DType::float64 : DType::float32;
+  // Roundings of some hundred steps at keys of a few, and one more to the type of the element.
+  static constexpr double kUnit = sizeof(Real) == 8 ? 1e-16 : 6e-8;
+  static constexpr double kElement = sizeof(Element) == 2 ? (kType == DType::float16 ? 5e-4 : 4e-3) : kUnit;
+
+ public:
+  Kernels(Problem problem, Device& device) : p(problem), device(device), given(draw(problem)) {
+    in = {w.values, u.values, k.values, v.values, state.values, gy.values, gstate_out.values, r.values};
+  }
+
+  // A plan for `limits`, which may be those of a smaller device.
+  void run(const char* schedule, const wkv::DeviceLimits& limits) {
+    const std::string name = std::string(schedule) + " for " + std::to_string(limits.multiprocessors);
+    const Output<Element> y(p.B * p.T * p.C);
+    const Output<Real> state_out(p.B * 3 * p.C);
+    const Output<Real> checkpoints(p.B * wkv::checkpoint_count(kType, p.T) * 3 * p.C);
+    const wkv::PlanRequest request = {.schedule = schedule};
+    for (const bool checkpoint : {false, true}) {
+      const wkv::Plan plan = make_plan(Operation::forward, kType, p.B, p.T, p.C, limits, request);
+      const Memory workspace(plan.workspace_bytes);
+      const wkv::ForwardArguments arguments = {.parameters = parameters(),
+                                               .B = p.B,
+                                               .T = p.T,
+                                               .C = p.C,
+                                               .k = sequence(k),
+                                               .v = sequence(v),
+                                               .state = state.memory.get(),
+                                               .y = y.memory.get(),
+                                               .state_out = state_out.memory.get(),
+                                               .checkpoints = checkpoint ? checkpoints.memory.get() : nullptr};
+      device.run(forward_launches(plan, arguments, workspace.get()));
+      rings += plan.buffers == 2;
+    }
+    const Values final_state = state_out.values();
+    Values max_out, comparable;
+    for (int64_t b = 0; b < p.B; ++b) {
+      const double* num = final_state.data() + b * 3 * p.C;
+      const double *den = num + p.C, *max = den + p.C;
+      max_out.insert(max_out.end(), max, max + p.C);
+      for (int64_t c = 0; c < p.C; ++c) comparable.push_back(num[c] / den[c]);
+      for (int64_t c = 0; c < p.C; ++c) comparable.push_back(std::log(den[c]) + max[c]);
+    }
+    const Expected expected = solve(p, in, max_out);
+    compare(name + " y", y.values(), expected.y, kAllowed + kElement);
+    compare(name + " state", comparable, expected.state, kAllowed);
+
+    const Output<Element> gk(p.B * p.T * p.C), gv(p.B * p.T * p.C);
+    const Output<Real> gw(p.C), gu(p.C), gstate(p.B * 3 * p.C);
+    const wkv::Plan plan = make_plan(Operation::backward, kType, p.B, p.T, p.C, limits, request);
+    const Memory workspace(plan.workspace_bytes);
+    const wkv::BackwardArguments arguments = {.parameters = parameters(),
+                                              .B = p.B,
+                                              .T = p.T,
+                                              .C = p.C,
+                                              .k = sequence(k),
+                                              .v = sequence(v),
+                                              .gy = sequence(gy),
+                                              .state = state.memory.get(),
+                                              .checkpoints = checkpoints.memory.get(),
+                                              .gstate_out = gstate_out.memory.get(),
+                                              .gk = gk.memory.get(),
+                                              .gv = gv.memory.get(),
+                                              .gstate = gstate.memory.get()};
+    device.run(backward_launches(plan, arguments, gw.memory.get(), gu.memory.get(), workspace.get()));
+    // A gradient of k is made of terms of the size of gy v, even where they cancel.
+    const double terms = 4;
+    compare(name + " gk", gk.values(), expected.gk, kAllowed + kElement, terms);
+    compare(name + " gv", gv.values(), expected.gv, kAllowed + kElement, terms);
+    compare(name + " gw", gw.values(), expected.gw, kAllowed, terms);
+    compare(name + " gu", gu.values(), expected.gu, kAllowed, terms);
+    compare(name + " gstate", gstate.values(), expected.gstate, kAllowed, terms);
+  }
+
+  // A token for each sequence, the first of k and v, with a gate and without.
+  void step() {
+    for (const bool gated : {false, true}) {
+      const Input<Real> moved(in.state);
+      const Output<Element> y(p.B * p.C);
+      const int64_t stride = p.T * p.C;
+      device.run(step_launches(kType, {.parameters = parameters(),
+                                       .B = p.B,
+                                       .C = p.C,
+                                       .k = k.memory.get(),
+                                       .v = v.memory.get(),
+                                       .r = gated ? r.memory.get() : nullptr,
+                                       .k_stride = stride,
+                                       .v_stride = stride,
+                                       .r_stride = p.C,
+                                       .y = y.memory.get(),
+                                       .state = moved.memory.get(),
+                                       .state_batch_stride = 3 * p.C,
+                                       .state_row_stride = p.C,
+                                       .state_channel_stride = 1}));
+      Inputs first = in;
+      Values expected;
+      first.k = first.v = {};
+      for (int64_t i = 0; i < p.B * p.C; ++i) {
+        first.k.push_back(in.k[i / p.C * stride + i % p.C]);
+        first.v.push_back(in.v[i / p.C * stride + i % p.C]);
+      }
+      expected = solve({p.B, 1, p.C}, first, {}).y;
+      for (size_t i = 0; gated && i < expected.size(); ++i) expected[i] /= 1 + std::exp(-in.r[i]);
+      compare(gated ? "step with r" : "step", y.values(), expected, kAllowed + kElement);
+    }
+  }
+
+  int rings = 0;
+
+ private:
+  static constexpr double kAllowed = 300 * kUnit;
+
+  // Keys and values from N(0, 1), decays from e^-0.05 to e^-3.
+  static Inputs draw(const Problem& p) {
+    std::mt19937 random(1);
+    std::normal_distribution<double> normal;
+    const auto values = [&](int64_t count, double scale = 1) {
+      Values result;
+      for (int64_t i = 0; i < count; ++i) result.push_back(scale * normal(random));
+      return result;
+    };
+    Inputs in = {values(p.C),
+                 values(p.C),
+                 values(p.B * p.T * p.C),
+                 values(p.B * p.T * p.C),
+                 values(p.B * 3 * p.C),
+                 values(p.B * p.T * p.C),
+                 values(p.B * 3 * p.C),
+                 values(p.B * p.C)};
+    for (int64_t c = 0; c < p.C; ++c) in.w[c] = -3 + 4.0 * static_cast<double>(c) / static_cast<double>(p.C);
+    for (int64_t b = 0; b < p.B; ++b) {
+      for (int64_t c = 0; c < p.C; ++c) {
+        double& den = in.state[(b * 3 + 1) * p.C + c];
+        den = std::exp(den);
+      }
+    }
+    return in;
+  }
+
+  wkv::ChannelParameters parameters() const { return {w.memory.get(), u.memory.get(), kParameters, kParameters}; }
+  wkv::Sequence sequence(const Input<Element>& tensor) const { return {tensor.memory.get(), p.T * p.C, p.C}; }
+
+  Problem p;
+  Device& device;
+  Inputs given, in;
+  Input<Real> w{given.w}, u{given.u}, state{given.state}, gstate_out{given.gstate_out};
+  Input<Element> k{given.k}, v{given.v}, gy{given.gy}, r{given.r};
+};
+
+template <class Element>
+void run_all(const char* dtype, Device& device) {
+  // For a device of one multiprocessor a few channels are many: it gets rings of tiles, and groups of one chunk.
+  wkv::DeviceLimits small = device.limits;
+  small.multiprocessors = 1;
+  int rings = 0;
+  // Rows that vectors can move, rows that they cannot, and one step.
+  for (const Problem& p : {Problem{2, 200, 128}, Problem{3, 131, 77}, Problem{1, 1, 5}}) {
+    Kernels<Element> kernels(p, device);
+    for (const wkv::DeviceLimits& limits : {device.limits, small}) {
+      kernels.run("serial", limits);
+      kernels.run("chunked", limits);
+      if (sizeof(Element) < 8) kernels.run("single_pass", limits);
+    }
+    kernels.step();
+    rings += kernels.rings;
+  }
+  std::printf("%s: done, %d forward plans with a ring\n", dtype, rings);
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  int devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error != cudaSuccess || devices == 0) {
+    std::fprintf(stderr, "no CUDA device: %s\n", cudaGetErrorString(error));
+    return 2;
+  }
+  const bool beside_a_hog = count > 1 && std::strcmp(arguments[1], "hog") == 0;
+  Device device(beside_a_hog);
+  run_all<float>("float32", device);
+  run_all<wkv::Half>("float16", device);
+  run_all<wkv::Bfloat16>("bfloat16", device);
+  run_all<double>("float64", device);
+  if (beside_a_hog) {
+    std::printf("%d of %d calls were done before the hog was\n", device.done_before_the_hog, device.launches);
+    failures += device.done_before_the_hog == 0;
+  }
+  std::printf("%s\n", failures == 0 ? "all right" : "WRONG");
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,34 @@
+"""Builds tests/sanitized.cu, the CUDA kernels in a program without torch: `sanitized.py PROGRAM 9.0`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_toolkit
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "csrc" / "cuda" / "wkv_kernels.cu"
+HOST = [ROOT / "tests" / "sanitized.cu", ROOT / "csrc" / "wkv_plan.cpp", ROOT / "csrc" / "wkv_launch.cpp"]
+
+
+def build(program: Path, architectures: list[str], kernels: Path) -> None:
+    """Compiles and links; `kernels` is their source, or what a build of the extension has made of it."""
+    toolkit = cuda_toolkit.find_toolkit()
+    if toolkit is None:
+        raise SystemExit("there is no nvcc")
+    program.parent.mkdir(parents=True, exist_ok=True)
+    flags = [*cuda_toolkit.nvcc_flags(architectures), "-lineinfo", "--split-compile=0", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([toolkit.nvcc, *flags, *HOST, kernels, "-o", program], check=True)
+
+
+def newest_kernels() -> Path:
+    """The object file of the extension's kernels, if one lies in build/ and is no older than what it was made of."""
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    changed = max(path.stat().st_mtime for path in sources)
+    # Those of setup.py with --inplace, which builds for the GPU that is there.
+    made = [path for path in (ROOT / "build").glob("temp*/**/wkv_kernels.o") if path.stat().st_mtime > changed]
+    return max(made, key=lambda path: path.stat().st_mtime, default=KERNELS)
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]), [sys.argv[2]], newest_kernels())
