@@ -465,8 +465,10 @@ def test_gradients_cost_at_most_1_3_times_a_plain_function(native_backend: str) 
         for what in ("wkv", PLAIN)
     ]
     ours, plain = math.inf, math.inf
-    for _ in range(100):  # The least of each, whatever else the machine does; a few rounds are enough on a quiet one.
+    # The least of each, whatever else the machine does. Ten rounds before the first verdict, so that a slow sample of
+    # the plain one cannot give it.
+    for rounds in range(100):
         ours, plain = (min(least, timer.timeit(50).mean) for least, timer in zip((ours, plain), timers, strict=True))
-        if ours <= 1.3 * plain:
+        if rounds >= 10 and ours <= 1.3 * plain:
             return
     pytest.fail(f"{ours / plain:.2f} times")
