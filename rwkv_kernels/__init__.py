@@ -2,10 +2,10 @@
 
 import torch  # noqa: F401 - before the extension, whose libraries it loads
 
-from rwkv_kernels.build import BuildInfo, build_info
-from rwkv_kernels.functional import empty_state, wkv, wkv_step
-from rwkv_kernels.registry import BackendInfo, BackendUnavailable, backends, use_backend
-from rwkv_kernels.version import VERSION
+from .build import BuildInfo, build_info
+from .functional import empty_state, wkv, wkv_step
+from .registry import BackendInfo, BackendUnavailable, backends, use_backend
+from .version import VERSION
 
 __version__ = VERSION
 

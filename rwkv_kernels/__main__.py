@@ -5,8 +5,7 @@ import sys
 
 import torch
 
-import rwkv_kernels
-from rwkv_kernels import reference, triton_backend
+from . import BuildInfo, __version__, backends, build_info, reference, triton_backend, wkv
 
 # The self-check's float32 inputs are exact in float64, so this bounds the backend's own rounding: a few ulp of a mean
 # of values near 1, and sums of a hundred such steps in the gradients.
@@ -23,7 +22,7 @@ def _self_check(backend: str, device: str) -> float:
     weight = torch.randn((B, T, C), generator=generator)
 
     given = [x.to(device).requires_grad_() for x in inputs]
-    y = rwkv_kernels.wkv(*given, backend=backend)
+    y = wkv(*given, backend=backend)
     found = [y.detach(), *torch.autograd.grad((y * weight.to(device)).sum(), given)]
 
     exact = [x.double().requires_grad_() for x in inputs]
@@ -38,16 +37,16 @@ def _cuda_summary() -> str:
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
 
-def _cuda_kernels(build: rwkv_kernels.BuildInfo) -> str:
+def _cuda_kernels(build: BuildInfo) -> str:
     if build.cuda is None:
         return "none in this build"
     return f"CUDA {build.cuda}, for {', '.join(build.cuda_architectures)}"
 
 
 def main() -> int:
-    build = rwkv_kernels.build_info()
+    build = build_info()
     rows = [
-        ("rwkv_kernels", rwkv_kernels.__version__),
+        ("rwkv_kernels", __version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("gpu", _cuda_summary()),
@@ -64,7 +63,7 @@ def main() -> int:
 
     healthy = True
     print("\nbackends")
-    for name, available, reason in rwkv_kernels.backends():
+    for name, available, reason in backends():
         if not available:
             print(f"  {name:12}not available: {reason}")
             continue

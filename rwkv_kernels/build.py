@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rwkv_kernels._extension import extension
+from ._extension import extension
 
 __all__ = ["BuildInfo", "build_info"]
 

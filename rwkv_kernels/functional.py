@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from rwkv_kernels import reference
-from rwkv_kernels.registry import select, step_by_forward
+from . import reference
+from .registry import select, step_by_forward
 
 __all__ = ["empty_state", "wkv", "wkv_step"]
 

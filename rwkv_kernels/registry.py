@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_kernels import autograd, recomputation, reference, triton_backend
-from rwkv_kernels._extension import extension
+from . import autograd, recomputation, reference, triton_backend
+from ._extension import extension
 
 __all__ = ["BackendInfo", "BackendUnavailable", "backends", "use_backend"]
 

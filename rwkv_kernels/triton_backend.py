@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_kernels import autograd
-from rwkv_kernels.reference import EMPTY_MAX
-from rwkv_kernels.triton_plan import CHECKPOINT_INTERVAL, PARKED_STATES, Plan, make_plan, widths
+from . import autograd
+from .reference import EMPTY_MAX
+from .triton_plan import CHECKPOINT_INTERVAL, PARKED_STATES, Plan, make_plan, widths
 
 __all__ = [
     "DEVICE",
@@ -46,7 +46,7 @@ def _load() -> str | None:
     if not INTERPRETED and not torch.cuda.is_available():
         return f"torch {torch.__version__} finds no usable GPU, and Triton compiles for GPUs alone"
     try:
-        importlib.import_module("rwkv_kernels.triton_kernels")
+        importlib.import_module(".triton_kernels", __package__)
     except Exception as error:  # whatever a broken installation raises
         return f"Triton does not load ({type(error).__name__}: {error})"
     return None
@@ -220,7 +220,7 @@ def step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | 
 
 
 def _run(launches: list[Launch], device: torch.device) -> None:
-    from rwkv_kernels import triton_kernels
+    from . import triton_kernels
 
     on_device: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with on_device:

@@ -18,8 +18,8 @@ import os
 import torch
 from torch import Tensor
 
-from rwkv_kernels.functional import wkv
-from rwkv_kernels.nn import RWKVState
+from ..functional import wkv
+from ..nn import RWKVState
 
 __all__ = ["RUN_CUDA", "WKV", "export_model_state", "import_model_state"]
 

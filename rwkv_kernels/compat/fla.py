@@ -16,7 +16,7 @@ Deliberate differences:
 import torch
 from torch import Tensor
 
-from rwkv_kernels.functional import wkv
+from ..functional import wkv
 
 __all__ = ["export_state", "fused_recurrent_rwkv4", "import_state"]
 

@@ -16,8 +16,8 @@ Deliberate differences:
 import torch
 from torch import Tensor
 
-from rwkv_kernels.compat.torchscript import wkv_with_state
-from rwkv_kernels.nn import RWKVState
+from ..nn import RWKVState
+from .torchscript import wkv_with_state
 
 __all__ = ["export_model_state", "export_state", "import_model_state", "import_state", "wkv"]
 

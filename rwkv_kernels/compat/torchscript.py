@@ -9,7 +9,7 @@ loads where this module has been imported.
 import torch
 from torch import Tensor
 
-from rwkv_kernels.functional import wkv
+from ..functional import wkv
 
 __all__ = ["wkv_with_state"]
 

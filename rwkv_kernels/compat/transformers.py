@@ -37,8 +37,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_kernels.functional import wkv
-from rwkv_kernels.nn import RWKVState
+from ..functional import wkv
+from ..nn import RWKVState
 
 __all__ = [
     "export_model_state",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_kernels.nn import files
+from . import files
 
 # RWKV-LM's parts of names, and transformers'.
 NAMES = [

@@ -20,9 +20,9 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from rwkv_kernels.functional import wkv, wkv_step
-from rwkv_kernels.nn.padding import Packing, wkv_of_packed
-from rwkv_kernels.nn.state import RWKVState
+from ..functional import wkv, wkv_step
+from .padding import Packing, wkv_of_packed
+from .state import RWKVState
 
 __all__ = ["Block", "ChannelMix", "TimeMix"]
 

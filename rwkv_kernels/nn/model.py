@@ -17,12 +17,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from rwkv_kernels.functional import empty_state
-from rwkv_kernels.nn import checkpoints
-from rwkv_kernels.nn.layers import Block, narrow_embedding, orthogonal_linear
-from rwkv_kernels.nn.padding import Packing
-from rwkv_kernels.nn.sampling import Generators, sample
-from rwkv_kernels.nn.state import RWKVState
+from ..functional import empty_state
+from . import checkpoints
+from .layers import Block, narrow_embedding, orthogonal_linear
+from .padding import Packing
+from .sampling import Generators, sample
+from .state import RWKVState
 
 __all__ = ["RWKV"]
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rwkv_kernels.functional import empty_state, wkv
+from ..functional import empty_state, wkv
 
 
 class Packing(NamedTuple):

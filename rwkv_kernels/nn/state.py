@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_kernels.nn.files import read_torch
+from .files import read_torch
 
 __all__ = ["RWKVState"]
 
