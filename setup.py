@@ -1,8 +1,8 @@
 """Builds the libraries of csrc/sources.txt; everything else about the package is in pyproject.toml.
 
-They use torch's stable ABI alone and know no Python: one build serves every torch from 2.11 on and every Python. The CUDA
-kernels are a library of their own, built where a CUDA toolkit and a CUDA build of torch are found, whether or not there
-is a GPU. RWKV_KERNELS_CUDA=0 leaves them out and RWKV_KERNELS_CUDA=1 insists, which takes a toolkit and any torch;
+They use torch's stable ABI alone and know no Python: one build serves every torch from 2.11 on and every Python. The
+CUDA kernels are a library of their own, built where a CUDA toolkit and a CUDA build of torch are found, whether or not
+there is a GPU. RWKV_KERNELS_CUDA=0 leaves them out and RWKV_KERNELS_CUDA=1 insists, which takes a toolkit and any torch;
 TORCH_CUDA_ARCH_LIST says for which GPUs.
 
 Without a C++ compiler or without a torch the package is made without libraries, and a file in it says why. The pybind11
@@ -48,7 +48,9 @@ def why_no_library() -> str | None:
     """None where the libraries can be built, else what is missing; the doctor shows it."""
     oldest = ".".join(map(str, OLDEST_TORCH))
     if torch is None:
-        return "there was no torch when it was installed: `pip install --no-build-isolation` lets the build see the torch"
+        return (
+            "there was no torch when it was installed: `pip install --no-build-isolation` lets the build see the torch"
+        )
     if torch.__version__ < OLDEST_TORCH:
         return f"torch was {torch.__version__} when it was installed, and the build needs {oldest} or newer"
     compiler = cpp_extension.get_cxx_compiler()

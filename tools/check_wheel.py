@@ -3,8 +3,8 @@
 python tools/check_wheel.py dist/rwkv_kernels-1.0-py3-none-manylinux_2_28_x86_64.whl --cuda 13
 
 Every file is expected and every expected file is there, the tag is for any Python 3, the size is what a package index
-takes without asking, and the libraries need torch's stable ABI of the oldest torch, and nothing else that a machine with
-that torch might lack. What glibc they need is auditwheel's to judge, which gives the wheel its tag.
+takes without asking, and the libraries need torch's stable ABI of the oldest torch, and nothing else that a machine
+with that torch might lack. What glibc they need is auditwheel's to judge, which gives the wheel its tag.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def faults(wheel: Path, cuda: str | None) -> list[str]:
     if size > LARGEST:
         found.append(f"{size} bytes, at most {LARGEST} are wanted")
     if not re.fullmatch(rf"rwkv_kernels-[\d.]+-py3-none-(manylinux_\d+_\d+_{platform.machine()}\.?)+\.whl", wheel.name):
-        found.append("the name ends neither in py3-none-manylinux_ nor in this processor")
+        found.append(f"its tag is not py3-none-manylinux_..._{platform.machine()}")
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         expected = {*modules(), *libraries}
