@@ -2,7 +2,7 @@
 
 They use torch's stable ABI alone and know no Python: one build serves every torch from 2.11 on and every Python. The
 CUDA kernels are a library of their own, built where a CUDA toolkit and a CUDA build of torch are found, whether or not
-there is a GPU. RWKV_KERNELS_CUDA=0 leaves them out and RWKV_KERNELS_CUDA=1 insists, which takes a toolkit and any torch;
+there is a GPU. RWKV_KERNELS_CUDA=0 leaves them out, RWKV_KERNELS_CUDA=1 insists, which takes a toolkit and any torch;
 TORCH_CUDA_ARCH_LIST says for which GPUs.
 
 Without a C++ compiler or without a torch the package is made without libraries, and a file in it says why. The pybind11
