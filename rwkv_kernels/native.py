@@ -1,0 +1,183 @@
+"""Finds and loads the package's libraries, or says why one is missing and what would help.
+
+`librwkv_kernels.so` holds the operators' schemas and the CPU kernels, `librwkv_kernels_cuda<major>.so` the CUDA kernels
+of these operators, for one major version of CUDA. Both use torch's stable ABI alone: one build loads in every Python and
+in every torch from OLDEST_TORCH on. This module compiles nothing and never looks for a GPU.
+"""
+
+import ctypes
+import json
+import os
+import platform
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["NAMESPACE", "OLDEST_TORCH", "Library", "cuda", "operators"]
+
+# Files may be links into a store that knows them by their hash, as in Hugging Face's cache: only the folder is resolved.
+PACKAGE = Path(__file__).parent.resolve()
+OLDEST_TORCH = (2, 11)
+OPERATORS = "librwkv_kernels.so"
+TELL_OPERATORS, TELL_CUDA = "rwkv_kernels_build_info", "rwkv_kernels_cuda_build_info"
+# The reason, in one line, that an installation from source leaves where it could not build the operators.
+WHY_NOT_BUILT = "_why_no_library.txt"
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library that is loaded, from `path`, or one that is not, and `why_missing` says why."""
+
+    path: Path | None
+    why_missing: str | None
+    info: dict[str, Any] = field(default_factory=dict)  # what the library tells about its build
+
+
+def _missing(why: str) -> Library:
+    return Library(None, why)
+
+
+# ---- what would help ----
+
+
+def _hidden(package: Path) -> Path | None:
+    """Another copy of the package, further down sys.path, that has the operators."""
+    copies = [Path(entry).resolve() / package.name for entry in sys.path]
+    return next((copy for copy in copies if copy != package and (copy / OPERATORS).is_file()), None)
+
+
+def _what_helps(package: Path) -> str:
+    tree = package.parent
+    if not (tree / "setup.py").exists():
+        return "install a wheel for this platform, or run `pip install --no-build-isolation .` in the source tree"
+    # An installed copy is no help to whoever imports the tree, as a Python does that is started in it.
+    in_place = f"run `python setup.py build_ext --inplace` in {tree}"
+    hidden = _hidden(package)
+    if hidden is None:
+        return in_place
+    return (
+        f"this is the source tree {tree}, which hides the package that is installed in {hidden}: start Python in "
+        f"another folder (`cd ..`) and without the tree on PYTHONPATH, or {in_place}"
+    )
+
+
+# ---- a file, before and while it is loaded ----
+
+# e_machine of an ELF header, in the words of platform.machine() on Linux.
+MACHINES = {3: "i686", 21: "ppc64le", 22: "s390x", 40: "armv7l", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
+OTHER_NAMES = {"AMD64": "x86_64", "arm64": "aarch64"}
+SYSTEMS = {"linux": "Linux", "darwin": "macOS", "win32": "Windows"}
+MACH_O = (b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe")  # for one processor, and for several
+
+
+def _why_unfit(path: Path) -> str | None:
+    """What the file's header says against loading it here; None leaves the verdict to the system's loader.
+
+    The loader's own words for a library of another processor do not name the processor, and a library that was cut off
+    crashes the process.
+    """
+    with path.open("rb") as file:
+        header = file.read(64)
+    system, machine = SYSTEMS.get(sys.platform, sys.platform), platform.machine()
+    machine = OTHER_NAMES.get(machine, machine)
+    is_elf = header.startswith(b"\x7fELF")
+    made_for = "macOS" if header.startswith(MACH_O) else "Windows" if header.startswith(b"MZ") else system
+    if is_elf and system in ("macOS", "Windows"):
+        made_for = "Linux"
+    if made_for != system:
+        return f"is for {made_for}, and this is {system}"
+    if not is_elf or len(header) < 64:
+        return None
+
+    def number(start: int, stop: int) -> int:
+        return int.from_bytes(header[start:stop], "little" if header[5] == 1 else "big")
+
+    code = number(18, 20)
+    made_for = MACHINES.get(code, f"another processor (ELF machine {code})")
+    if made_for != machine:
+        return f"is for {made_for}, and this is {machine}"
+    # The table of sections ends the file: e_shoff, e_shnum entries of e_shentsize bytes.
+    size, expected = path.stat().st_size, number(40, 48) + number(60, 62) * number(58, 60)
+    return f"is cut off after {size} of {expected} bytes" if size < expected else None
+
+
+def _ask(path: Path | str, function: str) -> dict[str, Any]:
+    """What a C function of a library that is loaded returns as JSON; raises AttributeError without that function."""
+    ask = getattr(ctypes.CDLL(str(path)), function)
+    ask.restype = ctypes.c_char_p
+    return json.loads(ask())  # type: ignore[no-any-return]
+
+
+def _why_taken(path: Path) -> str | None:
+    """Why the operators' library may not be loaded after others of this process, or None.
+
+    Torch's error for a namespace that is registered twice leaves a static initialiser, which ends the process. The
+    namespace of a library is found in it as the string that it registers.
+    """
+    for other in torch.ops.loaded_libraries - {os.path.realpath(path)}:
+        try:
+            namespace = _ask(other, TELL_OPERATORS)["namespace"]
+        except (OSError, AttributeError):
+            continue  # it is no copy of this library
+        if f"\0{namespace}\0".encode() in path.read_bytes():
+            return f"registers torch.ops.{namespace}, which {other} has registered in this process"
+    return None
+
+
+def _load(path: Path, tell: str) -> Library:
+    """Loads the library, whose C function `tell` returns its build."""
+    try:
+        unfit = _why_unfit(path) or (_why_taken(path) if tell == TELL_OPERATORS else None)
+        if unfit is None:
+            torch.ops.load_library(str(path))
+            return Library(path, None, _ask(path, tell))
+    except (OSError, AttributeError) as error:
+        # torch's own error names the file alone; the loader's is its cause.
+        unfit = f"does not load ({error.__cause__ or error})"
+    return _missing(f"{path.name} {unfit}: {_what_helps(path.parent)}")
+
+
+# ---- the two libraries ----
+
+
+def _find_operators(package: Path) -> Library:
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        why = f"torch {torch.__version__} is older than {oldest}, the oldest that the libraries load in"
+        return _missing(f"{why}: pip install -U 'torch>={oldest}'")
+    path, note = package / OPERATORS, package / WHY_NOT_BUILT
+    if path.is_file():
+        return _load(path, TELL_OPERATORS)
+    reason = f" ({note.read_text().strip()})" if note.is_file() else ""
+    return _missing(f"{OPERATORS} is not built{reason}: {_what_helps(package)}")
+
+
+def _find_cuda(package: Path, operators: Library) -> Library:
+    if operators.why_missing is not None:
+        return _missing(operators.why_missing)  # the schemas are there
+    built = {path.stem.removeprefix(f"{OPERATORS[:-3]}_cuda"): path for path in package.glob(f"{OPERATORS[:-3]}_cuda*.so")}
+    majors = " and ".join(f"CUDA {major}" for major in sorted(built))
+    if torch.version.cuda is None or torch.version.hip is not None:
+        return _missing(f"this torch is built without CUDA: install one that is built with {majors or 'CUDA'}")
+    if not built:
+        return _missing(
+            "this package has no CUDA kernels (build_info().cuda is None): rebuild where there is nvcc; "
+            "RWKV_KERNELS_CUDA=1 makes the build say what it lacks"
+        )
+    major = torch.version.cuda.split(".")[0]
+    if major not in built:
+        return _missing(
+            f"torch is built with CUDA {torch.version.cuda}, and the CUDA kernels of this package are for {majors}: "
+            f"install a torch that is built with {majors}, or rebuild where there is an nvcc of CUDA {major}"
+        )
+    return _load(built[major], TELL_CUDA)
+
+
+operators = _find_operators(PACKAGE)
+cuda = _find_cuda(PACKAGE, operators)
+# Of the operators in torch.ops; the package's own name without a library, which no other copy of it has.
+NAMESPACE: str = operators.info.get("namespace", re.sub(r"\W", "_", __name__.rpartition(".")[0]))
