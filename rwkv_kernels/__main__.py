@@ -1,8 +1,8 @@
 """The doctor, `python -m rwkv_kernels`: what is installed, what works, and if something does not, why.
 
-It exits with 0 where the operators' library is loaded and every backend that can run here is right, otherwise with 1. The
-library is no option: without it, `wkv` on the CPU runs only by name, as backend="reference". CUDA kernels and Triton are
-options, and their absence is told and no error.
+It exits with 0 where the operators' library is loaded and every backend that can run here is right, otherwise with 1.
+The library is no option: without it, the package is usable, but `wkv` on the CPU only with backend="reference". CUDA
+kernels and Triton are options: their absence is told and is no error.
 """
 
 import platform

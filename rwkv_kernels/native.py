@@ -1,8 +1,8 @@
 """Finds and loads the package's libraries, or says why one is missing and what would help.
 
 `librwkv_kernels.so` holds the operators' schemas and the CPU kernels, `librwkv_kernels_cuda<major>.so` the CUDA kernels
-of these operators, for one major version of CUDA. Both use torch's stable ABI alone: one build loads in every Python and
-in every torch from OLDEST_TORCH on. This module compiles nothing and never looks for a GPU.
+of these operators for a major version of CUDA. Both use torch's stable ABI alone, so that one build loads in every
+Python and in every torch from OLDEST_TORCH on. This module compiles nothing and never looks for a GPU.
 """
 
 import ctypes
@@ -19,10 +19,10 @@ import torch
 
 __all__ = ["NAMESPACE", "OLDEST_TORCH", "Library", "cuda", "operators"]
 
-# Files may be links into a store that knows them by their hash, as in Hugging Face's cache: only the folder is resolved.
+# The folder is resolved and the file is not: in Hugging Face's cache a file is a link to one without neighbours.
 PACKAGE = Path(__file__).parent.resolve()
 OLDEST_TORCH = (2, 11)
-OPERATORS = "librwkv_kernels.so"
+OPERATORS, CUDA = "librwkv_kernels.so", "librwkv_kernels_cuda{}.so"
 TELL_OPERATORS, TELL_CUDA = "rwkv_kernels_build_info", "rwkv_kernels_cuda_build_info"
 # The reason, in one line, that an installation from source leaves where it could not build the operators.
 WHY_NOT_BUILT = "_why_no_library.txt"
@@ -113,25 +113,29 @@ def _ask(path: Path | str, function: str) -> dict[str, Any]:
 
 
 def _why_taken(path: Path) -> str | None:
-    """Why the operators' library may not be loaded after others of this process, or None.
+    """Why the operators' library may not be loaded after another copy of it in this process, or None.
 
-    Torch's error for a namespace that is registered twice leaves a static initialiser, which ends the process. The
-    namespace of a library is found in it as the string that it registers.
+    Torch's error for a namespace that is registered twice leaves a static initialiser, which ends the process. A
+    library's namespace is found in the file as the string that it registers.
     """
     for other in torch.ops.loaded_libraries - {os.path.realpath(path)}:
         try:
             namespace = _ask(other, TELL_OPERATORS)["namespace"]
+            taken = f"\0{namespace}\0".encode() in path.read_bytes()
         except (OSError, AttributeError):
-            continue  # it is no copy of this library
-        if f"\0{namespace}\0".encode() in path.read_bytes():
-            return f"registers torch.ops.{namespace}, which {other} has registered in this process"
+            continue  # the other is no copy of this library
+        if taken:
+            return (
+                f"{path} registers torch.ops.{namespace}, and so did {other} in this process: import one of the "
+                "two packages, or build one of them with another -DWKV_NAMESPACE"
+            )
     return None
 
 
 def _load(path: Path, tell: str) -> Library:
     """Loads the library, whose C function `tell` returns its build."""
     try:
-        unfit = _why_unfit(path) or (_why_taken(path) if tell == TELL_OPERATORS else None)
+        unfit = _why_unfit(path)
         if unfit is None:
             torch.ops.load_library(str(path))
             return Library(path, None, _ask(path, tell))
@@ -151,18 +155,21 @@ def _find_operators(package: Path) -> Library:
         return _missing(f"{why}: pip install -U 'torch>={oldest}'")
     path, note = package / OPERATORS, package / WHY_NOT_BUILT
     if path.is_file():
-        return _load(path, TELL_OPERATORS)
-    reason = f" ({note.read_text().strip()})" if note.is_file() else ""
-    return _missing(f"{OPERATORS} is not built{reason}: {_what_helps(package)}")
+        taken = _why_taken(path)
+        return _load(path, TELL_OPERATORS) if taken is None else _missing(taken)
+    reason = f"{note.read_text().strip()}; " if note.is_file() else ""
+    return _missing(f"{OPERATORS} is not built: {reason}{_what_helps(package)}")
 
 
 def _find_cuda(package: Path, operators: Library) -> Library:
     if operators.why_missing is not None:
         return _missing(operators.why_missing)  # the schemas are there
-    built = {path.stem.removeprefix(f"{OPERATORS[:-3]}_cuda"): path for path in package.glob(f"{OPERATORS[:-3]}_cuda*.so")}
-    majors = " and ".join(f"CUDA {major}" for major in sorted(built))
-    if torch.version.cuda is None or torch.version.hip is not None:
-        return _missing(f"this torch is built without CUDA: install one that is built with {majors or 'CUDA'}")
+    built = sorted(re.findall(r"\d+", path.name)[0] for path in package.glob(CUDA.format("[0-9]*")))
+    versions = " or ".join(f"CUDA {major}" for major in built) or "CUDA"
+    if torch.version.hip is not None:
+        return _missing(f"this torch is built for ROCm {torch.version.hip}, without CUDA: the backend for it is triton")
+    if torch.version.cuda is None:
+        return _missing(f"this torch is built without CUDA: install one that is built with {versions}")
     if not built:
         return _missing(
             "this package has no CUDA kernels (build_info().cuda is None): rebuild where there is nvcc; "
@@ -171,10 +178,10 @@ def _find_cuda(package: Path, operators: Library) -> Library:
     major = torch.version.cuda.split(".")[0]
     if major not in built:
         return _missing(
-            f"torch is built with CUDA {torch.version.cuda}, and the CUDA kernels of this package are for {majors}: "
-            f"install a torch that is built with {majors}, or rebuild where there is an nvcc of CUDA {major}"
+            f"torch is built with CUDA {torch.version.cuda}, and the CUDA kernels of this package are for {versions}: "
+            f"install a torch that is built with {versions}, or rebuild where there is an nvcc of CUDA {major}"
         )
-    return _load(built[major], TELL_CUDA)
+    return _load(package / CUDA.format(major), TELL_CUDA)
 
 
 operators = _find_operators(PACKAGE)
