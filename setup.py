@@ -49,7 +49,7 @@ def why_no_library() -> str | None:
     oldest = ".".join(map(str, OLDEST_TORCH))
     if torch is None:
         return (
-            "there was no torch when it was installed: `pip install --no-build-isolation` lets the build see the torch"
+            "there was no torch when it was installed, and pip's isolated build sees none"
         )
     if torch.__version__ < OLDEST_TORCH:
         return f"torch was {torch.__version__} when it was installed, and the build needs {oldest} or newer"
