@@ -167,7 +167,7 @@ def test_a_forced_plan_is_met(host: ctypes.CDLL, emulator: Any) -> None:
         expected = gpu_programs.forward(emulator, *x.inputs, True, schedule="chunked", chunk_len=128)
         _assert_equal(_ops().wkv_forward(*x.inputs, True), expected)
         force(b"serial", 0, 0, 128, 0)
-        with pytest.raises(RuntimeError, match="serial"):
+        with pytest.raises((RuntimeError, ValueError), match="serial"):  # by torch's version
             _ops().wkv_forward(*x.inputs, True)
     finally:
         force(None, 0, 0, 0, 0)
