@@ -1,4 +1,4 @@
-"""Which libraries are loaded, and what is said of each that cannot be: a copy of the package with stand-ins for them."""
+"""Which libraries are loaded, and what is said of one that cannot be: stand-ins for them, in a copy of the package."""
 
 import json
 import os
@@ -220,10 +220,12 @@ def test_a_second_library_of_the_same_namespace_is_not_loaded(package: Path) -> 
 
 def test_a_second_package_works_in_a_namespace_of_its_own(package: Path) -> None:
     another = _another(package)
-    # A name of the same length, written over the other one, is what a build with -DWKV_NAMESPACE has there.
+    # What a build with another -DWKV_NAMESPACE has in the two places, if the name has the same length.
     content = _built().read_bytes()
-    for before, after in ((b"\0", b"\0"), (b'"namespace": "', b'"')):
-        content = content.replace(before + b"rwkv_kernels" + after, before + b"rwkv_of_mine" + after)
+    for place in (b"\0%s\0", b'"namespace": "%s"'):
+        if place % b"rwkv_kernels" not in content:
+            pytest.skip("the compiler has not left the namespace in one piece")
+        content = content.replace(place % b"rwkv_kernels", place % b"rwkv_of_mine")
     (another / OPERATORS).write_bytes(content)
     used, why = _run(package.parent, TWO_COPIES.replace("BACKEND", "'cpu'")).splitlines()
     assert (used, why) == ("rwkv_of_mine False", "None")
