@@ -105,22 +105,22 @@ $(STATE)/extension: $(EXTENSION_INPUTS)
 	$(QUIETLY) 'setup: building the extension' $(RUN) setup.py --quiet build_ext --inplace
 	@mkdir -p $(STATE) && touch $@
 
-# The CUDA kernels need a toolkit and no CUDA torch: the libraries see torch's headers alone. Objects of the in-place build
-# are used again; build/wheel/lib has the libraries as they go into the wheel.
-# The toolkit's version and the architectures that it compiles for.
+# The toolkit's version and the architectures that it compiles for. It takes no CUDA torch: any torch has the headers.
 TOOLKIT = $(shell PYTHONPATH=tools $(RUN) -c 'import cuda_toolkit as c; \
 	t = c.find_toolkit(); print(*((t.version, *t.architectures()) if t else ()))')
 CUDA = $(firstword $(TOOLKIT))
 
+# Objects of the in-place build are used again. build/wheel/content is the wheel, unpacked.
 wheel: setup
-	@rm -rf build/wheel dist
+	@rm -rf build/lib.* build/wheel dist
 	$(QUIETLY) 'wheel: building, $(if $(CUDA),with CUDA $(CUDA),without CUDA: there is no nvcc)' \
-		env RWKV_KERNELS_CUDA=$(if $(CUDA),1,0) $(RUN) setup.py --quiet \
-		build --build-lib build/wheel/lib bdist_wheel --dist-dir build/wheel/raw
+		env RWKV_KERNELS_CUDA=$(if $(CUDA),1,0) PYTHONDONTWRITEBYTECODE= \
+		$(RUN) -m build --wheel --no-isolation --outdir build/wheel .
 	$(QUIETLY) 'wheel: naming the glibc that it needs' $(RUN) -m auditwheel repair --wheel-dir dist \
-		--exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' build/wheel/raw/*.whl
+		--exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' build/wheel/*.whl
 	@printf 'wheel: checking it\n'
 	@$(RUN) tools/check_wheel.py $(if $(CUDA),--cuda $(firstword $(subst ., ,$(CUDA)))) dist/*.whl
+	@$(RUN) -m zipfile -e dist/*.whl build/wheel/content
 
 wheel-test: wheel wheel-environments
 	@printf 'wheel-test: beside the oldest torch\n'
