@@ -1,0 +1,47 @@
+"""tools/same_outputs.py itself: two builds that are the same are, and one that rounds differently is seen."""
+
+import os
+from pathlib import Path
+
+import pytest
+import same_outputs
+
+import rwkv_kernels
+
+TREE = Path(rwkv_kernels.__file__).parent.parent
+EVERY = 40  # cases, of which one is run
+
+
+def test_every_kind_of_difference_is_seen() -> None:
+    one = {"case": {"y": "1", "state": "2"}, "step": {"version": "moved"}}
+    assert not list(same_outputs.differences(one, one))
+    for other, expected in [
+        ({**one, "case": {"y": "1", "state": "3"}}, "case: state: 2 and 3"),
+        ({**one, "case": {"y": "1"}}, "case: state: 2 and None"),
+        ({"case": one["case"]}, "step: version: moved and None"),
+    ]:
+        assert list(same_outputs.differences(one, other)) == [expected]
+    unmoved = {"step": {"version": "UNMOVED"}}
+    assert list(same_outputs.differences(unmoved, unmoved)) == ["step: version: unmoved in both"]
+
+
+def test_no_case_is_there_twice() -> None:
+    names = [str(case) for case in same_outputs.cases()]
+    assert len(names) == len(set(names)) > 500
+
+
+def test_another_instruction_set_is_another_result() -> None:
+    if rwkv_kernels.build_info().cpu_instruction_set in (None, "baseline"):
+        pytest.skip("the CPU kernels have one instruction set here, or are not built")
+    found = same_outputs.outputs_of_tree(TREE, every=EVERY)
+    assert not list(same_outputs.differences(found, same_outputs.outputs_of_tree(TREE, every=EVERY)))
+    plain = same_outputs.outputs_of_tree(TREE, every=EVERY, environment={"ATEN_CPU_CAPABILITY": "default"})
+    differing = list(same_outputs.differences(found, plain))
+    assert any("forward, checkpoint=True: y" in what for what in differing)
+    assert not any(": input" in what for what in differing)
+
+
+def test_another_package_than_the_trees_own_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.fspath(TREE))
+    with pytest.raises(SystemExit, match="No module named 'rwkv_kernels'|expected the package in"):
+        same_outputs.outputs_of_tree(tmp_path, every=EVERY)
