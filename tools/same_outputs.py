@@ -213,12 +213,23 @@ def inputs_of(case: Case, numbers: Numbers) -> dict[str, Any]:
 
 
 def digest(tensor: Any) -> str:
-    """All that can be seen of a tensor: dtype, shape, strides and every bit."""
+    """All that can be seen of a tensor: dtype, shape, strides, every bit but those of a NaN, and these as well.
+
+    IEEE 754 leaves open which sign and payload a NaN has that comes of two. On x86 they are those of the first operand,
+    which the compiler chooses.
+    """
+    import torch
+
+    layout = f"{tensor.dtype}{list(tensor.shape)}{list(tensor.stride())}".removeprefix("torch.")
+    one_nan = torch.where(tensor.isnan(), torch.full_like(tensor, NAN), tensor)
+    return " ".join((layout, *(_hash(x) for x in (one_nan, tensor))))
+
+
+def _hash(tensor: Any) -> str:
     import torch
 
     data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    layout = f"{tensor.dtype}{list(tensor.shape)}{list(tensor.stride())}"
-    return f"{layout.removeprefix('torch.')} {hashlib.sha256(data).hexdigest()[:16]}"
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _all_of(tensor: Any) -> Any:
@@ -361,10 +372,21 @@ def differences(one: Outputs, other: Outputs) -> Iterator[str]:
     for case in one.keys() | other.keys():
         a, b = one.get(case, {}), other.get(case, {})
         for name in sorted(a.keys() | b.keys()):
-            if a.get(name) != b.get(name):
+            if _numbers(a.get(name)) != _numbers(b.get(name)):
                 yield f"{case}: {name}: {a.get(name)} and {b.get(name)}"
             elif a[name] == "UNMOVED":
                 yield f"{case}: {name}: unmoved in both"
+
+
+def _numbers(what: str | None) -> str | None:
+    """A digest without the part that tells NaNs apart."""
+    return what.rpartition(" ")[0] if what is not None and " " in what else what
+
+
+def differing_nans(one: Outputs, other: Outputs) -> int:
+    """How many outputs are the same but for the signs and payloads of NaNs."""
+    pairs = ((a, other.get(case, {}).get(name, a)) for case, found in one.items() for name, a in found.items())
+    return sum(a != b and _numbers(a) == _numbers(b) for a, b in pairs)
 
 
 def main() -> None:
@@ -375,7 +397,7 @@ def main() -> None:
     arguments = parser.parse_args()
     one, other = outputs_of_tree(ROOT), outputs_of_tree(arguments.tree, arguments.python)
     found = sorted(differences(one, other))
-    print(f"{len(one)} cases, {len(found)} outputs differ")
+    print(f"{len(one)} cases, {len(found)} outputs differ, {differing_nans(one, other)} in the signs of NaNs alone")
     if found:
         sys.exit("\n".join(found[:SHOWN]) + ("\n..." if len(found) > SHOWN else ""))
 
