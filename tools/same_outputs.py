@@ -221,7 +221,8 @@ def digest(tensor: Any) -> str:
     import torch
 
     layout = f"{tensor.dtype}{list(tensor.shape)}{list(tensor.stride())}".removeprefix("torch.")
-    one_nan = torch.where(tensor.isnan(), torch.full_like(tensor, NAN), tensor)
+    has_nan = bool(tensor.isnan().any())
+    one_nan = torch.where(tensor.isnan(), torch.full_like(tensor, NAN), tensor) if has_nan else tensor
     return " ".join((layout, *(_hash(x) for x in (one_nan, tensor))))
 
 
