@@ -7,22 +7,24 @@
 A variant is named by the ABI that it needs, its backend, processor and system, as `kernels` parses it. The one for the
 CPU is always made, and one for CUDA beside it where setup.py builds CUDA kernels.
 
-The namespace is the variant's id, which `kernels` also imports it under, so that several copies can be loaded by one
-process, an installed package among them. It names the content: another one has another id. Only the sources that
-register operators are compiled with it; the objects of the others are those of the ordinary build.
+The namespace is the variant's id, under which `kernels` also imports it, so that several copies can be loaded by one
+process, an installed package among them. It is a digest of the content: what differs has another id. Only the sources
+that register operators are compiled with it; the objects of the others are those of the ordinary build.
 """
 
 import hashlib
 import json
+import os
 import platform
 import shutil
-import sys
 import tomllib
 from distutils.core import run_setup
 from pathlib import Path
 from typing import Any
 
-from setuptools import Extension
+import cuda_toolkit
+import torch
+from setuptools import Distribution
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "build" / "hub"
@@ -31,17 +33,89 @@ CONFIGURATION = ROOT / "hub" / "build.toml"
 
 
 def package_files() -> list[Path]:
-    return sorted((ROOT / "rwkv_kernels").rglob("*.py"))
+    package = ROOT / "rwkv_kernels"
+    return [package / "py.typed", *sorted(package.rglob("*.py"))]
 
 
 def identifier(name: str, backend: str) -> str:
+    """As kernel-builder makes one: unique among kernels, their versions and backends, and a name in Python and C++."""
     digest = hashlib.sha256()
-    for path in [FRONT, CONFIGURATION, *package_files(), *sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file())]:
-        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    for path in [FRONT, CONFIGURATION, *package_files(), *sources]:
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return f"_{name}_{backend}_{digest.hexdigest()[:8]}"
 
 
-def variant_name(stable_abi: str, compute: str) -> str:
-    system, machine = platform.system().lower(), platform.machine()
-    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
-    return f"torch-stable-abi{stable_abi.replace('.', '')}-{compute}-{machine}-{system}"
+def variant(configuration: dict[str, Any], backend: str, compute: str) -> str:
+    abi = configuration["torch"]["stable-abi"][backend].replace(".", "")
+    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    return f"torch-stable-abi{abi}-{compute}-{machine}-{platform.system().lower()}"
+
+
+def setup(build_lib: Path, *arguments: str) -> Distribution:
+    """The project's setup.py with a build_ext that is yet to run."""
+    script = ["--quiet", "build_ext", f"--build-lib={build_lib}", *arguments]
+    return run_setup(str(ROOT / "setup.py"), script, stop_after="commandline")
+
+
+def registers(source: str) -> bool:
+    return "WKV_NAMESPACE" in (ROOT / source).read_text()
+
+
+def ordinary_objects() -> Path:
+    """Where the objects of the ordinary build are, which makes them or finds them made."""
+    distribution = setup(OUT / "ordinary")
+    distribution.run_commands()
+    return Path(distribution.get_command_obj("build_ext").build_temp)
+
+
+def build(folder: Path, namespace: str, backend: str, objects: Path) -> None:
+    """The backend's libraries, into `folder`/rwkv_kernels."""
+    distribution = setup(folder, f"--build-temp={OUT / 'objects' / backend}")
+    if backend == "cpu":
+        distribution.ext_modules = [x for x in distribution.ext_modules if "_cuda" not in x.name]
+    for extension in distribution.ext_modules:
+        shared = [source for source in extension.sources if not registers(source)]
+        extension.sources = [source for source in extension.sources if registers(source)]
+        library = extension.name.split(".")[-1]
+        extension.extra_objects = [str(objects / library / Path(source).with_suffix(".o")) for source in shared]
+        extension.define_macros.append(("WKV_NAMESPACE", namespace))
+    distribution.run_commands()
+
+
+def lay_out(
+    configuration: dict[str, Any], backend: str, compute: str, architectures: list[str] | None, objects: Path
+) -> Path:
+    general = configuration["general"]
+    folder = OUT / "build" / variant(configuration, backend, compute)
+    name = identifier(general["name"], backend)
+    shutil.rmtree(folder, ignore_errors=True)
+    build(folder, name, backend, objects)
+    for path in package_files():
+        copy = folder / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    shutil.copyfile(FRONT, folder / "__init__.py")
+    metadata = {key: general[key] for key in ("name", "version", "license")}
+    metadata |= {"id": name, "python-depends": [], "backend": {"type": backend}}
+    if architectures is not None:
+        metadata["backend"]["archs"] = architectures
+    (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+    return folder
+
+
+def main() -> None:
+    os.chdir(ROOT)  # setup.py names its sources from here
+    configuration = tomllib.loads(CONFIGURATION.read_text())
+    toolkit = cuda_toolkit.to_build_with(torch.version.cuda)
+    objects = ordinary_objects()
+    folders = [lay_out(configuration, "cpu", "cpu", None, objects)]
+    if toolkit is not None:
+        compute = "cu" + toolkit.version.replace(".", "")
+        folders.append(lay_out(configuration, "cuda", compute, toolkit.architectures(), objects))
+    for folder in folders:
+        print(folder.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
