@@ -2,126 +2,112 @@
 // functions; these checks keep a direct call of the operators from touching memory it should not.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <c10/util/Exception.h>
-
 #include <optional>
 
+#include "tensor.h"
 #include "wkv_problem.h"
 
 namespace wkv {
 
-inline DType dtype_of(const char* name, const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return DType::float32;
-    case at::kHalf:
-      return DType::float16;
-    case at::kBFloat16:
-      return DType::bfloat16;
-    case at::kDouble:
-      return DType::float64;
-    default:
-      TORCH_CHECK_TYPE(false, name, ": expected float32, float16, bfloat16 or float64, got ", tensor.scalar_type());
-  }
+inline void check_like(const char* name, const Tensor& tensor, const Sizes& shape, DType dtype, const Device& device) {
+  const Sizes sizes = sizes_of(tensor);
+  require(sizes == shape, name, ": expected shape ", shape, ", got ", sizes);
+  require(torch_type_of(tensor) == torch_type(dtype), name, ": expected ", dtype, ", got ", tensor.scalar_type());
+  const Device where(tensor);
+  require(where == device, name, ": expected device ", device, " as k, got ", where);
 }
 
-inline at::ScalarType state_type(const at::Tensor& k) {
-  return k.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-inline void check_like(const char* name, const at::Tensor& tensor, at::IntArrayRef shape, at::ScalarType dtype,
-                       const at::Tensor& k) {
-  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, ": expected shape ", shape, ", got ", tensor.sizes());
-  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, ": expected ", dtype, ", got ", tensor.scalar_type());
-  TORCH_CHECK_VALUE(tensor.device() == k.device(), name, ": expected device ", k.device(), " as k, got ",
-                    tensor.device());
-}
-
-// A per-channel parameter, of a dtype of its own.
-inline at::Tensor channel_parameter(const char* name, const at::Tensor& parameter, const at::Tensor& k) {
-  check_like(name, parameter, {k.size(-1)}, parameter.scalar_type(), k);
-  return parameter.contiguous();
-}
-
-// [B, T, C] with contiguous channels: as it is where it can be, else a copy.
-inline at::Tensor with_contiguous_channels(const at::Tensor& sequence) {
-  return sequence.stride(2) == 1 || sequence.size(2) <= 1 ? sequence : sequence.contiguous();
-}
-
-inline Sequence sequence_of(const at::Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
-}
-
-// The arguments that forward, backward and step share, checked and in the layout that the kernels take.
+// What forward, backward and step are all given, checked; k and v are laid out as the kernels take them: [B, T, C], or
+// [B, C] for the one token of a step, with contiguous channels.
 struct Arguments {
   DType dtype, w_dtype, u_dtype;
-  at::Tensor w, u, k, v;
-  std::optional<at::Tensor> state;
+  Device device;
+  Tensor w, u, k, v;
+  std::optional<Tensor> state;
+  int64_t B, T, C;
 
-  Arguments(const at::Tensor& w_, const at::Tensor& u_, const at::Tensor& k_, const at::Tensor& v_,
-            const std::optional<at::Tensor>& state_)
-      : dtype(dtype_of("k", k_)), w_dtype(dtype_of("w", w_)), u_dtype(dtype_of("u", u_)) {
-    TORCH_CHECK_VALUE(k_.dim() == 3, "k: expected shape [B, T, C], got ", k_.sizes());
-    check_like("v", v_, k_.sizes(), k_.scalar_type(), k_);
-    w = channel_parameter("w", w_, k_);
-    u = channel_parameter("u", u_, k_);
-    k = with_contiguous_channels(k_);
-    v = with_contiguous_channels(v_);
+  enum class Of { sequence, token };
+
+  Arguments(const Tensor& w_, const Tensor& u_, const Tensor& k_, const Tensor& v_, const std::optional<Tensor>& state_,
+            Of of = Of::sequence)
+      : dtype(dtype_of("k", k_)),
+        w_dtype(dtype_of("w", w_)),
+        u_dtype(dtype_of("u", u_)),
+        device(k_),
+        w(w_),
+        u(u_),
+        k(k_),
+        v(v_) {
+    const Sizes sizes = sizes_of(k);
+    if (of == Of::sequence) {
+      require(sizes.count == 3, "k: expected shape [B, T, C], got ", sizes);
+    } else {
+      require(sizes.count == 2, "k: expected shape [B, C], got ", sizes);
+    }
+    B = sizes.data[0];
+    T = of == Of::sequence ? sizes.data[1] : 1;
+    C = sizes.data[sizes.count - 1];
+    check_like("v", v, sizes, dtype, device);
+    check_like("w", w, sizes_of({C}), w_dtype, device);
+    check_like("u", u, sizes_of({C}), u_dtype, device);
+    k = with_contiguous_channels(k);
+    v = with_contiguous_channels(v);
     if (state_.has_value()) state = checked_state("state", *state_);
   }
 
-  at::Tensor checked_state(const char* name, const at::Tensor& tensor) const {
-    check_like(name, tensor, {B(), 3, C()}, state_type(k), k);
-    return tensor.contiguous();
+  Tensor checked_state(const char* name, const Tensor& tensor) const {
+    check_like(name, tensor, sizes_of({B, 3, C}), state_type(dtype), device);
+    return as_contiguous(tensor);
   }
 
-  int64_t B() const { return k.size(0); }
-  int64_t T() const { return k.size(1); }
-  int64_t C() const { return k.size(2); }
+  bool nothing_to_do() const { return B == 0 || T == 0 || C == 0; }
 
-  at::Tensor empty_sequence() const { return at::empty({B(), T(), C()}, k.options()); }
-  at::Tensor empty_state() const { return at::empty({B(), 3, C()}, k.options().dtype(state_type(k))); }
-  at::Tensor empty_checkpoints(bool wanted) const {
-    return at::empty({B(), wanted ? checkpoint_count(dtype, T()) : 0, 3, C()}, k.options().dtype(state_type(k)));
+  Tensor empty_sequence() const { return empty({B, T, C}, dtype, device); }
+  Tensor empty_state() const { return empty({B, 3, C}, state_type(dtype), device); }
+  Tensor empty_checkpoints(bool wanted) const {
+    return empty({B, wanted ? checkpoint_count(dtype, T) : 0, 3, C}, state_type(dtype), device);
   }
 };
 
-// What a step gets: one token, k, v and maybe r [B, C], here as sequences of one step.
+// The steps of a [B, T, C] tensor, or the one of a [B, C] tensor.
+inline Sequence sequence_of(const Tensor& tensor) {
+  return {data_of(tensor), tensor.stride(0), tensor.dim() == 3 ? tensor.stride(1) : 0};
+}
+
+// What a step gets: one token, k, v and maybe r [B, C], and the state that it moves on, of any strides.
 struct TokenArguments : Arguments {
-  std::optional<at::Tensor> r;
+  std::optional<Tensor> r;
 
-  TokenArguments(const at::Tensor& w_, const at::Tensor& u_, const at::Tensor& k_, const at::Tensor& v_,
-                 const std::optional<at::Tensor>& state_, const std::optional<at::Tensor>& r_)
-      : Arguments(w_, u_, one_step("k", k_), one_step("v", v_), state_) {
+  TokenArguments(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Tensor& moved,
+                 const std::optional<Tensor>& r_)
+      : Arguments(w, u, k, v, std::nullopt, Of::token) {
+    check_like("state", moved, sizes_of({B, 3, C}), state_type(dtype), device);
+    for (int64_t i = 0; i < 3; ++i) {
+      require(moved.stride(i) != 0 || moved.size(i) <= 1, "state: expected elements of their own, got an expanded ",
+              "tensor, with stride 0 in dimension ", i, "; its clone() does");
+    }
     if (!r_.has_value()) return;
-    check_like("r", *r_, {B(), C()}, k.scalar_type(), k);
-    r = with_contiguous_channels(r_->unsqueeze(1));
+    check_like("r", *r_, sizes_of({B, C}), dtype, device);
+    r = with_contiguous_channels(*r_);
   }
 
-  at::Tensor empty_token() const { return at::empty({B(), C()}, k.options()); }
-
- private:
-  static at::Tensor one_step(const char* name, const at::Tensor& token) {
-    TORCH_CHECK_VALUE(token.dim() == 2, name, ": expected shape [B, C], got ", token.sizes());
-    return token.unsqueeze(1);
-  }
+  Tensor empty_token() const { return empty({B, C}, dtype, device); }
 };
 
 // What backward gets besides.
 struct GradientArguments {
-  at::Tensor checkpoints, gy;
-  std::optional<at::Tensor> gstate_out;
+  Tensor checkpoints, gy;
+  std::optional<Tensor> gstate_out;
 
-  GradientArguments(const Arguments& arguments, const at::Tensor& checkpoints_, const at::Tensor& gy_,
-                    const std::optional<at::Tensor>& gstate_out_) {
-    const at::Tensor& k = arguments.k;
-    check_like("gy", gy_, k.sizes(), k.scalar_type(), k);
-    check_like("checkpoints", checkpoints_,
-               {arguments.B(), checkpoint_count(arguments.dtype, arguments.T()), 3, arguments.C()}, state_type(k), k);
-    checkpoints = checkpoints_.contiguous();
-    gy = with_contiguous_channels(gy_);
+  GradientArguments(const Arguments& arguments, const Tensor& checkpoints_, const Tensor& gy_,
+                    const std::optional<Tensor>& gstate_out_)
+      : checkpoints(checkpoints_), gy(gy_) {
+    const auto& [dtype, B, T, C] = std::tie(arguments.dtype, arguments.B, arguments.T, arguments.C);
+    check_like("gy", gy, sizes_of({B, T, C}), dtype, arguments.device);
+    check_like("checkpoints", checkpoints, sizes_of({B, checkpoint_count(dtype, T), 3, C}), state_type(dtype),
+               arguments.device);
+    checkpoints = as_contiguous(checkpoints);
+    gy = with_contiguous_channels(gy);
     if (gstate_out_.has_value()) gstate_out = arguments.checked_state("gstate_out", *gstate_out_);
   }
 };

@@ -1,8 +1,14 @@
 // The operators' schemas. Kernels register themselves; fakes, autograd, vmap and autocast are in
 // rwkv_kernels/autograd.py.
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/version.h>
 
-TORCH_LIBRARY(rwkv_kernels, m) {
+#include <string>
+
+#include "cpu/wkv_cpu_kernels.h"
+#include "namespace.h"
+
+WKV_LIBRARY(WKV_NAMESPACE, m) {
   // w, u [C]; k, v [B, T, C]; state [B, 3, C] or None for an empty one -> y [B, T, C], the final state [B, 3, C], and
   // the states that backward replays from, [B, n, 3, C]: n = 0 unless `checkpoint`.
   m.def(
@@ -16,4 +22,28 @@ TORCH_LIBRARY(rwkv_kernels, m) {
 
   // One token, k, v [B, C]; the state moves on in place. With r [B, C], the result is sigmoid(r) * y.
   m.def("wkv_step(Tensor w, Tensor u, Tensor k, Tensor v, Tensor(a!) state, Tensor? r=None) -> Tensor y");
+}
+
+// This library, as JSON; valid for ever.
+WKV_EXPORTED const char* rwkv_kernels_build_info() {
+  static const std::string info = [] {
+    std::string sets, intervals;
+    for (const wkv::CpuKernels* kernels :
+         {wkv::cpu_kernels_baseline(), wkv::cpu_kernels_avx2(), wkv::cpu_kernels_avx512()}) {
+      if (kernels != nullptr) sets += std::string(sets.empty() ? "\"" : ", \"") + kernels->name + "\"";
+    }
+    for (const auto& [name, dtype] : {std::pair{"float32", wkv::DType::float32},
+                                      {"float16", wkv::DType::float16},
+                                      {"bfloat16", wkv::DType::bfloat16},
+                                      {"float64", wkv::DType::float64}}) {
+      intervals += std::string(intervals.empty() ? "\"" : ", \"") + name +
+                   "\": " + std::to_string(wkv::checkpoint_interval(dtype));
+    }
+    return std::string("{\"namespace\": \"" WKV_STRING(WKV_NAMESPACE) "\", \"torch\": \"" TORCH_VERSION
+                                                                      "\", \"compiler\": \"" WKV_COMPILER
+                                                                      "\", \"cpu_instruction_sets\": [") +
+           sets + "], \"cpu_instruction_set\": \"" + wkv::selected_cpu_kernels().name +
+           "\", \"checkpoint_intervals\": {" + intervals + "}}";
+  }();
+  return info.c_str();
 }

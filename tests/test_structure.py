@@ -7,7 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
-TORCH_HEADERS = re.compile(r"#include <(torch|ATen|c10)/")
+TORCH_HEADERS = re.compile(r"#include <((?:torch|ATen|c10|caffe2)/[^>]+)>")
+STABLE_HEADERS = ("torch/csrc/stable/", "torch/headeronly/")
 
 
 def _sources(*patterns: str) -> list[Path]:
@@ -15,19 +16,27 @@ def _sources(*patterns: str) -> list[Path]:
 
 
 def test_the_manifest_lists_every_translation_unit() -> None:
-    listed = (CSRC / "sources.txt").read_text().split()
-    assert sorted(listed) == [str(path.relative_to(ROOT)) for path in _sources("*.cpp", "*.cu")]
+    rows = [line.split() for line in (CSRC / "sources.txt").read_text().splitlines()]
+    assert {library for library, _ in rows} == {"operators", "cuda", "introspection"}
+    assert {source for _, source in rows} == {str(path.relative_to(ROOT)) for path in _sources("*.cpp", "*.cu")}
+    assert {source for library, source in rows if source.startswith("csrc/cuda/")} == {
+        source for library, source in rows if library == "cuda" and source.startswith("csrc/cuda/")
+    }, "only the CUDA library needs a toolkit"
 
 
-def test_torch_headers_stay_in_the_glue() -> None:
-    glue = {"ops.cpp", "checks.h", "cpu/wkv_cpu.cpp", "cuda/wkv_cuda.cpp", "module.cpp"}
-    users = {str(p.relative_to(CSRC)) for p in _sources("*.h", "*.cpp", "*.cu*") if TORCH_HEADERS.search(p.read_text())}
-    assert users <= glue
+def test_torch_is_used_by_its_stable_interface_alone_and_in_the_glue_alone() -> None:
+    users = {
+        str(path.relative_to(CSRC)): TORCH_HEADERS.findall(path.read_text())
+        for path in _sources("*.h", "*.cpp", "*.cu*")
+    }
+    glue = {"ops.cpp", "tensor.h", "cpu/wkv_cpu.cpp", "cuda/wkv_cuda.cpp"}
+    assert {name for name, headers in users.items() if headers} == glue
+    assert [header for headers in users.values() for header in headers if not header.startswith(STABLE_HEADERS)] == []
 
 
-def test_pybind11_stays_in_the_module() -> None:
+def test_pybind11_stays_in_the_introspection_module() -> None:
     users = {p.name for p in _sources("*.h", "*.cpp", "*.cu*") if "#include <pybind11" in p.read_text()}
-    assert users <= {"module.h", "module.cpp", "module_cuda.cpp"}
+    assert users == {"introspection.cpp"}
 
 
 def test_the_maths_header_needs_the_standard_library_only() -> None:

@@ -48,4 +48,8 @@ const CpuKernels* cpu_kernels_baseline();
 const CpuKernels* cpu_kernels_avx2();
 const CpuKernels* cpu_kernels_avx512();
 
+// The largest instruction set that is built, is there, and is not above what ATEN_CPU_CAPABILITY, torch's variable for
+// the same purpose, allows: default, avx2 or avx512.
+const CpuKernels& selected_cpu_kernels();
+
 }  // namespace wkv

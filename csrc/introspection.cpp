@@ -1,52 +1,44 @@
-// The Python module's view of the CUDA kernels: plans and launches as dicts, for tests, benchmarks and the doctor. All
-// of it works in builds without CUDA, but for what asks a device or the operators.
+// Plans and launches as Python's dicts, for tests, benchmarks and the kernel report: pure functions of a problem, which
+// need neither torch nor a toolkit nor a GPU. A module of the source tree; nothing that a user calls needs it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <map>
 #include <string>
 
-#include "module.h"
+#include "cpu/wkv_cpu_plan.h"
 #include "wkv_launch.h"
 #include "wkv_plan.h"
-
-#if defined(WKV_CUDA_ARCHITECTURES)
-#include "cuda/wkv_kernels.h"
-#endif
 
 namespace py = pybind11;
 
 namespace wkv {
+namespace {
 
-#if defined(WKV_CUDA_ARCHITECTURES)
-
-void force_cuda_plan(const PlanRequest& request);
-
-py::object cuda_version() {
-  return py::str(std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10));
+DType parse_dtype(const std::string& name) {
+  if (name == "float32") return DType::float32;
+  if (name == "float16") return DType::float16;
+  if (name == "bfloat16") return DType::bfloat16;
+  if (name == "float64") return DType::float64;
+  throw py::value_error("dtype: expected float32, float16, bfloat16 or float64, got " + name);
 }
 
-py::tuple cuda_architectures() { return py::tuple(py::str(WKV_CUDA_ARCHITECTURES).attr("split")(",")); }
-
-#else
-
-namespace {
-[[noreturn]] void no_cuda() { throw std::runtime_error("this build has no CUDA kernels (build_info().cuda is None)"); }
-DeviceLimits device_limits(int) { no_cuda(); }
-void force_cuda_plan(const PlanRequest&) { no_cuda(); }
-}  // namespace
-
-py::object cuda_version() { return py::none(); }
-
-py::tuple cuda_architectures() { return py::tuple(); }
-
-#endif
-
-namespace {
+py::dict plan_of_cpu(const std::string& dtype, int64_t B, int64_t T, int64_t C, int64_t threads) {
+  const CpuPlan plan = plan_cpu(parse_dtype(dtype), B, T, C, threads);
+  py::dict result;
+  result["threads"] = plan.threads;
+  result["channel_tile"] = plan.channel_tile;
+  result["tiles"] = plan.tiles;
+  result["span_steps"] = plan.span_steps;
+  result["spans"] = plan.spans;
+  return result;
+}
 
 constexpr DeviceLimits kH100 = {
     .multiprocessors = 132, .shared_per_block = 232448, .shared_per_multiprocessor = 233472};
 
 DeviceLimits parse_limits(const py::object& limits) {
   if (limits.is_none()) return kH100;
-  if (py::isinstance<py::int_>(limits)) return device_limits(limits.cast<int>());
   const auto get = [&](const char* name) { return limits[name].cast<int64_t>(); };
   return {.multiprocessors = get("multiprocessors"),
           .shared_per_block = get("shared_per_block"),
@@ -99,8 +91,8 @@ struct Request {
   }
 };
 
-py::dict plan_cuda(const std::string& operation, const std::string& dtype, int64_t B, int64_t T, int64_t C,
-                   const py::object& limits, const py::kwargs& choices) {
+py::dict plan_of_cuda(const std::string& operation, const std::string& dtype, int64_t B, int64_t T, int64_t C,
+                      const py::object& limits, const py::kwargs& choices) {
   const Plan plan =
       make_plan(parse_operation(operation), parse_dtype(dtype), B, T, C, parse_limits(limits), Request(choices).view());
   py::dict result;
@@ -220,12 +212,12 @@ py::list cuda_launches(const std::string& operation, const std::string& dtype, i
 
 }  // namespace
 
-void define_cuda(py::module_& m) {
-  m.def("plan_cuda", &plan_cuda, py::arg("operation"), py::arg("dtype"), py::arg("B"), py::arg("T"), py::arg("C"),
-        py::arg("limits") = py::none());
-  m.def("cuda_launches", &cuda_launches, py::arg("operation"), py::arg("dtype"), py::arg("B"), py::arg("T"),
-        py::arg("C"), py::arg("arguments"), py::arg("limits") = py::none());
-  m.def("force_cuda_plan", [](const py::kwargs& choices) { force_cuda_plan(Request(choices).view()); });
-}
-
 }  // namespace wkv
+
+PYBIND11_MODULE(_introspection, m) {
+  m.def("plan_cpu", &wkv::plan_of_cpu, py::arg("dtype"), py::arg("B"), py::arg("T"), py::arg("C"), py::arg("threads"));
+  m.def("plan_cuda", &wkv::plan_of_cuda, py::arg("operation"), py::arg("dtype"), py::arg("B"), py::arg("T"),
+        py::arg("C"), py::arg("limits") = py::none());
+  m.def("cuda_launches", &wkv::cuda_launches, py::arg("operation"), py::arg("dtype"), py::arg("B"), py::arg("T"),
+        py::arg("C"), py::arg("arguments"), py::arg("limits") = py::none());
+}
