@@ -9,4 +9,4 @@ from .rwkv_kernels import *  # noqa: F403
 from .rwkv_kernels.compat import hub
 from .rwkv_kernels.compat.hub import *  # noqa: F403
 
-__all__ = [*rwkv_kernels.__all__, *hub.__all__]  # noqa: PLE0604
+__all__ = [*rwkv_kernels.__all__, *hub.__all__]

@@ -1,10 +1,10 @@
-"""A program: transformers' RwkvForCausalLM, unpatched, on the kernel that `kernels` loads, against transformers' own loop.
+"""A program: transformers' RwkvForCausalLM, unpatched, on the kernel that `kernels` loads, against its own loop.
 
-    python hub_in_transformers.py local_kernels          the environment variable LOCAL_KERNELS names build/hub
-    python hub_in_transformers.py get_local_kernel PATH  for versions of transformers that refuse this one of `kernels`
+    LOCAL_KERNELS=kernels-community/rwkv=build/hub python hub_in_transformers.py
+    python hub_in_transformers.py build/hub    for versions of transformers that refuse this version of `kernels`
 
-transformers calls its kernel on a GPU alone. Without one it is told of one: its module for RWKV, and nothing else, reads
-"cuda" as every tensor's device, and what it makes there lies on the CPU. No line of it is changed.
+transformers calls its kernel on a GPU alone. Without one it is told of one: its module for RWKV, and nothing else,
+reads "cuda" as every tensor's device, and what it makes there lies on the CPU. No line of it is changed.
 """
 
 import contextlib
@@ -76,14 +76,15 @@ def compare(what: str, found: dict[str, Tensor], expected: dict[str, Tensor]) ->
         assert_tensor_close(f"{what}, {name}", found[name], exact, CLOSE, 1e-3)
 
 
-def main(how: str, path: str | None = None) -> None:
+def main(path: str | None = None) -> None:
     modeling_rwkv.is_torch_cuda_available = lambda: True
     if path is not None:
         import kernels
 
         modeling_rwkv.rwkv_cuda_kernel = kernels.get_local_kernel(Path(path))
         modeling_rwkv.rwkv_cuda_kernel.max_seq_length = 1024
-    model = transformers_models.make(torch.float32, context_length=1024).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = transformers_models.make(torch.float32, context_length=1024)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     kernel = modeling_rwkv.rwkv_cuda_kernel
     assert kernel is not None, "transformers has not loaded its kernel"
     # The copy, and not the package that this program imports, too.

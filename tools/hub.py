@@ -17,12 +17,12 @@ import json
 import os
 import platform
 import shutil
-import tomllib
 from distutils.core import run_setup
 from pathlib import Path
 from typing import Any
 
 import cuda_toolkit
+import tomllib
 import torch
 from setuptools import Distribution
 
@@ -30,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 OUT = ROOT / "build" / "hub"
 FRONT = ROOT / "hub" / "__init__.py"
 CONFIGURATION = ROOT / "hub" / "build.toml"
+METADATA = "metadata.json"
 
 
 def package_files() -> list[Path]:
@@ -41,7 +42,7 @@ def identifier(name: str, backend: str) -> str:
     """As kernel-builder makes one: unique among kernels, their versions and backends, and a name in Python and C++."""
     digest = hashlib.sha256()
     sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
-    for path in [FRONT, CONFIGURATION, *package_files(), *sources]:
+    for path in [ROOT / "setup.py", FRONT, CONFIGURATION, *package_files(), *sources]:
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return f"_{name}_{backend}_{digest.hexdigest()[:8]}"
 
@@ -83,37 +84,37 @@ def build(folder: Path, namespace: str, backend: str, objects: Path) -> None:
     distribution.run_commands()
 
 
-def lay_out(
-    configuration: dict[str, Any], backend: str, compute: str, architectures: list[str] | None, objects: Path
-) -> Path:
-    general = configuration["general"]
-    folder = OUT / "build" / variant(configuration, backend, compute)
-    name = identifier(general["name"], backend)
+def copy(path: Path, to: Path) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, to)
+
+
+def lay_out(folder: Path, metadata: dict[str, Any], objects: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    build(folder, name, backend, objects)
+    build(folder, metadata["id"], metadata["backend"]["type"], objects)
     for path in package_files():
-        copy = folder / path.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
-    shutil.copyfile(FRONT, folder / "__init__.py")
-    metadata = {key: general[key] for key in ("name", "version", "license")}
-    metadata |= {"id": name, "python-depends": [], "backend": {"type": backend}}
-    if architectures is not None:
-        metadata["backend"]["archs"] = architectures
-    (folder / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
-    return folder
+        copy(path, folder / path.relative_to(ROOT))
+    copy(FRONT, folder / "__init__.py")
+    # Last: a folder that has it is complete.
+    (folder / METADATA).write_text(json.dumps(metadata, indent=2) + "\n")
 
 
 def main() -> None:
     os.chdir(ROOT)  # setup.py names its sources from here
     configuration = tomllib.loads(CONFIGURATION.read_text())
     toolkit = cuda_toolkit.to_build_with(torch.version.cuda)
-    objects = ordinary_objects()
-    folders = [lay_out(configuration, "cpu", "cpu", None, objects)]
+    computes: dict[str, tuple[str, dict[str, Any]]] = {"cpu": ("cpu", {})}
     if toolkit is not None:
-        compute = "cu" + toolkit.version.replace(".", "")
-        folders.append(lay_out(configuration, "cuda", compute, toolkit.architectures(), objects))
-    for folder in folders:
+        computes["cuda"] = f"cu{toolkit.version.replace('.', '')}", {"archs": toolkit.architectures()}
+    objects = None
+    for backend, (compute, details) in computes.items():
+        folder = OUT / "build" / variant(configuration, backend, compute)
+        metadata = {key: configuration["general"][key] for key in ("name", "version", "license")}
+        metadata |= {"id": identifier(metadata["name"], backend), "python-depends": []}
+        metadata |= {"backend": {"type": backend} | details}
+        if not (folder / METADATA).exists() or json.loads((folder / METADATA).read_text()) != metadata:
+            objects = objects or ordinary_objects()
+            lay_out(folder, metadata, objects)
         print(folder.relative_to(ROOT))
 
 

@@ -2,18 +2,18 @@
 
     LOCAL_KERNELS="kernels-community/rwkv=build/hub" python train.py
 
-makes transformers load a copy of this package that `make hub` lays out, and call these. Original: kernels-community/rwkv,
-version 1, as transformers 5.18 to 5.24 call it in `transformers/models/rwkv/modeling_rwkv.py`. Its decay is **negative**:
-the log-decay itself, -exp(time_decay). The gradient of it is nevertheless that of the **raw** decay time_decay, which is
-what transformers returns for its parameter. Its state is [B, C, 3]: num, den and max innermost. Every result is written
-to a tensor that the caller made.
+makes transformers load a copy of this package that `make hub` lays out, and call these. Original: version 1 of
+kernels-community/rwkv, as transformers 5.18 to 5.24 call it in `transformers/models/rwkv/modeling_rwkv.py`. Its decay
+is **negative**: the log-decay itself, -exp(time_decay). The gradient that it gives is nevertheless that of the **raw**
+decay time_decay, which transformers returns as it is. Its state is [B, C, 3]: num, den and max innermost. Every result
+is written to a tensor that the caller made.
 
 Deliberate differences:
 
 - gw and gu are the sums over the batch, [C], as the caller's tensors are. The original writes a row for each of the B
   sequences to them: right for B = 1, out of bounds for more.
-- T is not limited (the original's backward is compiled for 1024 steps), and B·C need not be a multiple of 32. transformers
-  itself sets `max_seq_length` to the model's `context_length`, and refuses what is longer.
+- T is not limited (the original's backward is compiled for 1024 steps), and B·C need not be a multiple of 32. But
+  transformers sets `max_seq_length` to the model's `context_length` and refuses what is longer, and other B·C, itself.
 - Tensors of any layout in memory, on every device of `rwkv_kernels.wkv`; float64, too. The original reads what lies at
   the tensor's address, and refuses the CPU.
 - u may be float32 for bfloat16 k, as under autocast.
@@ -135,8 +135,8 @@ def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, y: Tensor) -> None:
     Not differentiable by itself; `backward` is its derivative.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong dtype, shape or device; or a gradient would be required, outside
-            of an autograd.Function. y is untouched then.
+        TypeError, ValueError: an argument has the wrong dtype, shape or device; or, outside of an autograd.Function, a
+            gradient would be required. y is untouched then.
         BackendUnavailable: as for `rwkv_kernels.wkv`.
     """
     _forward(WIDE, w, u, k, v, y, None)
