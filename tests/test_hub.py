@@ -198,6 +198,21 @@ def test_the_copy_and_the_package_live_in_one_process(kernel: ModuleType) -> Non
     assert set(hub.__all__) | set(rwkv_kernels.__all__) == set(kernel.__all__)
 
 
+def test_kernel_builder_is_told_every_source() -> None:
+    """kernel-builder sees the files that build.toml names, and no others."""
+    tomllib = pytest.importorskip("tomllib", reason="this Python is older than 3.11")
+    configuration = tomllib.loads((ROOT / "hub" / "build.toml").read_text())
+    shared, of_cuda = configuration["torch"]["src"], configuration["kernel"]["wkv_cuda"]["src"]
+    rows = [line.split() for line in (ROOT / "csrc" / "sources.txt").read_text().splitlines()]
+    for library, named in (("operators", shared), ("cuda", of_cuda)):
+        named = [path for path in named if path.startswith("csrc/") and not path.endswith(".h")]
+        assert named == [source for name, source in rows if name == library]
+    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
+    assert sorted(path for path in shared + of_cuda if path.endswith(".h")) == headers
+    capabilities = configuration["kernel"]["wkv_cuda"]["cuda-capabilities"]
+    assert f'"{",".join(capabilities)}"' in (ROOT / "hub" / "namespace.h").read_text()
+
+
 @pytest.mark.parametrize("how", ["LOCAL_KERNELS", "get_local_kernel"])
 def test_unpatched_transformers_computes_with_it_what_its_loop_does(how: str, layout: Path, kernel: ModuleType) -> None:
     """In a process of its own: transformers keeps its kernel in a global variable, and reads the environment once."""

@@ -3,6 +3,7 @@
     build/hub/build/<variant>/metadata.json
                               __init__.py      hub/__init__.py
                               rwkv_kernels/    the package and its libraries
+    build/hub/                build.toml, csrc/, torch-ext/: the same as a project for kernel-builder, by hub/build.toml
 
 A variant is named by the ABI that it needs, its backend, processor and system, as `kernels` parses it. The one for the
 CPU is always made, and one for CUDA beside it where setup.py builds CUDA kernels.
@@ -28,8 +29,7 @@ from setuptools import Distribution
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "build" / "hub"
-FRONT = ROOT / "hub" / "__init__.py"
-CONFIGURATION = ROOT / "hub" / "build.toml"
+HUB = ROOT / "hub"
 METADATA = "metadata.json"
 
 
@@ -38,11 +38,14 @@ def package_files() -> list[Path]:
     return [package / "py.typed", *sorted(package.rglob("*.py"))]
 
 
+def native_files() -> list[Path]:
+    return sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+
+
 def identifier(name: str, backend: str) -> str:
     """As kernel-builder makes one: unique among kernels, their versions and backends, and a name in Python and C++."""
     digest = hashlib.sha256()
-    sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
-    for path in [ROOT / "setup.py", FRONT, CONFIGURATION, *package_files(), *sources]:
+    for path in [ROOT / "setup.py", *sorted(HUB.glob("*.*")), *package_files(), *native_files()]:
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return f"_{name}_{backend}_{digest.hexdigest()[:8]}"
 
@@ -89,19 +92,37 @@ def copy(path: Path, to: Path) -> None:
     shutil.copyfile(path, to)
 
 
+def copy_python(folder: Path) -> None:
+    copy(HUB / "__init__.py", folder / "__init__.py")
+    for path in package_files():
+        copy(path, folder / path.relative_to(ROOT))
+
+
+def lay_out_project(name: str) -> None:
+    """What kernel-builder builds from; the macros that setup.py would give are at the head of namespace.h."""
+    for folder in ("csrc", "torch-ext"):
+        shutil.rmtree(OUT / folder, ignore_errors=True)
+    copy(HUB / "build.toml", OUT / "build.toml")
+    copy(HUB / "torch_binding.cpp", OUT / "torch-ext" / "torch_binding.cpp")
+    copy_python(OUT / "torch-ext" / name)
+    for path in native_files():
+        copy(path, OUT / path.relative_to(ROOT))
+    header = "csrc/namespace.h"
+    (OUT / header).write_text((HUB / "namespace.h").read_text() + "\n" + (ROOT / header).read_text())
+
+
 def lay_out(folder: Path, metadata: dict[str, Any], objects: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     build(folder, metadata["id"], metadata["backend"]["type"], objects)
-    for path in package_files():
-        copy(path, folder / path.relative_to(ROOT))
-    copy(FRONT, folder / "__init__.py")
+    copy_python(folder)
     # Last: a folder that has it is complete.
     (folder / METADATA).write_text(json.dumps(metadata, indent=2) + "\n")
 
 
 def main() -> None:
     os.chdir(ROOT)  # setup.py names its sources from here
-    configuration = tomllib.loads(CONFIGURATION.read_text())
+    configuration = tomllib.loads((HUB / "build.toml").read_text())
+    lay_out_project(configuration["general"]["name"])
     toolkit = cuda_toolkit.to_build_with(torch.version.cuda)
     computes: dict[str, tuple[str, dict[str, Any]]] = {"cpu": ("cpu", {})}
     if toolkit is not None:
