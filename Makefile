@@ -1,5 +1,9 @@
-# make demo | test | test-ptx | bench | bench-micro | gpu-check | lint | cuda-build | cross-compile | kernel-report: each
-# sets up what it needs first.
+# make demo | test | test-ptx | bench | bench-micro | gpu-check | lint | wheel | wheel-test | cross-compile | kernel-report:
+# each sets up what it needs first.
+#
+# make wheel makes dist/*.whl, of the CPU kernels and, where nvcc is, of the CUDA kernels for every architecture, and audits
+# it: torch's stable ABI, the glibc that its tag promises, its files and their size. make wheel-test installs it beside the
+# oldest torch and beside the newest, in environments of their own, and tests it there.
 #
 # A line for each step; what a compiler or installer prints is shown where it fails.
 #
@@ -20,10 +24,10 @@ WORKERS ?= $(if $(VENV),2)
 RESULTS ?= build/gpu-check
 BUDGET ?= 570
 NO_BUILD ?=
-CUDA_VENV ?= .venv-cuda
-CUDA_TORCH ?= torch
+OLDEST_VENV ?= .venv-oldest
+NEWEST_VENV ?= .venv-newest
 
-EXTENSION_INPUTS := setup.py tools/cuda_toolkit.py tools/openmp.py $(shell find csrc -type f)
+EXTENSION_INPUTS := setup.py tools/cuda_toolkit.py $(shell find csrc -type f)
 
 ifeq ($(VENV),)
 RUN := $(PYTHON)
@@ -36,7 +40,8 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 
-.PHONY: demo test test-ptx bench bench-micro gpu-check lint setup doctor cuda-build cross-compile kernel-report clean
+.PHONY: demo test test-ptx bench bench-micro gpu-check lint setup doctor wheel wheel-test wheel-environments \
+	cross-compile kernel-report clean
 
 # The command that follows, without its output where it succeeds.
 QUIETLY := @sh tools/quietly.sh
@@ -100,17 +105,39 @@ $(STATE)/extension: $(EXTENSION_INPUTS)
 	$(QUIETLY) 'setup: building the extension' $(RUN) setup.py --quiet build_ext --inplace
 	@mkdir -p $(STATE) && touch $@
 
-# A CUDA build beside the other one, in an environment of its own with a CUDA torch; needs a toolkit and no GPU.
-CUDA_RUN := env PATH="$(abspath $(CUDA_VENV))/bin:$$PATH"
+# The CUDA kernels need a toolkit and no CUDA torch: the libraries see torch's headers alone. Objects of the in-place build
+# are used again; build/wheel/lib has the libraries as they go into the wheel.
+# The toolkit's version and the architectures that it compiles for.
+TOOLKIT = $(shell PYTHONPATH=tools $(RUN) -c 'import cuda_toolkit as c; \
+	t = c.find_toolkit(); print(*((t.version, *t.architectures()) if t else ()))')
+CUDA = $(firstword $(TOOLKIT))
 
-cuda-build:
-	@test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
-	$(QUIETLY) 'cuda-build: installing $(CUDA_TORCH) into $(CUDA_VENV)' $(CUDA_RUN) python -m pip install \
-		--disable-pip-version-check "$(CUDA_TORCH)" numpy "setuptools>=77" ninja pybind11
-	$(QUIETLY) 'cuda-build: building for 9.0' $(CUDA_RUN) RWKV_KERNELS_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 \
-		python setup.py --quiet build -b build/cuda --build-lib build/cuda/lib
-	@printf 'cuda-build: what was built registers\n'
-	@$(CUDA_RUN) PYTHONPATH=build/cuda/lib python tools/check_cuda_build.py 9.0
+wheel: setup
+	@rm -rf build/wheel dist
+	$(QUIETLY) 'wheel: building, $(if $(CUDA),with CUDA $(CUDA),without CUDA: there is no nvcc)' \
+		env RWKV_KERNELS_CUDA=$(if $(CUDA),1,0) $(RUN) setup.py --quiet \
+		build --build-lib build/wheel/lib bdist_wheel --dist-dir build/wheel/raw
+	$(QUIETLY) 'wheel: naming the glibc that it needs' $(RUN) -m auditwheel repair --wheel-dir dist \
+		--exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' build/wheel/raw/*.whl
+	@printf 'wheel: checking it\n'
+	@$(RUN) tools/check_wheel.py $(if $(CUDA),--cuda $(firstword $(subst ., ,$(CUDA)))) dist/*.whl
+
+wheel-test: wheel wheel-environments
+	@printf 'wheel-test: beside the oldest torch\n'
+	@sh tools/test_wheel.sh dist/*.whl $(OLDEST_VENV) $(wordlist 2,99,$(TOOLKIT))
+	@printf 'wheel-test: beside the newest torch\n'
+	@sh tools/test_wheel.sh dist/*.whl $(NEWEST_VENV) $(wordlist 2,99,$(TOOLKIT))
+
+wheel-environments: $(OLDEST_VENV)/made $(NEWEST_VENV)/made
+
+# Several GB each, where the registry's torch is one for CUDA.
+$(OLDEST_VENV)/made: WANTED := torch==2.11.*
+$(NEWEST_VENV)/made: WANTED := torch
+$(OLDEST_VENV)/made $(NEWEST_VENV)/made:
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(QUIETLY) 'wheel-test: installing $(WANTED) into $(@D)' $(@D)/bin/python -m pip install \
+		--disable-pip-version-check --no-compile "$(WANTED)" numpy pytest
+	@touch $@
 
 # For aarch64, which GH200 and GB200 have; needs Debian's g++-aarch64-linux-gnu.
 cross-compile: $(REQUIREMENTS)
@@ -130,4 +157,4 @@ kernel-report: setup
 
 clean:
 	@printf 'clean\n'
-	@rm -rf build dist demo *.egg-info rwkv_kernels/_C.*.so rwkv_kernels/_built_for.txt $(STATE)/extension
+	@rm -rf build dist demo *.egg-info rwkv_kernels/*.so $(STATE)/extension

@@ -1,56 +1,186 @@
-"""Builds rwkv_kernels._C from csrc/sources.txt; everything else about the package is in pyproject.toml.
+"""Builds the libraries of csrc/sources.txt; everything else about the package is in pyproject.toml.
 
-CUDA kernels are part of it where a CUDA toolkit and a CUDA build of torch are found, whether or not there is a GPU.
-RWKV_KERNELS_CUDA=0 leaves them out and RWKV_KERNELS_CUDA=1 insists; TORCH_CUDA_ARCH_LIST says for which GPUs.
+They use torch's stable ABI alone and know no Python: one build serves every torch from 2.11 on and every Python. The
+CUDA kernels are a library of their own, built where a CUDA toolkit and a CUDA build of torch are found, whether or not
+there is a GPU. RWKV_KERNELS_CUDA=0 leaves them out, RWKV_KERNELS_CUDA=1 insists, which takes a toolkit and any torch;
+TORCH_CUDA_ARCH_LIST says for which GPUs.
+
+Without a C++ compiler or without a torch the package is made without libraries, and a file in it says why. The pybind11
+module _introspection is for this source tree's tests and benchmarks: only `build_ext --inplace` builds it.
 """
 
 import os
-import platform
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
-import torch
-from setuptools import setup
-from torch.utils import cpp_extension
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+    from torch.utils.cpp_extension import BuildExtension as build_ext
+except ImportError:
+    from setuptools.command.build_ext import build_ext
+
+    torch = None
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "tools"))
-# Files of this source tree, which no build front end has on its path.
+# A file of this source tree, which no build front end has on its path.
 import cuda_toolkit  # noqa: E402
-import openmp  # noqa: E402
+
+OLDEST_TORCH = (2, 11)
 
 # The walks never look at floating-point exceptions or errno. Products and sums shall fuse, which Clang does across
-# inlined functions only if told.
-FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+# inlined functions only if told. In a*b + c*d GCC fuses another product without -fwrapv, which most Pythons add: said
+# here, the last bit depends on neither the Python nor the build system.
+FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fwrapv"]
 FLAGS += ["-Wall", "-Wno-psabi", "-fvisibility=hidden"]
-OPENMP = [] if platform.system() == "Darwin" else ["-fopenmp"]  # at::parallel_for is silently serial without it
+
+# Symbols for a debugger are nine tenths of a library.
+STRIP = ["-Wl,-s"] if sys.platform == "linux" else []
 
 
-class Build(cpp_extension.BuildExtension):
-    """Also records the torch of the build, which the package reads before it loads a library made for another one."""
+def why_no_library() -> str | None:
+    """None where the libraries can be built, else what is missing; the doctor shows it."""
+    oldest = ".".join(map(str, OLDEST_TORCH))
+    if torch is None:
+        return (
+            "there was no torch when it was installed, and pip's isolated build sees none"
+        )
+    if torch.__version__ < OLDEST_TORCH:
+        return f"torch was {torch.__version__} when it was installed, and the build needs {oldest} or newer"
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(shlex.split(compiler)[0]) is None:
+        return f"there was no C++ compiler ({compiler}, of the environment variable CXX) when it was installed"
+    return None
+
+
+class Build(build_ext):
+    """Names the libraries and keeps those of an earlier build out of this one."""
+
+    def finalize_options(self) -> None:
+        if self.inplace and not self.editable_mode and WHY_NO_LIBRARY is None:
+            self.distribution.ext_modules.append(introspection())
+        super().finalize_options()
 
     def run(self) -> None:
-        if OPENMP:
-            openmp.require(cpp_extension.get_cxx_compiler())
+        if WHY_NO_LIBRARY is not None:
+            raise SystemExit(f"nothing is built: {WHY_NO_LIBRARY}")
+        stale = list(Path(self.build_lib, "rwkv_kernels").glob("*.so"))
+        if self.inplace:
+            stale += (ROOT / "rwkv_kernels").glob("librwkv_kernels*.so")
+        for path in stale:
+            path.unlink()
         super().run()
-        package = ROOT if self.inplace else Path(self.build_lib)
-        (package / "rwkv_kernels" / "_built_for.txt").write_text(torch.__version__ + "\n")
+
+    def get_ext_filename(self, fullname: str) -> str:
+        *folders, name = fullname.split(".")
+        if name.startswith("lib"):
+            return os.path.join(*folders, name + ".so")
+        return super().get_ext_filename(fullname)
+
+    def build_extension(self, extension: Extension) -> None:
+        """Keeps the objects of each library apart: sources that two of them share are compiled with other macros."""
+        shared = self.build_temp
+        self.build_temp = os.path.join(shared, extension.name.split(".")[-1])
+        super().build_extension(extension)
+        self.build_temp = shared
 
 
-def extension(toolkit: cuda_toolkit.Toolkit | None) -> cpp_extension.CppExtension:
-    sources = (ROOT / "csrc" / "sources.txt").read_text().split()
-    macros = [("WKV_COMPILER", f'"{os.path.basename(os.environ.get("CXX", "c++"))}"')]
-    flags = {"cxx": FLAGS + OPENMP}
-    if toolkit is None:
-        sources = [source for source in sources if not source.startswith("csrc/cuda/")]
-        make = cpp_extension.CppExtension
-    else:
-        architectures = toolkit.architectures()
-        macros.append(("WKV_CUDA_ARCHITECTURES", f'"{",".join(architectures)}"'))
-        flags["nvcc"] = [*cuda_toolkit.nvcc_flags(architectures), "--threads=0"]
-        cpp_extension.CUDA_HOME = str(toolkit.home)  # torch takes a wrapper script for the toolkit
-        make = cpp_extension.CUDAExtension
-    return make("rwkv_kernels._C", sources, define_macros=macros, extra_compile_args=flags, extra_link_args=OPENMP)
+class BuildPython(build_py):
+    """Leaves a word where libraries would be."""
+
+    def run(self) -> None:
+        super().run()
+        if WHY_NO_LIBRARY is not None and not self.editable_mode:
+            Path(self.build_lib, "rwkv_kernels", "_why_no_library.txt").write_text(WHY_NO_LIBRARY + "\n")
 
 
-setup(ext_modules=[extension(cuda_toolkit.to_build_with(torch.version.cuda))], cmdclass={"build_ext": Build})
+class Wheel(bdist_wheel):
+    """Tags the wheel for any Python 3: the libraries know none."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+def sources(library: str) -> list[str]:
+    rows = (line.split() for line in (ROOT / "csrc" / "sources.txt").read_text().splitlines())
+    return [source for name, source in rows if name == library]
+
+
+def operators() -> Extension:
+    return Extension(
+        "rwkv_kernels.librwkv_kernels",
+        sources("operators"),
+        language="c++",
+        define_macros=macros(),
+        include_dirs=cpp_extension.include_paths(),
+        library_dirs=cpp_extension.library_paths(),
+        libraries=["torch_cpu"],
+        extra_compile_args=FLAGS,
+        extra_link_args=STRIP,
+    )
+
+
+def cuda(toolkit: cuda_toolkit.Toolkit) -> Extension:
+    architectures = toolkit.architectures()
+    # BuildExtension finds nvcc here, and not behind a wrapper script. It refuses the nvcc of another CUDA than torch's,
+    # and asks it for no dependencies beside a torch without CUDA: the library sees nothing of torch's CUDA.
+    cpp_extension.CUDA_HOME = str(toolkit.home)
+    torch.version.cuda = toolkit.version
+    return Extension(
+        f"rwkv_kernels.librwkv_kernels_cuda{toolkit.version.split('.')[0]}",
+        sources("cuda"),
+        language="c++",
+        define_macros=[
+            *macros(),
+            ("USE_CUDA", None),
+            ("WKV_CUDA_ARCHITECTURES", f'"{",".join(architectures)}"'),
+        ],
+        include_dirs=[*cpp_extension.include_paths(), str(toolkit.home / "include")],
+        library_dirs=[*cpp_extension.library_paths(), str(toolkit.home / "lib64")],
+        libraries=["torch_cpu", "cudart"],
+        extra_compile_args={"cxx": FLAGS, "nvcc": [*toolkit.library_flags(architectures), "--threads=0"]},
+        extra_link_args=STRIP,
+    )
+
+
+def introspection() -> Extension:
+    try:
+        import pybind11
+    except ImportError as error:
+        raise SystemExit("an in-place build makes rwkv_kernels._introspection too: `pip install pybind11`") from error
+    return Extension(
+        "rwkv_kernels._introspection",
+        sources("introspection"),
+        language="c++",
+        include_dirs=[pybind11.get_include()],
+        extra_compile_args=FLAGS,
+        extra_link_args=STRIP,
+    )
+
+
+def macros() -> list[tuple[str, str | None]]:
+    compiler = os.path.basename(shlex.split(cpp_extension.get_cxx_compiler())[0])
+    # Torch's headers have a byte each for major and minor, at the top of 64 bits; this also bars everything unstable.
+    target = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
+    return [("TORCH_TARGET_VERSION", target), ("WKV_COMPILER", f'"{compiler}"')]
+
+
+def libraries() -> list[Extension]:
+    if WHY_NO_LIBRARY is None:
+        toolkit = cuda_toolkit.to_build_with(torch.version.cuda)
+        return [operators(), *([cuda(toolkit)] if toolkit else [])]
+    if os.environ.get("RWKV_KERNELS_CUDA") == "1":
+        raise SystemExit(f"RWKV_KERNELS_CUDA=1, but {WHY_NO_LIBRARY}")
+    print(f"rwkv_kernels gets no libraries: {WHY_NO_LIBRARY}", file=sys.stderr)
+    return []
+
+
+WHY_NO_LIBRARY = why_no_library()
+setup(ext_modules=libraries(), cmdclass={"build_ext": Build, "build_py": BuildPython, "bdist_wheel": Wheel})

@@ -7,11 +7,10 @@ import torch
 
 from benchmarks.device import Device, timed
 from benchmarks.op import TENSORS, name_of, written
-from benchmarks.plans import Choice, forced_plan
+from benchmarks.plans import Choice, forced_plan, plan_here
 from benchmarks.problem import Problem, Shape
 from benchmarks.records import Record, Row
 from rwkv_kernels import wkv
-from rwkv_kernels._extension import extension
 
 TITLE = "Choices of the planner, each by force: 1.00 of the fastest is the fastest, and the planner's should be near it"
 
@@ -63,7 +62,7 @@ def _rows(device: Device, shape: Shape, dtype: torch.dtype) -> list[Row]:
                 "choice": name,
                 **timed(samples, "µs"),
                 "of the fastest": statistics.median(samples) / fastest,
-                "_plan": dict(extension.module.plan_cuda(operation, name_of(dtype), *shape, limits=0, **choices[name])),
+                "_plan": plan_here(operation, dtype, *shape, **choices[name]),
             }
             for name, samples in seconds.items()
         ]

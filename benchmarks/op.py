@@ -10,10 +10,9 @@ from torch import Tensor
 
 import rwkv_kernels
 from benchmarks.device import Call, Device, quartiles, timed
-from benchmarks.plans import SCHEDULES, forced_plan
+from benchmarks.plans import SCHEDULES, forced_plan, plan_here
 from benchmarks.problem import Function, Problem, Shape
 from benchmarks.records import Record, Row
-from rwkv_kernels._extension import extension
 
 TITLE = "The operator: minimal bytes (3 tensors forward, 5 backward) over time, against a triad in the same run"
 TITLE_OF_MEMORY = "Memory of a training step of the operator, B = 1, its inputs k, v and the gradient of y included"
@@ -92,8 +91,7 @@ def planned(backend: str, operation: str, dtype: torch.dtype, shape: Shape, sche
     """The plan as the planner tells it, nothing for a backend without one."""
     if backend != "cuda":
         return {}
-    operation = operation.split()[0]
-    return dict(extension.module.plan_cuda(operation, name_of(dtype), *shape, limits=0, schedule=schedule))
+    return plan_here(operation.split()[0], dtype, *shape, schedule=schedule)
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -1,6 +1,6 @@
 """The WKV operator of RWKV-4 for PyTorch: compiled, exact, with state in and out and every gradient."""
 
-import torch  # noqa: F401 - before the extension, whose libraries it loads
+import torch  # noqa: F401 - before the package's libraries, which need those of torch
 
 from .build import BuildInfo, build_info
 from .functional import empty_state, wkv, wkv_step

@@ -1,21 +1,25 @@
-"""The doctor, `python -m rwkv_kernels`: what is installed, what works, and if something does not, why."""
+"""The doctor, `python -m rwkv_kernels`: what is installed, what works, and if something does not, why.
+
+It exits with 0 where the operators' library is loaded and every backend that can run here is right, otherwise with 1.
+The library is no option: without it, the package is usable, but `wkv` on the CPU only with backend="reference". CUDA
+kernels and Triton are options: their absence is told and is no error.
+"""
 
 import platform
 import sys
 
 import torch
 
-from . import BuildInfo, __version__, backends, build_info, reference, triton_backend, wkv
+from . import BuildInfo, __version__, backends, build_info, reference, registry, wkv
 
 # The self-check's float32 inputs are exact in float64, so this bounds the backend's own rounding: a few ulp of a mean
 # of values near 1, and sums of a hundred such steps in the gradients.
 SELF_CHECK_TOLERANCE = 1e-4
 
-DEVICES = {"cuda": "cuda", "triton": triton_backend.DEVICE}
 
-
-def _self_check(backend: str, device: str) -> float:
+def _self_check(backend: str) -> float:
     """The worst error of outputs and gradients against the float64 oracle, relative to each one's largest value."""
+    device, *_ = registry.BACKENDS[backend].device_types or ("cpu",)
     generator = torch.Generator().manual_seed(0)
     B, T, C = 2, 100, 40
     inputs = [torch.randn(shape, generator=generator) for shape in [(C,), (C,), (B, T, C), (B, T, C)]]
@@ -37,10 +41,18 @@ def _cuda_summary() -> str:
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
 
-def _cuda_kernels(build: BuildInfo) -> str:
-    if build.cuda is None:
-        return "none in this build"
-    return f"CUDA {build.cuda}, for {', '.join(build.cuda_architectures)}"
+def _libraries(build: BuildInfo) -> list[tuple[str, str]]:
+    if build.library is None:
+        return [("library", f"missing: {build.why_missing}")]
+    rows = [
+        ("library", build.library),
+        ("built with", f"headers of torch {build.torch}, {build.compiler}"),
+        ("cpu kernels", f"{build.cpu_instruction_set} in use of {', '.join(build.cpu_instruction_sets)}"),
+    ]
+    if build.cuda_library is None:
+        return [*rows, ("cuda library", f"missing: {build.why_cuda_missing}")]
+    cuda_kernels = f"CUDA {build.cuda}, for {', '.join(build.cuda_architectures)}"
+    return [*rows, ("cuda library", build.cuda_library), ("cuda kernels", cuda_kernels)]
 
 
 def main() -> int:
@@ -48,26 +60,20 @@ def main() -> int:
     rows = [
         ("rwkv_kernels", __version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
-        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads, which the CPU kernels use too"),
         ("gpu", _cuda_summary()),
-        ("extension", build.extension or f"missing: {build.why_missing}"),
+        *_libraries(build),
     ]
-    if build.extension is not None:
-        rows += [
-            ("built with", f"torch {build.torch}, {build.compiler}, OpenMP {'on' if build.openmp else 'OFF'}"),
-            ("cpu kernels", f"{build.cpu_instruction_set} in use of {', '.join(build.cpu_instruction_sets)}"),
-            ("cuda kernels", _cuda_kernels(build)),
-        ]
     for name, value in rows:
         print(f"{name:14}{value}")
 
-    healthy = True
+    healthy = build.library is not None
     print("\nbackends")
     for name, available, reason in backends():
         if not available:
             print(f"  {name:12}not available: {reason}")
             continue
-        error = _self_check(name, DEVICES.get(name, "cpu"))
+        error = _self_check(name)
         passed = error < SELF_CHECK_TOLERANCE
         healthy &= passed
         print(f"  {name:12}{'available' if passed else 'WRONG'}: off the float64 oracle by {error:.1e} at most")

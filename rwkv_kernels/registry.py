@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, recomputation, reference, triton_backend
-from ._extension import extension
+from . import autograd, native, recomputation, reference, triton_backend
 
 __all__ = ["BackendInfo", "BackendUnavailable", "backends", "use_backend"]
 
@@ -82,13 +81,8 @@ def _constant(function: Callable[..., str | None]) -> Callable[..., str | None]:
 
 @_constant
 def _cuda_why_unavailable() -> str | None:
-    if extension.module is None:
-        return extension.why_missing
-    if extension.module.build_info()["cuda"] is None:
-        return (
-            "this build has no CUDA kernels (build_info().cuda is None): rebuild where there are nvcc and a torch with "
-            "CUDA; RWKV_KERNELS_CUDA=1 makes the build say what it lacks"
-        )
+    if native.cuda.why_missing is not None:
+        return native.cuda.why_missing
     if not torch.cuda.is_available():
         return f"torch for CUDA {torch.version.cuda} finds no usable GPU: see nvidia-smi and CUDA_VISIBLE_DEVICES"
     return None
@@ -105,7 +99,7 @@ def _covers(architecture: str, capability: tuple[int, int]) -> bool:
 @_constant
 def _why_uncovered(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
-    built = extension.module.build_info()["cuda_architectures"] if extension.module is not None else ()
+    built = native.cuda.info["cuda_architectures"]
     if any(_covers(architecture, capability) for architecture in built):
         return None
     number = f"{capability[0]}.{capability[1]}"
@@ -120,25 +114,22 @@ def _cuda_why_not(k: Tensor) -> str | None:
 
 
 # Registrations last as long as this object.
-_library = torch.library.Library("rwkv_kernels", "FRAGMENT")
+_library = torch.library.Library(native.NAMESPACE, "FRAGMENT")
 
 
 def _compiled() -> tuple[Forward, Step]:
-    if extension.module is None:
+    if native.operators.why_missing is not None:
 
         def missing(*_: Tensor | None) -> Any:
-            raise BackendUnavailable(extension.why_missing)
+            raise BackendUnavailable(native.operators.why_missing)
 
         return missing, missing
 
-    intervals = {
-        dtype: extension.module.checkpoint_interval(str(dtype).removeprefix("torch."))
-        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    }
-    ops = torch.ops.rwkv_kernels
+    intervals = {getattr(torch, name): steps for name, steps in native.operators.info["checkpoint_intervals"].items()}
+    ops = getattr(torch.ops, native.NAMESPACE)
     forward = autograd.attach(_library, ops.wkv_forward.default, ops._wkv_backward.default, intervals.__getitem__)
 
-    torch.library.register_fake("rwkv_kernels::wkv_step", autograd.fake_step, lib=_library)
+    torch.library.register_fake(f"{native.NAMESPACE}::wkv_step", autograd.fake_step, lib=_library)
     return forward, ops.wkv_step.default
 
 
@@ -153,7 +144,7 @@ TRITON = Backend(
     *triton_backend.attach(_library),
 )
 # Meta tensors have no data, so the operator's fake kernel serves them.
-CPU = Backend("cpu", ("cpu", "meta"), lambda: extension.why_missing, lambda k: None, _forward, _step)
+CPU = Backend("cpu", ("cpu", "meta"), lambda: native.operators.why_missing, lambda k: None, _forward, _step)
 
 BACKENDS = {backend.name: backend for backend in (CUDA, TRITON, CPU, REFERENCE)}
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd
+from . import autograd, native
 from .reference import EMPTY_MAX
 from .triton_plan import CHECKPOINT_INTERVAL, PARKED_STATES, Plan, make_plan, widths
 
@@ -336,8 +336,8 @@ def attach(library: torch.library.Library) -> tuple[Forward, Step]:
     library.impl("_triton_backward", _backward_operator, DEVICE.upper())
     library.impl("triton_step", _step_operator, DEVICE.upper())
 
-    torch.library.register_fake("rwkv_kernels::triton_step", autograd.fake_step, lib=library)
-    ops = torch.ops.rwkv_kernels
+    torch.library.register_fake(f"{native.NAMESPACE}::triton_step", autograd.fake_step, lib=library)
+    ops = getattr(torch.ops, native.NAMESPACE)
     differentiable = autograd.attach(
         library, ops.triton_forward.default, ops._triton_backward.default, lambda dtype: CHECKPOINT_INTERVAL
     )

@@ -16,9 +16,10 @@ from typing import Any
 import gpu_programs
 import pytest
 import torch
+from problems import checkpoint_interval
 from torch import Tensor
 
-from rwkv_kernels import _C, autograd, registry
+from rwkv_kernels import autograd, registry
 
 NAME = "emulated"
 
@@ -62,7 +63,7 @@ _differentiable = autograd.attach(
     _library,
     _ops.forward.default,
     _ops.backward.default,
-    lambda dtype: _C.checkpoint_interval(gpu_programs.name_of(dtype)),
+    checkpoint_interval,
 )
 _backend = registry.Backend(NAME, ("cpu",), lambda: None, lambda k: None, _differentiable, _step)
 
@@ -73,7 +74,7 @@ def emulated(
     forward_plan: dict[str, Any] | None = None,
     backward_plan: dict[str, Any] | None = None,
 ) -> Iterator[str]:
-    """The backend's name while it exists; what is asked of the plans, as _C.plan_cuda takes it."""
+    """The backend's name while it exists; what is asked of the plans, as _introspection.plan_cuda takes it."""
     _Current.executor = executor
     _Current.forward_plan = forward_plan or {}
     _Current.backward_plan = backward_plan or {}

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 import numpy
 import torch
-from problems import state_dtype
+from problems import checkpoint_interval, state_dtype
 from torch import Tensor
 
-from rwkv_kernels import _C
+from rwkv_kernels import _introspection
 
 ROOT = Path(__file__).parent.parent
 KERNELS = (
@@ -231,9 +231,9 @@ def _run(executor: Executor, memory: Memory, operation: str, k: Tensor, argument
     T = k.shape[1] if k.dim() == 3 else 1
     dtype = name_of(k.dtype)
     if operation != "step":
-        size = _C.plan_cuda(operation, dtype, B, T, C, **plan)["workspace_bytes"]
+        size = _introspection.plan_cuda(operation, dtype, B, T, C, **plan)["workspace_bytes"]
         arguments["workspace"] = memory.output((size // 4,), torch.float32).data_ptr()
-    for launch in _C.cuda_launches(operation, dtype, B, T, C, arguments, **plan):
+    for launch in _introspection.cuda_launches(operation, dtype, B, T, C, arguments, **plan):
         executor.run(launch, memory)
     memory.assert_guards_hold()
 
@@ -248,7 +248,7 @@ def forward(
     """y, the final state, and the checkpoints."""
     B, T, C = k.shape
     memory = Memory()
-    interval = _C.checkpoint_interval(name_of(k.dtype))
+    interval = checkpoint_interval(k.dtype)
     y = memory.output((B, T, C), k.dtype)
     state_out = memory.output((B, 3, C), state_dtype(k.dtype))
     checkpoints = memory.output((B, -(-T // interval) if checkpoint else 0, 3, C), state_dtype(k.dtype))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import rwkv_kernels
+from rwkv_kernels import native
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -118,6 +119,11 @@ def _lay_out(x: Tensor, layout: str) -> Tensor:
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def checkpoint_interval(dtype: torch.dtype | str) -> int:
+    """Steps between two checkpoints of the compiled operators, as their library tells."""
+    return int(native.operators.info["checkpoint_intervals"][str(dtype).removeprefix("torch.")])
 
 
 def make(problem: Problem, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensors:

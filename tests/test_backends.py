@@ -1,15 +1,11 @@
 """Which backend runs, who may say so, and what is said when one cannot."""
 
 import dataclasses
-import importlib
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +15,8 @@ import torch
 from problems import Problem, make
 
 import rwkv_kernels
-from rwkv_kernels import _extension, registry
-from rwkv_kernels._extension import Extension
+from rwkv_kernels import native, registry
+from rwkv_kernels.native import Library
 
 PACKAGE = Path(rwkv_kernels.__file__).parent
 
@@ -36,11 +32,6 @@ def _run(code: str, package_root: Path = PACKAGE.parent, **environment: str) -> 
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
-
-
-def _copy_without_extension(tmp_path: Path) -> Path:
-    shutil.copytree(PACKAGE, tmp_path / "rwkv_kernels", ignore=shutil.ignore_patterns("_C.*.so", "__pycache__"))
-    return tmp_path
 
 
 CALL = """
@@ -130,33 +121,28 @@ def _on(device: str) -> Any:
     return SimpleNamespace(device=torch.device(device), dtype=torch.float32)
 
 
-@dataclass
-class _Module:
-    """What the registry asks of an extension, for builds and machines that are not here."""
+NOT_BUILT = Library(None, "not built")
 
-    cuda: str | None
-    cuda_architectures: tuple[str, ...] = ()
 
-    def build_info(self) -> dict[str, object]:
-        return vars(self)
+def _cuda(*architectures: str) -> Library:
+    """The CUDA kernels of builds that are not here."""
+    return Library(Path("library"), None, {"cuda": "13.0", "cuda_architectures": architectures})
 
 
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Replaces the build, the GPU, of which there is one, and what Triton lacks, by others."""
+    """Replaces the CUDA kernels, the GPU, of which there is one, and what Triton lacks, by others."""
     remembered = (registry._cuda_why_unavailable, registry._why_uncovered)
 
     def forget() -> None:
         for answer in remembered:
             answer.cache_clear()  # type: ignore[attr-defined]
 
-    def replace(
-        module: _Module | None, capability: tuple[int, int] | None = None, triton: str | None = "no Triton"
-    ) -> None:
+    def replace(cuda: Library, capability: tuple[int, int] | None = None, triton: str | None = "no Triton") -> None:
         forget()
         backend = dataclasses.replace(registry.TRITON, why_unavailable=lambda: triton)
         monkeypatch.setitem(registry.BACKENDS, "triton", backend)
-        monkeypatch.setattr(registry, "extension", Extension(module, None if module else "not built"))  # type: ignore[arg-type]
+        monkeypatch.setattr(native, "cuda", cuda)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
 
@@ -165,18 +151,17 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 
 @pytest.mark.parametrize(
-    ("module", "capability", "reason"),
+    ("cuda", "capability", "reason"),
     [
-        (None, None, "not built"),
-        (_Module(None), None, "this build has no CUDA kernels (build_info().cuda is None): rebuild"),
-        (_Module("13.0", ("9.0",)), None, f"torch for CUDA {torch.version.cuda} finds no usable GPU"),
-        (_Module("13.0", ("9.0",)), (9, 0), "None"),
+        (NOT_BUILT, None, "not built"),
+        (_cuda("9.0"), None, f"torch for CUDA {torch.version.cuda} finds no usable GPU"),
+        (_cuda("9.0"), (9, 0), "None"),
     ],
 )
 def test_the_cuda_backend_names_the_first_thing_that_is_missing(
-    module: _Module | None, capability: tuple[int, int] | None, reason: str, pretend: Callable[..., None]
+    cuda: Library, capability: tuple[int, int] | None, reason: str, pretend: Callable[..., None]
 ) -> None:
-    pretend(module, capability)
+    pretend(cuda, capability)
     assert str(registry._cuda_why_unavailable()).startswith(reason)
 
 
@@ -196,7 +181,7 @@ def test_the_cuda_backend_names_the_first_thing_that_is_missing(
 def test_a_gpu_that_the_build_does_not_cover_is_refused_with_what_to_do(
     built: tuple[str, ...], capability: tuple[int, int], runs: bool, pretend: Callable[..., None]
 ) -> None:
-    pretend(_Module("13.0", built), capability)
+    pretend(_cuda(*built), capability)
     k = _on("cuda:0")
     if runs:
         assert registry.select("auto", k).name == registry.select("cuda", k).name == "cuda"
@@ -210,14 +195,17 @@ def test_a_gpu_that_the_build_does_not_cover_is_refused_with_what_to_do(
         assert str(error.value).endswith("Available for this call: reference.")
 
 
-def test_auto_on_a_gpu_takes_cuda_then_triton_and_else_lists_the_reasons(pretend: Callable[..., None]) -> None:
+def test_auto_on_a_gpu_takes_cuda_then_triton_and_else_lists_the_reasons(
+    pretend: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     k = _on("cuda:0")
-    pretend(_Module("13.0", ("9.0",)), (9, 0), triton=None)
+    pretend(_cuda("9.0"), (9, 0), triton=None)
     assert registry.select("auto", k).name == "cuda"
-    for module in (None, _Module(None), _Module("13.0", ("8.0",))):
-        pretend(module, (9, 0), triton=None)
+    for cuda in (NOT_BUILT, _cuda("8.0")):
+        pretend(cuda, (9, 0), triton=None)
         assert registry.select("auto", k).name == "triton"
-    pretend(None, (9, 0))
+    pretend(NOT_BUILT, (9, 0))
+    monkeypatch.setattr(native, "operators", NOT_BUILT)
     with pytest.raises(rwkv_kernels.BackendUnavailable) as error:
         registry.select("auto", k)
     assert "refused (cuda: not built; triton: no Triton; cpu: not built). Available for this" in str(error.value)
@@ -225,7 +213,7 @@ def test_auto_on_a_gpu_takes_cuda_then_triton_and_else_lists_the_reasons(pretend
 
 def test_the_device_is_asked_once(pretend: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    pretend(_Module("13.0", ("9.0",)), (9, 0))
+    pretend(_cuda("9.0"), (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: asked.append(index) or (9, 0))
     for _ in range(3):
         registry.select("auto", _on("cuda:0"))
@@ -251,53 +239,12 @@ import torch
 def fail(*arguments): raise AssertionError("somebody looked for a GPU")
 torch.cuda.is_available = torch.cuda.device_count = torch.cuda.get_device_capability = torch.cuda._lazy_init = fail
 import rwkv_kernels
-from rwkv_kernels import registry
-registry.extension.module.build_info = lambda: {"cuda": "13.0", "cuda_architectures": ("9.0",)}
+from rwkv_kernels import native, registry
+native.cuda = native.Library(native.operators.path, None, {"cuda": "13.0", "cuda_architectures": ("9.0",)})
 x = torch.zeros(1, 2, 3)
 print(registry.select("auto", x).name)
 """
     assert _run(code).strip() == "cpu"
-
-
-def test_without_the_extension_the_package_imports_and_says_what_to_do(tmp_path: Path) -> None:
-    output = _run(CALL, _copy_without_extension(tmp_path))
-    assert "wkv backend 'auto' refused (cuda: the extension is not built for this Python: run `pip install" in output
-    assert "; triton: " in output and "; cpu: the extension is not built" in output
-    assert "Available for this call: reference." in output
-
-
-def test_an_extension_of_another_torch_is_not_loaded(tmp_path: Path) -> None:
-    root = _copy_without_extension(tmp_path)
-    (root / "rwkv_kernels" / "_built_for.txt").write_text("1.0.0\n")
-    assert "the extension was built for torch 1.0.0, and this is torch 2." in _run(CALL, root)
-
-
-def test_a_broken_extension_is_told_and_not_fatal(tmp_path: Path) -> None:
-    root = _copy_without_extension(tmp_path)
-    suffix = next(PACKAGE.glob("_C.*.so"), None)
-    if suffix is None:
-        pytest.skip("the extension is not built")
-    (root / "rwkv_kernels" / suffix.name).write_bytes(b"not a library")
-    assert "the extension does not load (" in _run(CALL, root)
-
-
-def test_a_source_tree_is_told_from_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tree, site, other = tmp_path / "tree", tmp_path / "site", tmp_path / "other"
-    for folder in (tree, site, other):
-        (folder / "rwkv_kernels").mkdir(parents=True)
-    (tree / "setup.py").touch()
-    (other / "rwkv_kernels" / "_C.cpython-39-x86_64-linux-gnu.so").touch()
-    monkeypatch.setattr(sys, "path", [str(tree), str(other), str(site)])
-
-    assert _extension._what_helps(site / "rwkv_kernels").startswith("run `pip install --no-build-isolation .`")
-    in_place = f"run `python setup.py build_ext --inplace` in {tree} with this Python"
-    assert _extension._what_helps(tree / "rwkv_kernels") == in_place
-
-    (site / "rwkv_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").touch()
-    importlib.invalidate_caches()
-    told = _extension._what_helps(tree / "rwkv_kernels")
-    assert f"{tree}, which hides the package that is installed in {site / 'rwkv_kernels'}: start Python in" in told
-    assert told.endswith(in_place)
 
 
 def test_import_is_quick_and_compiles_nothing() -> None:
@@ -322,12 +269,13 @@ def test_the_doctor_finds_this_machine_healthy() -> None:
 
 def test_build_info_names_the_build() -> None:
     info = rwkv_kernels.build_info()
-    if info.extension is None:
-        assert info.why_missing
+    assert (info.library is None) == (info.why_missing is not None)
+    assert (info.cuda_library is None) == (info.why_cuda_missing is not None)
+    assert (info.cuda_library is None) == (info.cuda is None) == (info.cuda_architectures == ())
+    if info.library is None:
         pytest.skip(info.why_missing or "")
-    assert info.torch is not None and torch.__version__.startswith(info.torch)
-    assert info.cpu_instruction_set in info.cpu_instruction_sets and info.openmp
-    assert (info.cuda is None) == (info.cuda_architectures == ())
+    assert Path(info.library).parent == PACKAGE and info.torch is not None and info.compiler is not None
+    assert info.cpu_instruction_set in info.cpu_instruction_sets
 
 
 def test_a_call_uses_the_backend_that_was_chosen() -> None:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 import rwkv_kernels
-from benchmarks import attention, choices, crossover, footprint, op, peers, plots, records
+from benchmarks import attention, choices, crossover, footprint, op, peers, plans, plots, records
 from benchmarks.__main__ import main
 from benchmarks.device import Device, powers_of_two, timed
 from benchmarks.plans import SCHEDULES
 from benchmarks.problem import Problem
 from benchmarks.records import Record, Row
 
-pytest.importorskip("rwkv_kernels._C", reason="the extension is not built")
+pytest.importorskip("rwkv_kernels._introspection", reason="rwkv_kernels._introspection is not built")
 
 SMOKE = Device("cpu", smoke=True)
 
@@ -48,14 +48,9 @@ class OfACall(NamedTuple):
 @pytest.fixture
 def schedules_in_force(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[OfACall]]:
     """The CPU's kernel under the name "cuda", with the plans for an H100; yields what each call was forced to."""
-    module = op.extension.module
-    plan, wkv = module.plan_cuda, rwkv_kernels.wkv
+    wkv = rwkv_kernels.wkv
     in_force: list[str | None] = [None]
     calls: list[OfACall] = []
-
-    def plan_for_the_first_gpu(*problem: object, limits: int, **choices: object) -> object:
-        assert limits == 0
-        return plan(*problem, **choices)
 
     def observed(*given: Tensor, backend: str) -> Tensor:
         y, forward = wkv(*given, backend="cpu"), in_force[-1]
@@ -63,8 +58,8 @@ def schedules_in_force(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[OfACall
             y.register_hook(lambda gy: calls.append(OfACall(forward, in_force[-1])))
         return y
 
-    monkeypatch.setattr(module, "plan_cuda", plan_for_the_first_gpu)
-    monkeypatch.setattr(module, "force_cuda_plan", lambda schedule=None, **_: in_force.append(schedule), raising=False)
+    monkeypatch.setattr(plans, "gpu_limits", lambda: None)
+    monkeypatch.setattr(plans, "_force", lambda schedule=None, **_: in_force.append(schedule))
     monkeypatch.setattr(op, "backends", lambda device: ["cuda"])
     monkeypatch.setattr(rwkv_kernels, "wkv", observed)
     monkeypatch.setattr(choices, "wkv", observed)

@@ -150,7 +150,7 @@ def test_innermost_loops_are_found() -> None:
 
 
 def test_the_report_is_of_launches_that_each_architecture_can_hold() -> None:
-    pytest.importorskip("rwkv_kernels._C", reason="the extension is not built")
+    pytest.importorskip("rwkv_kernels._introspection", reason="rwkv_kernels._introspection is not built")
     import kernel_report
 
     assert tuple(kernel_report.DEVICES) == cuda_toolkit.ARCHITECTURES
@@ -161,11 +161,13 @@ def test_the_report_is_of_launches_that_each_architecture_can_hold() -> None:
             assert fit >= 1, (architecture, kernel, block)
 
 
-STUB = Path(__file__).parent.parent / "rwkv_kernels" / "_C.pyi"
+STUB = Path(__file__).parent.parent / "rwkv_kernels" / "_introspection.pyi"
 
 
 def test_the_stub_fits_the_module() -> None:
-    _C: Any = pytest.importorskip("rwkv_kernels._C", reason="the extension is not built")
+    _introspection: Any = pytest.importorskip(
+        "rwkv_kernels._introspection", reason="rwkv_kernels._introspection is not built"
+    )
     tree = ast.parse(STUB.read_text())
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     keys = {
@@ -174,9 +176,9 @@ def test_the_stub_fits_the_module() -> None:
         if isinstance(node, ast.ClassDef)
     }
 
-    assert set(functions) == {name for name in dir(_C) if not name.startswith("_")}
+    assert set(functions) == {name for name in dir(_introspection) if not name.startswith("_")}
     for name, function in functions.items():
-        parameters = re.findall(r"[(,] ?(\**\w+)", _C.__dict__[name].__doc__.split(" -> ")[0])
+        parameters = re.findall(r"[(,] ?(\**\w+)", _introspection.__dict__[name].__doc__.split(" -> ")[0])
         choices = ["**kwargs"] if function.args.kwonlyargs else []
         assert parameters == [argument.arg for argument in function.args.args] + choices, name
 
@@ -185,17 +187,17 @@ def test_the_stub_fits_the_module() -> None:
     nowhere = dict.fromkeys(("k_stride", "v_stride", "r_stride"), 0)
     nowhere |= dict.fromkeys((f"state_{axis}_stride" for axis in ("batch", "row", "channel")), 0)
     step = ("step", "float32", 2, 1, 64, nowhere | {"w_dtype": "float32", "u_dtype": "float32"})
-    assert list(_C.build_info()) == keys["Build"]
-    assert list(_C.plan_cpu("float32", 2, 100, 64, 2)) == keys["CpuPlan"]
-    assert list(_C.plan_cuda(*problem, limits)) == keys["CudaPlan"]
-    assert list(_C.cuda_launches(*step)[0]) == keys["CudaLaunch"]
+    assert list(_introspection.build_info()) == keys["Build"]
+    assert list(_introspection.plan_cpu("float32", 2, 100, 64, 2)) == keys["CpuPlan"]
+    assert list(_introspection.plan_cuda(*problem, limits)) == keys["CudaPlan"]
+    assert list(_introspection.cuda_launches(*step)[0]) == keys["CudaLaunch"]
     for key in limits:
         with pytest.raises(KeyError, match=key):
-            _C.plan_cuda(*problem, {name: limit for name, limit in limits.items() if name != key})
+            _introspection.plan_cuda(*problem, {name: limit for name, limit in limits.items() if name != key})
 
     choices = [argument.arg for argument in functions["plan_cuda"].args.kwonlyargs]
     assert [argument.arg for argument in functions["cuda_launches"].args.kwonlyargs] == choices
     assert [argument.arg for argument in functions["force_cuda_plan"].args.kwonlyargs] == choices
     fields = (STUB.parent.parent / "csrc" / "wkv_plan.h").read_text().split("struct PlanRequest {")[1].split("};")[0]
     assert choices == re.findall(r"(\w+) = \w+;", fields)
-    _C.plan_cuda(*problem, **dict.fromkeys(choices))
+    _introspection.plan_cuda(*problem, **dict.fromkeys(choices))

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import Problem, assert_close, make, oracle, solve
+from problems import Problem, assert_close, checkpoint_interval, make, oracle, solve
 
 import rwkv_kernels
 
-extension = pytest.importorskip("rwkv_kernels._C", reason="the extension is not built")
+_introspection = pytest.importorskip("rwkv_kernels._introspection", reason="rwkv_kernels._introspection is not built")
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +37,7 @@ def _in_use(asked: str) -> str:
     )
     names = list(CAPABILITIES)
     can_be = [name for name in names[: names.index(asked) + 1] if _target(name) <= there]
-    return next(name for name in reversed(can_be) if name in extension.build_info()["cpu_instruction_sets"])
+    return next(name for name in reversed(can_be) if name in rwkv_kernels.build_info().cpu_instruction_sets)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_results_do_not_depend_on_the_number_of_threads(B: int, C: int, threads:
     expected = solve(tensors, "cpu")
     for count in (2, 3, 4):
         torch.set_num_threads(count)
-        assert extension.plan_cpu("bfloat16", B, 600, C, count)["spans"] == 1
+        assert _introspection.plan_cpu("bfloat16", B, 600, C, count)["spans"] == 1
         for name, value in solve(tensors, "cpu").items():
             assert torch.equal(value, expected[name]), (count, name)
 
@@ -97,7 +97,7 @@ def test_a_split_over_time_equals_the_oracle(dtype: torch.dtype, log_decay: floa
     T, C = 1700, 50
     tensors = make(Problem(B=1, T=T, C=C, log_decay=log_decay, with_state=True), dtype)
     torch.set_num_threads(4)
-    assert extension.plan_cpu(str(dtype).removeprefix("torch."), 1, T, C, 4)["spans"] > 2
+    assert _introspection.plan_cpu(str(dtype).removeprefix("torch."), 1, T, C, 4)["spans"] > 2
     found = solve(tensors, "cpu")
     assert_close(found, oracle(tensors), tensors)
     for name, value in solve(tensors, "cpu").items():
@@ -111,8 +111,8 @@ def test_the_plan_covers_every_element_once(seed: int) -> None:
         dtype = draw.choice(["float32", "float16", "bfloat16", "float64"])
         B, T, C = draw.choice([1, 2, 7, 64]), int(10 ** draw.uniform(0, 6)), int(10 ** draw.uniform(0, 4))
         threads = draw.choice([1, 2, 3, 8, 64, 192])
-        plan = extension.plan_cpu(dtype, B, T, C, threads)
-        interval = extension.checkpoint_interval(dtype)
+        plan = _introspection.plan_cpu(dtype, B, T, C, threads)
+        interval = checkpoint_interval(dtype)
         assert plan["channel_tile"] % 64 == 0 and plan["span_steps"] % interval == 0
         assert (plan["tiles"] - 1) * plan["channel_tile"] < C <= plan["tiles"] * plan["channel_tile"]
         assert (plan["spans"] - 1) * plan["span_steps"] < T <= plan["spans"] * plan["span_steps"]
@@ -124,11 +124,11 @@ def test_the_plan_covers_every_element_once(seed: int) -> None:
     ("B", "T", "C", "threads", "idle"), [(8, 1024, 768, 2, 0.0), (1, 16384, 768, 2, 0.0), (3, 512, 768, 2, 0.1)]
 )
 def test_the_plan_keeps_threads_busy(B: int, T: int, C: int, threads: int, idle: float) -> None:
-    plan = extension.plan_cpu("float32", B, T, C, threads)
+    plan = _introspection.plan_cpu("float32", B, T, C, threads)
     units = B * plan["tiles"] * plan["spans"]
     assert units / (-(-units // threads) * threads) >= 1 - idle
 
 
 def test_plan_refuses_an_unknown_dtype() -> None:
     with pytest.raises(ValueError, match="dtype: expected float32.*got int8"):
-        extension.plan_cpu("int8", 1, 1, 1, 1)
+        _introspection.plan_cpu("int8", 1, 1, 1, 1)

@@ -144,32 +144,36 @@ def test_nothing_to_do_is_defined(B: int, T: int, C: int, backend: str) -> None:
         assert w.grad is not None and torch.equal(w.grad, torch.zeros(C))
 
 
+# Which type a compiled operator's own errors have is up to torch's version; the public functions own theirs.
+OF_OPERATORS = (RuntimeError, ValueError, TypeError)
+
+
 def test_the_operators_check_their_arguments_too(native_backend: str) -> None:
     w, u, k, v, state = make(Problem(with_state=True)).inputs
     ops = torch.ops.rwkv_kernels
-    for wrong, error in [
-        ((w[:3], u, k, v, state, True), ValueError),
-        ((w, u, k, v[:, :5], state, True), ValueError),
-        ((w, u, k[0], v[0], state, True), ValueError),
-        ((w, u, k, v.double(), state, True), TypeError),
-        ((w, u, k, v, state[:, :2], True), ValueError),
-        ((w, u, k, v, state.double(), True), TypeError),
-        ((w.long(), u, k, v, state, True), TypeError),
-        ((w, u, k.long(), v.long(), state, True), TypeError),
+    for wrong, message in [
+        ((w[:3], u, k, v, state, True), "w: expected shape"),
+        ((w, u, k, v[:, :5], state, True), "v: expected shape"),
+        ((w, u, k[0], v[0], state, True), "k: expected shape"),
+        ((w, u, k, v.double(), state, True), "v: expected float32"),
+        ((w, u, k, v, state[:, :2], True), "state: expected shape"),
+        ((w, u, k, v, state.double(), True), "state: expected float32"),
+        ((w.long(), u, k, v, state, True), "w: expected float32"),
+        ((w, u, k.long(), v.long(), state, True), "k: expected float32"),
     ]:
-        with pytest.raises(error):
+        with pytest.raises(OF_OPERATORS, match=message):
             ops.wkv_forward(*wrong)
     kt, vt = k[:, 0], v[:, 0]
-    for wrong_step, error in [
-        ((w, u, k[0, 0], v[0, 0], state), ValueError),
-        ((w, u, k, v, state), ValueError),
-        ((w, u, kt, vt[:, :3], state), ValueError),
-        ((w, u, kt, vt, state[:1]), ValueError),
-        ((w, u, kt, vt, state, kt[:1]), ValueError),
-        ((w, u, kt, vt, state, k), ValueError),
-        ((w, u, kt, vt, state, kt.double()), TypeError),
+    for wrong_step, message in [
+        ((w, u, k[0, 0], v[0, 0], state), "k: expected shape"),
+        ((w, u, k, v, state), "k: expected shape"),
+        ((w, u, kt, vt[:, :3], state), "v: expected shape"),
+        ((w, u, kt, vt, state[:1]), "state: expected shape"),
+        ((w, u, kt, vt, state, kt[:1]), "r: expected shape"),
+        ((w, u, kt, vt, state, k), "r: expected shape"),
+        ((w, u, kt, vt, state, kt.double()), "r: expected float32"),
     ]:
-        with pytest.raises(error):
+        with pytest.raises(OF_OPERATORS, match=message):
             ops.wkv_step(*wrong_step)
     checkpoints = ops.wkv_forward(w, u, k, v, state, True)[2]
     for wrong_backward in [
@@ -177,7 +181,7 @@ def test_the_operators_check_their_arguments_too(native_backend: str) -> None:
         (w, u, k, v, state, checkpoints, v[:, :3], None),
         (w, u, k, v, state, checkpoints, v, state[:1]),
     ]:
-        with pytest.raises(ValueError, match="expected shape"):
+        with pytest.raises(OF_OPERATORS, match="expected shape"):
             ops._wkv_backward(*wrong_backward)
 
 

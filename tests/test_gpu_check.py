@@ -17,7 +17,7 @@ from benchmarks.device import Device
 from benchmarks.records import Record
 from benchmarks.stage import Stage
 
-pytest.importorskip("rwkv_kernels._C", reason="the extension is not built")
+pytest.importorskip("rwkv_kernels._introspection", reason="rwkv_kernels._introspection is not built")
 
 
 def _python(name: str, code: str, limit: int = 60, why_not: str | None = None) -> Stage:

@@ -4,8 +4,9 @@ import random
 from typing import Any
 
 import pytest
+from problems import checkpoint_interval
 
-_C = pytest.importorskip("rwkv_kernels._C", reason="the extension is not built")
+_introspection = pytest.importorskip("rwkv_kernels._introspection", reason="rwkv_kernels._introspection is not built")
 
 H100 = {
     "multiprocessors": 132,
@@ -44,7 +45,7 @@ def test_the_plan_covers_every_element_once_and_fits_the_device(seed: int) -> No
         B, T, C = (int(10 ** draw.uniform(0, limit)) for limit in (3, 6, 4))
         limits = {**draw.choice([H100, T4]), "multiprocessors": draw.randint(1, 200)}
         request = _random_request(draw, operation, dtype, limits)
-        plan = _C.plan_cuda(operation, dtype, B, T, C, limits, **request)
+        plan = _introspection.plan_cuda(operation, dtype, B, T, C, limits, **request)
         lanes, channels = (16, 16) if dtype == "float64" else (32, 64)
         assert (plan["channel_tiles"] - 1) * channels < C <= plan["channel_tiles"] * channels
         assert (plan["chunks"] - 1) * plan["chunk_len"] < T <= plan["chunks"] * plan["chunk_len"]
@@ -67,7 +68,7 @@ def test_the_plan_covers_every_element_once_and_fits_the_device(seed: int) -> No
             assert plan["chunk_len"] == plan["tile_steps"] and 1 <= plan["group"] <= 32
             assert plan["signal_count"] == (1 + plan["chunks"]) * B * plan["channel_tiles"] < 2**32
         if operation == "backward":
-            assert plan["tile_steps"] == _C.checkpoint_interval(dtype), "a tile starts from a checkpoint"
+            assert plan["tile_steps"] == checkpoint_interval(dtype), "a tile starts from a checkpoint"
         if request.get("spans"):
             assert plan["spans"] == request["spans"]
         if request["schedule"] == "serial" and T <= 65535:
@@ -78,25 +79,25 @@ def test_the_plan_covers_every_element_once_and_fits_the_device(seed: int) -> No
 
 @pytest.mark.parametrize("operation", ["forward", "backward"])
 def test_few_channels_are_split_over_time_and_many_are_not(operation: str) -> None:
-    few = _C.plan_cuda(operation, "bfloat16", 1, 4096, 768)
+    few = _introspection.plan_cuda(operation, "bfloat16", 1, 4096, 768)
     assert few["schedule"] == "single_pass" and few["reason"] == "the channels alone leave multiprocessors idle"
     assert few["chunks"] * few["channel_tiles"] >= 132
-    many = _C.plan_cuda(operation, "bfloat16", 64, 1024, 4096)
+    many = _introspection.plan_cuda(operation, "bfloat16", 64, 1024, 4096)
     assert many["schedule"] == "serial" and many["reason"] == "the channels alone keep the device busy"
-    double = _C.plan_cuda(operation, "float64", 1, 4096, 768)
+    double = _introspection.plan_cuda(operation, "float64", 1, 4096, 768)
     assert double["schedule"] == "chunked" and "single pass needs a warp" in double["reason"]
     tile = 128 if operation == "forward" else 64
-    long = _C.plan_cuda(operation, "bfloat16", 1, 65535 * tile, 64)
+    long = _introspection.plan_cuda(operation, "bfloat16", 1, 65535 * tile, 64)
     assert long["schedule"] == "single_pass" and long["chunks"] == 65535
-    longer = _C.plan_cuda(operation, "bfloat16", 1, 65535 * tile + 1, 64)
+    longer = _introspection.plan_cuda(operation, "bfloat16", 1, 65535 * tile + 1, 64)
     assert longer["schedule"] == "chunked" and "more blocks than a grid" in longer["reason"]
-    short = _C.plan_cuda(operation, "bfloat16", 1, 5, 768)
+    short = _introspection.plan_cuda(operation, "bfloat16", 1, 5, 768)
     assert short["schedule"] == "serial" and short["reason"] == "one tile holds the whole sequence"
 
 
 def test_a_span_alone_has_a_ring_where_a_multiprocessor_has_room_for_four() -> None:
     def buffers_and_spans(dtype: str, B: int, limits: dict[str, int]) -> tuple[int, int]:
-        plan = _C.plan_cuda("forward", dtype, B, 1024, 2048, limits)
+        plan = _introspection.plan_cuda("forward", dtype, B, 1024, 2048, limits)
         assert plan["schedule"] == "serial"
         return plan["buffers"], plan["spans"]
 
@@ -105,16 +106,18 @@ def test_a_span_alone_has_a_ring_where_a_multiprocessor_has_room_for_four() -> N
         assert buffers_and_spans(dtype, 20, T4) == (1, 1)
         assert buffers_and_spans(dtype, 10, T4)[0] == 1
     assert buffers_and_spans("float64", 10, H100) == (1, 4)
-    assert _C.plan_cuda("forward", "float32", 64, 32, 4096, H100)["buffers"] == 1, "there is one tile"
-    assert _C.plan_cuda("forward", "float32", 1, 999, 64, H100, spans=1, chunk_len=32)["buffers"] == 1, "of each chunk"
+    assert _introspection.plan_cuda("forward", "float32", 64, 32, 4096, H100)["buffers"] == 1, "there is one tile"
+    assert _introspection.plan_cuda("forward", "float32", 1, 999, 64, H100, spans=1, chunk_len=32)["buffers"] == 1, (
+        "of each chunk"
+    )
 
 
 @pytest.mark.parametrize("operation", ["forward", "backward"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_the_chunks_hand_on_is_small(operation: str, dtype: str) -> None:
     for B, T, C in [(8, 1024, 768), (1, 4096, 768), (1, 65536, 2560), (32, 1024, 2048)]:
-        plan = _C.plan_cuda(operation, dtype, B, T, C)
-        interval = _C.checkpoint_interval(dtype)
+        plan = _introspection.plan_cuda(operation, dtype, B, T, C)
+        interval = checkpoint_interval(dtype)
         checkpoints = 3 * (8 if dtype == "float64" else 4) / interval
         assert plan["workspace_bytes"] / (B * T * C) + checkpoints <= 0.5
 
@@ -155,23 +158,23 @@ def test_what_the_chunks_hand_on_is_small(operation: str, dtype: str) -> None:
 )
 def test_a_plan_that_cannot_be_is_refused(arguments: tuple[Any, ...], request_: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _C.plan_cuda(*arguments, **request_)
+        _introspection.plan_cuda(*arguments, **request_)
 
 
 def test_what_is_asked_of_a_plan_is_met_and_named() -> None:
-    plan = _C.plan_cuda("forward", "float32", 1, 999, 1, schedule="single_pass", group=5, spans=None)
+    plan = _introspection.plan_cuda("forward", "float32", 1, 999, 1, schedule="single_pass", group=5, spans=None)
     assert (plan["schedule"], plan["group"]) == ("single_pass", 5)
-    plan = _C.plan_cuda("forward", "float32", 1, 999, 1, schedule="serial", spans=1, buffers=1)
+    plan = _introspection.plan_cuda("forward", "float32", 1, 999, 1, schedule="serial", spans=1, buffers=1)
     assert (plan["spans"], plan["buffers"]) == (1, 1)
     with pytest.raises(TypeError, match="a plan has no choice of wraps"):
-        _C.plan_cuda("forward", "float32", 1, 999, 1, wraps=1)
+        _introspection.plan_cuda("forward", "float32", 1, 999, 1, wraps=1)
 
 
 def _launches(operation: str, B: int, T: int, C: int, **request: Any) -> list[dict[str, Any]]:
     names = ["k", "v", "gy"]
     arguments: dict[str, Any] = {"w": 0, "u": 0, "w_dtype": "float32", "u_dtype": "float32"}
     arguments |= {f"{name}_{stride}_stride": 0 for name in names for stride in ("batch", "time")}
-    return _C.cuda_launches(operation, "bfloat16", B, T, C, arguments, **request)  # type: ignore[no-any-return]
+    return _introspection.cuda_launches(operation, "bfloat16", B, T, C, arguments, **request)  # type: ignore[no-any-return]
 
 
 def test_each_schedule_has_its_launches() -> None:
@@ -200,23 +203,25 @@ def test_every_grid_is_within_the_limits(operation: str) -> None:
 
 def test_a_single_pass_has_no_more_signals_than_its_kernels_can_count() -> None:
     most = {"schedule": "single_pass", "spans": 1, "limits": {**H100, "multiprocessors": 10**9}}
-    fits = _C.plan_cuda("forward", "bfloat16", 65535, 65535 * 32, 64, **most)
+    fits = _introspection.plan_cuda("forward", "bfloat16", 65535, 65535 * 32, 64, **most)
     assert fits["signal_count"] == 65536 * 65535 < 2**32
     with pytest.raises(ValueError, match="schedule: a single pass has more signals than 32 bits can count"):
-        _C.plan_cuda("forward", "bfloat16", 65535, 65535 * 32, 65, **most)
-    left_to_the_plan = _C.plan_cuda("forward", "bfloat16", 65535, 65535 * 32, 65, **{**most, "schedule": None})
+        _introspection.plan_cuda("forward", "bfloat16", 65535, 65535 * 32, 65, **most)
+    left_to_the_plan = _introspection.plan_cuda(
+        "forward", "bfloat16", 65535, 65535 * 32, 65, **{**most, "schedule": None}
+    )
     assert left_to_the_plan["schedule"] == "chunked" and "more signals than" in left_to_the_plan["reason"]
     # Also where the product of tiles, chunks and sequences leaves 64 bits.
     with pytest.raises(ValueError, match="more signals than 32 bits can count"):
-        _C.plan_cuda("backward", "float32", 60000, 64 * 60000, 64 * (2**31 - 1), schedule="single_pass")
+        _introspection.plan_cuda("backward", "float32", 60000, 64 * 60000, 64 * (2**31 - 1), schedule="single_pass")
 
 
 def test_what_no_grid_can_hold_is_refused() -> None:
     with pytest.raises(ValueError, match="C has 2147483648 tiles of channels, a grid has 2147483647 blocks at most"):
-        _C.plan_cuda("forward", "bfloat16", 1, 1, 64 * 2**31)
+        _introspection.plan_cuda("forward", "bfloat16", 1, 1, 64 * 2**31)
     strides = {f"{name}_stride": 0 for name in ("k", "v", "r", "state_batch", "state_row", "state_channel")}
     arguments: dict[str, Any] = {"w": 0, "u": 0, "w_dtype": "float32", "u_dtype": "float32", **strides}
-    (step,) = _C.cuda_launches("step", "bfloat16", 256, 1, 2**31 - 1, arguments)
+    (step,) = _introspection.cuda_launches("step", "bfloat16", 256, 1, 2**31 - 1, arguments)
     assert step["grid"] == (2**31 - 1, 1, 1)
     with pytest.raises(ValueError, match="549755813888 elements are more than a grid can hold"):
-        _C.cuda_launches("step", "bfloat16", 256, 1, 2**31, arguments)
+        _introspection.cuda_launches("step", "bfloat16", 256, 1, 2**31, arguments)

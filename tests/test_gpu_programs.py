@@ -16,7 +16,7 @@ from torch import Tensor
 
 import rwkv_kernels
 
-_C = pytest.importorskip("rwkv_kernels._C", reason="the extension is not built")
+_introspection = pytest.importorskip("rwkv_kernels._introspection", reason="rwkv_kernels._introspection is not built")
 gpu_programs = pytest.importorskip("gpu_programs")
 emulated_backend = pytest.importorskip("emulated_backend")
 
@@ -104,7 +104,9 @@ GROUPS_OF_CHUNKS = {
 def test_groups_of_chunks_hand_over(plan: str, group: str, dtype: torch.dtype, library: Any) -> None:
     problem = GROUPS_OF_CHUNKS[group]
     for operation, request in zip(("forward", "backward"), PLANS[plan], strict=True):
-        made = _C.plan_cuda(operation, gpu_programs.name_of(dtype), problem.B, problem.T, problem.C, **request)
+        made = _introspection.plan_cuda(
+            operation, gpu_programs.name_of(dtype), problem.B, problem.T, problem.C, **request
+        )
         assert f"of_{made['group']}" == group and made["group"] < made["chunks"] - 1
     with _emulated(library, plan) as backend:
         assert_solves(make(problem, dtype), backend)

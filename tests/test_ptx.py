@@ -21,7 +21,7 @@ from problems import DTYPES, PROBLEMS, Problem, assert_solves, make, solve
 from test_gpu_plan import H100
 from test_gpu_programs import GROUPS_OF_CHUNKS, PLANS, plans_for
 
-gpu_programs = pytest.importorskip("gpu_programs", reason="the extension is not built")
+gpu_programs = pytest.importorskip("gpu_programs", reason="rwkv_kernels._introspection is not built")
 emulated_backend = pytest.importorskip("emulated_backend")
 
 HERE = Path(__file__).parent

@@ -1,25 +1,31 @@
-"""Compiles every host source for another processor, as far as the linker: python tools/cross_compile.py COMPILER."""
+"""Compiles the libraries' host sources for another processor, without linking: tools/cross_compile.py COMPILER."""
 
 import os
 import subprocess
 import sys
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pybind11
+import cuda_toolkit
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent.parent
-FLAGS = ["-fsyntax-only", "-std=c++20", "-Wall", "-Werror", "-Wno-psabi", "-fopenmp"]
-MACROS = ["-DTORCH_EXTENSION_NAME=_C", '-DWKV_COMPILER="cross"']
+FLAGS = ["-fsyntax-only", "-std=c++20", "-Wall", "-Werror", "-Wno-psabi"]
+MACROS = ["-DTORCH_TARGET_VERSION=0x020b000000000000", '-DWKV_COMPILER="cross"']
+MACROS += ["-DUSE_CUDA", '-DWKV_CUDA_ARCHITECTURES="9.0"']  # which the operators' sources do not look at
 
 
 def main(compiler: str) -> None:
-    sources = (ROOT / "csrc" / "sources.txt").read_text().split()
-    # What is in csrc/cuda needs the headers of a torch with CUDA.
-    sources = [source for source in sources if not source.startswith("csrc/cuda/")]
-    folders = [*cpp_extension.include_paths(), pybind11.get_include(), sysconfig.get_path("include")]
+    libraries = ["operators"]
+    folders = cpp_extension.include_paths()
+    toolkit = cuda_toolkit.find_toolkit()
+    if toolkit is None:
+        print(f"without what goes with CUDA kernels: {cuda_toolkit.NO_TOOLKIT}")
+    else:
+        libraries.append("cuda")
+        folders.append(str(toolkit.home / "include"))
+    rows = [row.split() for row in (ROOT / "csrc" / "sources.txt").read_text().splitlines()]
+    sources = [source for library, source in rows if library in libraries and source.endswith(".cpp")]
     command = [compiler, *FLAGS, *MACROS, *(f"-isystem{folder}" for folder in folders)]
 
     def compile_one(source: str) -> int:

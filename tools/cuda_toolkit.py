@@ -11,6 +11,8 @@ from pathlib import Path
 # From Turing on, one for every generation that torch still supports; PTX of the last serves those to come.
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
+NO_TOOLKIT = "there is no CUDA toolkit: nvcc is neither in CUDA_HOME nor on the PATH"
+
 
 @dataclass(frozen=True)
 class Toolkit:
@@ -33,6 +35,14 @@ class Toolkit:
         known = _output(self.nvcc, "--list-gpu-arch").split()
         *others, last = [item for item in ARCHITECTURES if f"compute_{_digits(item)}" in known]
         return [*others, f"{last}+PTX"]
+
+    def library_flags(self, architectures: list[str]) -> list[str]:
+        """How nvcc compiles the kernels into a library that is shipped: compressed to a sixth, where drivers read that.
+
+        Drivers that run what a toolkit before 13 makes may be too old for it.
+        """
+        compressed = ["--compress-mode=size"] if int(self.version.split(".")[0]) >= 13 else []
+        return [*nvcc_flags(architectures), *compressed]
 
 
 def find_toolkit() -> Toolkit | None:
@@ -60,15 +70,19 @@ def find_program(name: str) -> str | None:
 
 
 def to_build_with(torch_cuda: str | None) -> Toolkit | None:
-    """The toolkit if the extension gets CUDA kernels, else None; `torch_cuda` is the CUDA version of the torch.
+    """The toolkit if CUDA kernels are built, else None; `torch_cuda` is the CUDA version of the torch.
 
-    RWKV_KERNELS_CUDA decides: 0 for no, 1 for an error where they cannot be built, and nothing for what can be.
+    RWKV_KERNELS_CUDA decides: 0 for no; 1 for an error without a toolkit, whatever the torch, since its headers are the
+    same with and without CUDA; and nothing for what the torch can run.
     """
     wanted = os.environ.get("RWKV_KERNELS_CUDA")
     if wanted not in (None, "0", "1"):
         raise SystemExit(f"RWKV_KERNELS_CUDA: expected 0 or 1, got {wanted!r}")
     toolkit = None if wanted == "0" else find_toolkit()
-    reason = "RWKV_KERNELS_CUDA=0" if wanted == "0" else _why_not(toolkit, torch_cuda)
+    if toolkit is None:
+        reason = NO_TOOLKIT if wanted != "0" else "RWKV_KERNELS_CUDA=0"
+    else:
+        reason = None if wanted == "1" else _why_not(toolkit, torch_cuda)
     if wanted == "1" and reason is not None:
         raise SystemExit(f"RWKV_KERNELS_CUDA=1, but {reason}")
     built = f"for {', '.join(toolkit.architectures())}" if reason is None and toolkit else f"none: {reason}"
@@ -76,11 +90,9 @@ def to_build_with(torch_cuda: str | None) -> Toolkit | None:
     return toolkit if reason is None else None
 
 
-def _why_not(toolkit: Toolkit | None, torch_cuda: str | None) -> str | None:
+def _why_not(toolkit: Toolkit, torch_cuda: str | None) -> str | None:
     if torch_cuda is None:
         return "this torch is built without CUDA"
-    if toolkit is None:
-        return "there is no CUDA toolkit: nvcc is neither in CUDA_HOME nor on the PATH"
     if toolkit.version.split(".")[0] != torch_cuda.split(".")[0]:
         return f"torch is built with CUDA {torch_cuda}, and the toolkit in {toolkit.home} is {toolkit.version}"
     return None
@@ -99,12 +111,12 @@ def nvcc_flags(architectures: list[str]) -> list[str]:
 
 
 def for_cmake(torch_cuda: str | None) -> list[str]:
-    """The toolkit's folder, the architectures as one word, and nvcc's flags; nothing for a build without CUDA."""
+    """The toolkit's folder and version, the architectures as one word, and nvcc's flags; nothing without CUDA."""
     toolkit = to_build_with(torch_cuda)
     if toolkit is None:
         return []
     architectures = toolkit.architectures()
-    return [str(toolkit.home), ",".join(architectures), *nvcc_flags(architectures)]
+    return [str(toolkit.home), toolkit.version, ",".join(architectures), *toolkit.library_flags(architectures)]
 
 
 def _digits(architecture: str) -> str:

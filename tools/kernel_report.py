@@ -19,7 +19,7 @@ from pathlib import Path
 import cuda_toolkit
 import sass
 
-from rwkv_kernels import _C
+from rwkv_kernels import _introspection
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "csrc" / "cuda" / "wkv_kernels.cu"
@@ -194,9 +194,11 @@ def blocks(device: Device) -> dict[tuple[str, str], Block]:
         for operation, schedule in itertools.product(("forward", "backward", "step"), schedules):
             tile = 0
             if operation != "step":
-                plan = _C.plan_cuda(operation, dtype, *PROBLEM, device.limits(), schedule=schedule)
+                plan = _introspection.plan_cuda(operation, dtype, *PROBLEM, device.limits(), schedule=schedule)
                 tile = plan["tile_steps"] * -(-PROBLEM[2] // plan["channel_tiles"])
-            for launch in _C.cuda_launches(operation, dtype, *PROBLEM, nowhere, device.limits(), schedule=schedule):
+            for launch in _introspection.cuda_launches(
+                operation, dtype, *PROBLEM, nowhere, device.limits(), schedule=schedule
+            ):
                 threads = launch["block"][0]
                 found[launch["kernel"], dtype] = Block(threads, launch["shared_bytes"], tile // threads)
     return found

@@ -1,14 +1,5 @@
 from typing import TypedDict
 
-class Build(TypedDict):
-    torch: str
-    compiler: str
-    openmp: bool
-    cpu_instruction_sets: tuple[str, ...]
-    cpu_instruction_set: str
-    cuda: str | None
-    cuda_architectures: tuple[str, ...]
-
 class CpuPlan(TypedDict):
     threads: int
     channel_tile: int
@@ -50,16 +41,14 @@ class CudaLaunch(TypedDict):
     shared_bytes: int
     arguments: bytes
 
-def build_info() -> Build: ...
 def plan_cpu(dtype: str, B: int, T: int, C: int, threads: int) -> CpuPlan: ...
-def checkpoint_interval(dtype: str) -> int: ...
 def plan_cuda(
     operation: str,
     dtype: str,
     B: int,
     T: int,
     C: int,
-    limits: DeviceLimits | int | None = None,
+    limits: DeviceLimits | None = None,
     *,
     schedule: str | None = None,
     spans: int | None = None,
@@ -74,7 +63,7 @@ def cuda_launches(
     T: int,
     C: int,
     arguments: dict[str, int | str],
-    limits: DeviceLimits | int | None = None,
+    limits: DeviceLimits | None = None,
     *,
     schedule: str | None = None,
     spans: int | None = None,
@@ -82,11 +71,3 @@ def cuda_launches(
     chunk_len: int | None = None,
     group: int | None = None,
 ) -> list[CudaLaunch]: ...
-def force_cuda_plan(
-    *,
-    schedule: str | None = None,
-    spans: int | None = None,
-    buffers: int | None = None,
-    chunk_len: int | None = None,
-    group: int | None = None,
-) -> None: ...

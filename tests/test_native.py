@@ -1,0 +1,316 @@
+"""Which libraries are loaded, and what is said of one that cannot be: stand-ins for them, in a copy of the package."""
+
+import json
+import os
+import platform
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rwkv_kernels
+from rwkv_kernels import native
+
+PACKAGE = Path(rwkv_kernels.__file__).parent
+OPERATORS = "librwkv_kernels.so"
+IN_SOURCE_TREE = "run `pip install --no-build-isolation .` in the source tree"
+
+# What a user meets: whatever the libraries are like, the package imports and the reference computes.
+PROGRAM = """
+import json, os, sys
+import torch
+CHANGES
+import rwkv_kernels
+x = torch.zeros(1, 2, 3)
+try:
+    rwkv_kernels.wkv(torch.zeros(3), torch.zeros(3), x, x)
+except rwkv_kernels.BackendUnavailable as error:
+    print(error, file=sys.stderr)
+rwkv_kernels.wkv(torch.zeros(3), torch.zeros(3), x, x, backend="reference")
+build = rwkv_kernels.build_info()
+reasons = {info.name: info.reason for info in rwkv_kernels.backends()}
+print(json.dumps({**vars(build), "reasons": reasons, "loaded": sorted(torch.ops.loaded_libraries)}))
+"""
+
+
+def _run(root: Path, code: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(root), "RWKV_KERNELS_BACKEND": "auto"},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def _tell(package: Path, changes: str = "") -> dict[str, Any]:
+    """What a process says that imports the package after these changes to torch."""
+    told: dict[str, Any] = json.loads(_run(package.parent, PROGRAM.replace("CHANGES", changes)).splitlines()[-1])
+    assert told["reasons"]["cpu"] == told["why_missing"] and told["reasons"]["reference"] is None
+    return told
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of the package without libraries."""
+    copy = tmp_path / "site" / "rwkv_kernels"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_why_no_library.txt"))
+    return copy
+
+
+def _built() -> Path:
+    if native.operators.path is None:
+        pytest.skip(native.operators.why_missing or "")
+    return native.operators.path
+
+
+def _elf(machine: int) -> bytes:
+    """The header of a 64-bit library that has nothing else."""
+    return struct.pack("<4s5B7xHHIQQQIHHHHHH", b"\x7fELF", 2, 1, 1, 0, 0, 3, machine, 1, 0, 0, 0, 0, 64, 0, 0, 0, 0, 0)
+
+
+# ---- the operators ----
+
+
+def test_the_operators_are_loaded_and_tell_their_build(package: Path) -> None:
+    built = shutil.copy(_built(), package)
+    told = _tell(package)
+    assert told["library"] == str(built) and told["why_missing"] is None and told["loaded"][0] == str(built)
+    assert told["cpu_instruction_set"] in told["cpu_instruction_sets"]
+
+
+def test_a_package_of_links_finds_its_library(package: Path) -> None:
+    """As a download of huggingface_hub is one: files are links into a store, which knows them by their hash."""
+    shutil.copy(_built(), package)
+    for number, path in enumerate(sorted(path for path in package.rglob("*") if path.is_file())):
+        stored = package.parent.parent / f"{number:064x}"
+        path.rename(stored)
+        path.symlink_to(stored)
+    assert _tell(package)["library"] == str(package / OPERATORS)
+
+
+def test_an_older_torch_is_told_and_given_no_library(package: Path) -> None:
+    shutil.copy(_built(), package)
+    for version in ("2.10.0", "2.9.1+cu128", "1.13.1"):
+        told = _tell(package, f"torch.__version__ = {version!r}")
+        expected = (
+            f"torch {version} is older than 2.11, the oldest that the libraries load in: pip install -U 'torch>=2.11'"
+        )
+        assert told["why_missing"] == told["why_cuda_missing"] == expected
+        assert told["loaded"] == []
+    for version in ("2.11.0a0+git1234567", "3.0.0"):
+        assert _tell(package, f"torch.__version__ = {version!r}")["why_missing"] is None
+
+
+def test_a_package_without_the_library_says_what_to_do(package: Path) -> None:
+    why = _tell(package)["why_missing"]
+    assert why == f"{OPERATORS} is not built: install a wheel for this platform, or {IN_SOURCE_TREE}"
+
+
+def test_what_kept_an_installation_from_building_is_told(package: Path) -> None:
+    (package / "_why_no_library.txt").write_text("there was no C++ compiler (c++)\n")
+    why = _tell(package)["why_missing"]
+    assert why.startswith(f"{OPERATORS} is not built: there was no C++ compiler (c++); install a wheel")
+    shutil.copy(_built(), package)
+    assert _tell(package)["why_missing"] is None
+
+
+def test_a_source_tree_is_told_from_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, site, other = tmp_path / "tree", tmp_path / "site", tmp_path / "other"
+    for folder in (tree, site, other):
+        (folder / "rwkv_kernels").mkdir(parents=True)
+    (tree / "setup.py").touch()
+    (other / "rwkv_kernels" / "librwkv_kernels_cuda13.so").touch()
+    monkeypatch.setattr(sys, "path", [str(tree), str(other), str(site)])
+
+    assert IN_SOURCE_TREE in native._what_helps(site / "rwkv_kernels")
+    in_place = f"run `python setup.py build_ext --inplace` in {tree}"
+    assert native._what_helps(tree / "rwkv_kernels") == in_place
+
+    (site / "rwkv_kernels" / OPERATORS).touch()
+    told = native._what_helps(tree / "rwkv_kernels")
+    assert f"{tree}, which hides the package that is installed in {site / 'rwkv_kernels'}: start Python in" in told
+    assert told.endswith(in_place)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the names of what this is are Linux's")
+@pytest.mark.parametrize(
+    ("content", "made_for"),
+    [
+        (_elf(183), "aarch64"),
+        (_elf(62), "x86_64"),
+        (_elf(243), "riscv64"),
+        (_elf(9999), r"another processor (ELF machine 9999)"),
+        (b"\xcf\xfa\xed\xfe\x0c\x00\x00\x01", "macOS"),
+        (b"\xca\xfe\xba\xbe\x00\x00\x00\x02", "macOS"),
+        (b"MZ\x90\x00", "Windows"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_library_of_another_platform_is_not_loaded(content: bytes, made_for: str, package: Path) -> None:
+    here = "Linux" if made_for in ("macOS", "Windows") else platform.machine()
+    if made_for == here:
+        pytest.skip("that is this platform")
+    (package / OPERATORS).write_bytes(content)
+    why = _tell(package)["why_missing"]
+    assert why.startswith(f"{OPERATORS} is for {made_for}, and this is {here}: install a wheel for this platform")
+
+
+def test_a_library_that_was_cut_off_is_not_loaded(package: Path) -> None:
+    content = _built().read_bytes()
+    for size in (len(content) // 2, len(content) - 1):
+        (package / OPERATORS).write_bytes(content[:size])
+        why = _tell(package)["why_missing"]
+        assert why.startswith(f"{OPERATORS} is cut off after {size} of {len(content)} bytes: install")
+
+
+def test_what_the_loader_says_is_told(package: Path) -> None:
+    (package / OPERATORS).write_bytes(b"not a library")
+    why = _tell(package)["why_missing"]
+    assert why.startswith(f"{OPERATORS} does not load ({package / OPERATORS}: ") and "install a wheel" in why
+    assert "Could not load this library" not in why
+
+
+def test_a_library_that_is_another_one_is_told(package: Path) -> None:
+    shutil.copy(next(Path(torch.__file__).parent.glob("lib/libtorch_global_deps.*")), package / OPERATORS)
+    assert "undefined symbol: rwkv_kernels_build_info" in _tell(package)["why_missing"]
+
+
+# ---- two copies in a process ----
+
+TWO_COPIES = """
+import torch, rwkv_kernels, other
+from other.compat import torchscript
+x = torch.zeros(1, 2, 3)
+given = torch.zeros(3), torch.zeros(3), x, x
+assert torch.equal(rwkv_kernels.wkv(*given, backend="cpu"), other.wkv(*given, backend=BACKEND))
+scripted = torch.jit.script(torchscript.wkv_with_state)
+with other.use_backend(BACKEND):
+    scripted(*given, other.empty_state(1, 3))
+print(other.native.NAMESPACE, hasattr(torch.ops.rwkv_kernels, "wkv"))
+print(other.build_info().why_missing)
+"""
+
+
+def _another(package: Path) -> Path:
+    """The copy under the name `other`, beside one with the name and the library of this project."""
+    built = _built()
+    another = package.rename(package.with_name("other"))
+    shutil.copytree(another, package)
+    shutil.copy(built, package)
+    return another
+
+
+def test_a_second_library_of_the_same_namespace_is_not_loaded(package: Path) -> None:
+    another = _another(package)
+    shutil.copy(_built(), another)
+    used, why = _run(package.parent, TWO_COPIES.replace("BACKEND", "'reference'")).splitlines()
+    assert used == "other False"
+    library, first = another / OPERATORS, package / OPERATORS
+    assert why.startswith(f"{library} registers torch.ops.rwkv_kernels, and so did {first} in this process: import one")
+
+
+def test_a_second_package_works_in_a_namespace_of_its_own(package: Path) -> None:
+    another = _another(package)
+    # What a build with another -DWKV_NAMESPACE has in the two places, if the name has the same length.
+    content = _built().read_bytes()
+    for place in (b"\0%s\0", b'"namespace": "%s"'):
+        if place % b"rwkv_kernels" not in content:
+            pytest.skip("the compiler has not left the namespace in one piece")
+        content = content.replace(place % b"rwkv_kernels", place % b"rwkv_of_mine")
+    (another / OPERATORS).write_bytes(content)
+    used, why = _run(package.parent, TWO_COPIES.replace("BACKEND", "'cpu'")).splitlines()
+    assert (used, why) == ("rwkv_of_mine False", "None")
+
+
+# ---- the CUDA kernels ----
+
+
+@pytest.fixture
+def with_operators(package: Path) -> Path:
+    """The copy with the operators."""
+    shutil.copy(_built(), package)
+    return package
+
+
+def _why_no_cuda(package: Path, cuda: str | None, *majors: int, hip: str | None = None) -> str:
+    """What is said in a torch of that CUDA where libraries of these versions lie, none of which loads."""
+    for path in package.glob("librwkv_kernels_cuda*.so"):
+        path.unlink()
+    for major in majors:
+        (package / f"librwkv_kernels_cuda{major}.so").write_bytes(b"not a library")
+    told = _tell(package, f"torch.version.cuda, torch.version.hip = {cuda!r}, {hip!r}")
+    assert told["why_missing"] is None and told["cuda_library"] is None and told["cuda"] is None
+    assert told["reasons"]["cuda"] == told["why_cuda_missing"]
+    return str(told["why_cuda_missing"])
+
+
+def test_a_torch_without_cuda_is_told(with_operators: Path) -> None:
+    told = "this torch is built without CUDA: install one that is built with CUDA"
+    assert _why_no_cuda(with_operators, None) == told
+    assert _why_no_cuda(with_operators, None, 13) == f"{told} 13"
+    assert _why_no_cuda(with_operators, None, 13, hip="7.0").startswith(
+        "this torch is built for ROCm 7.0, without CUDA"
+    )
+
+
+def test_a_package_without_cuda_kernels_is_told(with_operators: Path) -> None:
+    assert "this package has no CUDA kernels (build_info().cuda is None): rebuild" in _why_no_cuda(
+        with_operators, "13.0"
+    )
+
+
+def test_cuda_kernels_of_another_major_version_are_not_loaded(with_operators: Path) -> None:
+    why = _why_no_cuda(with_operators, "12.8", 13)
+    assert why.startswith(
+        "torch is built with CUDA 12.8, and the CUDA kernels of this package are for CUDA 13: install"
+    )
+    why = _why_no_cuda(with_operators, "14.1", 12, 13)
+    assert why.startswith(
+        "torch is built with CUDA 14.1, and the CUDA kernels of this package are for CUDA 12 or CUDA 13"
+    )
+
+
+@pytest.mark.parametrize("major", [12, 13])
+def test_cuda_kernels_of_the_version_of_torch_are_taken(major: int, with_operators: Path) -> None:
+    name = f"librwkv_kernels_cuda{major}.so"
+    why = _why_no_cuda(with_operators, f"{major}.2", 12, 13)
+    assert why.startswith(f"{name} does not load ({with_operators / name}: ")
+
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    source = with_operators.parent / "cuda.cpp"
+    build = json.dumps({"namespace": "rwkv_kernels", "cuda": f"{major}.0", "cuda_architectures": ["9.0", "12.0+PTX"]})
+    source.write_text(f'extern "C" const char* rwkv_kernels_cuda_build_info() {{ return R"({build})"; }}')
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", with_operators / name], check=True)
+    told = _tell(with_operators, f"torch.version.cuda = '{major}.2'")
+    assert told["cuda_library"] == str(with_operators / name) and told["why_cuda_missing"] is None
+    assert told["cuda"] == f"{major}.0" and told["cuda_architectures"] == ["9.0", "12.0+PTX"]
+
+
+def test_no_cuda_kernels_are_loaded_without_the_operators(package: Path) -> None:
+    (package / "librwkv_kernels_cuda13.so").write_bytes(b"not a library")
+    told = _tell(package, "torch.version.cuda = '13.0'")
+    assert told["why_missing"] == told["why_cuda_missing"] and told["loaded"] == []
+
+
+# ---- the doctor ----
+
+
+def test_the_doctor_finds_a_package_without_operators_unwell(package: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "rwkv_kernels"], cwd=package.parent, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(package.parent)},
+    )  # fmt: skip
+    assert result.returncode == 1, result.stderr
+    assert f"\nlibrary       missing: {OPERATORS} is not built: install" in result.stdout
+    assert "reference   available: off the float64 oracle by" in result.stdout
