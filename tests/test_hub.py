@@ -5,6 +5,7 @@ import importlib
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -211,6 +212,19 @@ def test_kernel_builder_is_told_every_source() -> None:
     assert sorted(path for path in shared + of_cuda if path.endswith(".h")) == headers
     capabilities = configuration["kernel"]["wkv_cuda"]["cuda-capabilities"]
     assert f'"{",".join(capabilities)}"' in (ROOT / "hub" / "namespace.h").read_text()
+
+
+def test_the_library_is_found_where_kernel_builder_puts_it(layout: Path, kernel: ModuleType, tmp_path: Path) -> None:
+    """Beside the package, by the name of the namespace; in a process of its own, for the namespace is in use here."""
+    variant = Path(str(kernel.__file__)).parent
+    copied = shutil.copytree(variant, tmp_path / "kernel")
+    (copied / "rwkv_kernels" / "librwkv_kernels.so").rename(copied / f"{kernel.__name__}.abi3.so")
+    program = "import kernel; print(kernel.build_info().library)"
+    environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.stdout.strip() == str(copied / f"{kernel.__name__}.abi3.so"), result.stderr
 
 
 @pytest.mark.parametrize("how", ["LOCAL_KERNELS", "get_local_kernel"])
