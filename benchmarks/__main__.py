@@ -53,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("all", parents=[common], help="every benchmark of the device, each in a process of its own")
     for name in BENCHMARKS:
         module = importlib.import_module(f"benchmarks.{name}")
-        commands.add_parser(name, parents=[common], help=module.__doc__, description=module.__doc__)
+        command = commands.add_parser(name, parents=[common], help=module.__doc__, description=module.__doc__)
+        if name == "latency":
+            command.add_argument("--beside", type=Path, metavar="TREE", help="see benchmarks/beside.py")
     comparison = commands.add_parser("compare", help=compare.__doc__, description=compare.__doc__)
     comparison.add_argument("before", type=Path)
     comparison.add_argument("after", type=Path)
@@ -73,6 +75,11 @@ def _run_all(arguments: argparse.Namespace, options: list[str]) -> int:
     return 1 if failed else 0
 
 
+def _of_its_own(arguments: argparse.Namespace) -> list[object]:
+    """What a benchmark is told that the others are not."""
+    return {"peers": [dict(arguments.peer)], "latency": [vars(arguments).get("beside")]}.get(arguments.command, [])
+
+
 def _run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     keep_freed_memory()
@@ -81,7 +88,7 @@ def _run(arguments: argparse.Namespace) -> int:
     module = importlib.import_module(f"benchmarks.{arguments.command}")
     try:
         with record.attempt(arguments.command):
-            module.run(device, record, *([dict(arguments.peer)] if arguments.command == "peers" else []))
+            module.run(device, record, *_of_its_own(arguments))
     except KeyboardInterrupt:
         record.failures.append("interrupted: what it had measured until then is kept")
     record.save()

@@ -1,18 +1,20 @@
 """What a call costs besides the work: importing the package, a launch, a decoding step, and gradients.
 
 Gradients are measured beside the least that a differentiable operator of torch can cost: an autograd.Function that
-calls the same two kernels and checks nothing.
+calls the same two kernels and checks nothing. `--beside TREE` measures small calls of this tree and another instead.
 """
 
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.utils.benchmark
 from torch import Tensor
 
+from benchmarks import beside
 from benchmarks.device import Call, Device, timed
 from benchmarks.op import backends
 from benchmarks.records import Record, Row
@@ -31,8 +33,11 @@ C = 768
 CALLS_IN_A_GRAPH = 100
 
 
-def run(device: Device, record: Record) -> None:
+def run(device: Device, record: Record, other_tree: Path | None = None) -> None:
     """Microseconds per call."""
+    if other_tree is not None:
+        beside.run(device, record, other_tree)
+        return
     one = torch.zeros(1, device=device.type)
     calls: dict[str, Call] = {"torch: one.add_(1), next to an empty kernel": lambda: one.add_(1)}
     for backend in backends(device):

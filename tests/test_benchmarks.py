@@ -1,6 +1,7 @@
 """The benchmarks themselves: what is checked before the clock starts, what records keep, and what is read from them."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import rwkv_kernels
-from benchmarks import attention, choices, crossover, footprint, op, peers, plans, plots, records
+from benchmarks import attention, beside, choices, crossover, footprint, latency, op, peers, plans, plots, records
 from benchmarks.__main__ import main
 from benchmarks.device import Device, powers_of_two, timed
 from benchmarks.plans import SCHEDULES
@@ -137,6 +138,31 @@ def test_peers_come_from_files_and_their_faults_are_their_own(
     output = capsys.readouterr().out
     assert "peer refusing at (2, 16, 32), torch.float32: ValueError: too long" in output
     assert "peer broken: not here (ModuleNotFoundError" in output
+
+
+SLOWER = """
+import time
+
+_step = wkv_step
+
+
+def wkv_step(*arguments, **options):
+    time.sleep(1e-2)
+    return _step(*arguments, **options)
+"""
+
+
+def test_a_slower_tree_is_seen_beside_this_one(tmp_path: Path) -> None:
+    shutil.copytree(beside.ROOT / "rwkv_kernels", tmp_path / "rwkv_kernels")
+    with (tmp_path / "rwkv_kernels" / "__init__.py").open("a") as file:
+        file.write(SLOWER)
+    record = Record("latency")
+    latency.run(SMOKE, record, tmp_path)
+    times = {row["call"]: (row["least here, µs"], row["least there, µs"]) for row in record.tables[0].rows}
+    here, there = times["wkv_step at (1, 768)"]
+    assert there - here > 5_000
+    here, there = times["torch.ops: wkv_step at (1, 64)"]
+    assert there < 5_000
 
 
 def hold(megabytes: int, megabytes_in_passing: int) -> Callable[[], Tensor]:

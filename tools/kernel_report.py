@@ -1,18 +1,22 @@
 """What the compiler makes of the CUDA kernels: `make kernel-report` writes docs/kernel-report.md; no GPU is needed.
 
 Registers and occupancy for every architecture; for two of them memory accesses, and the instructions for each element
-of a full tile. Fails if a kernel spills registers or has a stack frame.
+of a full tile. Fails if a kernel has a stack frame, which is where registers are spilled to, or more code than it may.
+
+`make kernel-check` fails for the same reasons and writes nothing. Either takes LIBRARY=librwkv_kernels_cuda13.so, whose
+machine code is then read instead of compiled again, which is four fifths of the time.
 """
 
+import argparse
+import importlib.util
 import itertools
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -27,8 +31,10 @@ REPORT = ROOT / "docs" / "kernel-report.md"
 
 COMPILERS = 2  # at a time
 
-# Of these the instructions are counted.
+# Of these the report counts instructions.
 DISASSEMBLED = ("8.0", "9.0")
+# Of this one the instructions are limited.
+LIMITED = "9.0"
 
 # What a block is like does not depend on much more than the dtype.
 PROBLEM = (8, 1024, 768)
@@ -90,9 +96,11 @@ class Kernel:
     dtype: str
     registers: int
     stack_bytes: int
-    spilled_bytes: int
     code: sass.Code | None
     code_of_full_tile: sass.Code | None
+
+
+Codes = dict[tuple[str, str], sass.Code]
 
 
 @dataclass(frozen=True)
@@ -127,9 +135,7 @@ CODE_LIMITS = {
     ("backward_single_pass", "float32"): 98,
 }
 DTYPES = {"f": "float32", "NS_4HalfE": "float16", "NS_8Bfloat16E": "bfloat16", "d": "float64"}
-RESOURCES = re.compile(
-    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.DOTALL
-)
+RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)")
 MANGLED = re.compile(
     r"wkv_kernelINS_\d+(Clear|[A-Z][A-Za-z]*(?=I))(?:I(f|d|NS_4HalfE|NS_8Bfloat16E)(?:LNS_4PassE([012])E)?E)?"
 )
@@ -144,43 +150,80 @@ def identity(mangled: str) -> tuple[str, str]:
     return NAMES[program, flag], DTYPES[element or "f"]
 
 
-def compile_for(architecture: str, toolkit: cuda_toolkit.Toolkit, nvdisasm: Path, folder: Path) -> list[Kernel]:
-    """The kernels of one architecture, compiled as the extension compiles them."""
-    cubin = folder / f"{architecture}.cubin"
-    flags = [f for f in cuda_toolkit.nvcc_flags([architecture]) if not f.startswith("-gencode")]
-    target = f"-arch=sm_{architecture.replace('.', '')}"
-    command: list[str | Path] = [toolkit.nvcc, *flags, target, "-cubin", "-Xptxas", "-v", SOURCE, "-o", cubin]
-    result = subprocess.run(command, capture_output=True, text=True)
+# ---- machine code: compiled here, or out of a library ----
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What compiles and reads machine code, and a folder for it."""
+
+    toolkit: cuda_toolkit.Toolkit
+    nvdisasm: Path
+    cuobjdump: Path
+    folder: Path
+
+    def compile(self, architecture: str, *macros: str) -> Path:
+        """The kernels of one architecture, compiled as the library compiles them."""
+        cubin = self.folder / f"{architecture}{''.join(macros)}.cubin"
+        flags = [f for f in cuda_toolkit.nvcc_flags([architecture]) if not f.startswith("-gencode")]
+        target = f"-arch=sm_{architecture.replace('.', '')}"
+        _output(self.toolkit.nvcc, *flags, *macros, target, "-cubin", SOURCE, "-o", cubin)
+        return cubin
+
+    def full_tiles(self, architecture: str) -> Codes:
+        """The code for full tiles that share an exponent, and no other."""
+        return self.disassemble(self.compile(architecture, "-DWKV_FULL_TILES_ONLY"))
+
+    def extract(self, library: Path) -> dict[str, Path]:
+        """The kernels of every architecture that a library has been built for."""
+        _output(self.cuobjdump, "-xelf", "all", library.resolve(), cwd=self.folder)
+        found = {}
+        for path in self.folder.glob("*.sm_*.cubin"):
+            number = path.suffixes[-2].removeprefix(".sm_")
+            found[f"{number[:-1]}.{number[-1]}"] = path
+        return found
+
+    def resources(self, cubin: Path) -> dict[tuple[str, str], tuple[int, int]]:
+        """Registers and bytes of stack of every kernel."""
+        listing = _output(self.cuobjdump, "-res-usage", cubin)
+        return {identity(name): (int(registers), int(stack)) for name, registers, stack in RESOURCES.findall(listing)}
+
+    def disassemble(self, cubin: Path) -> Codes:
+        """The instructions of every kernel."""
+        return {identity(mangled): code for mangled, code in sass.kernels(_output(self.nvdisasm, "-c", cubin))}
+
+
+def _output(*command: str | Path, cwd: Path | None = None) -> str:
+    """What a program prints; ends this one with what it says if it fails."""
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
     if result.returncode != 0:
-        sys.exit(f"kernel report: nvcc fails for {architecture}\n{result.stderr}")
-    codes = full_tiles = {}
-    if architecture in DISASSEMBLED:
-        codes = _disassemble(cubin, nvdisasm)
-        subprocess.run([*command, "-DWKV_FULL_TILES_ONLY"], capture_output=True, check=True)
-        full_tiles = _disassemble(cubin, nvdisasm)
-    return list(_resources(result.stderr, codes, full_tiles))
+        sys.exit(f"kernel report: {' '.join(map(str, command))} fails\n{result.stderr}")
+    return result.stdout
 
 
-def _disassemble(cubin: Path, nvdisasm: Path) -> dict[tuple[str, str], sass.Code]:
-    listing = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True).stdout
-    return {identity(mangled): code for mangled, code in sass.kernels(listing)}
-
-
-Codes = dict[tuple[str, str], sass.Code]
-
-
-def _resources(log: str, codes: Codes, full_tiles: Codes) -> Iterator[Kernel]:
-    for part in log.split("Compiling entry function '")[1:]:
-        mangled = part.split("'")[0]
-        stack, stores, loads = map(
-            int,
-            re.search(  # type: ignore[union-attr]
-                r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
-            ).groups(),
+def kernels(tools: Tools, library: Path | None, disassembled: Iterable[str]) -> dict[str, list[Kernel]]:
+    """Every kernel, by architecture; code is counted for some architectures, that of full tiles for one more."""
+    disassembled = tuple(disassembled)
+    with ThreadPoolExecutor(COMPILERS) as pool:
+        full_tiles = {name: pool.submit(tools.full_tiles, name) for name in dict.fromkeys((*disassembled, LIMITED))}
+        cubins = (
+            tools.extract(library) if library else dict(zip(DEVICES, pool.map(tools.compile, DEVICES), strict=True))
         )
-        registers = int(re.search(r"Used (\d+) registers", part)[1])  # type: ignore[index]
-        key = identity(mangled)
-        yield Kernel(*key, registers, stack, stores + loads, codes.get(key), full_tiles.get(key))
+        if missing := DEVICES.keys() - cubins.keys():
+            sys.exit(f"kernel report: {library} has no code for {', '.join(sorted(missing))}")
+        resources = dict(zip(DEVICES, pool.map(tools.resources, map(cubins.__getitem__, DEVICES)), strict=True))
+        codes = dict(zip(disassembled, pool.map(tools.disassemble, map(cubins.__getitem__, disassembled)), strict=True))
+        full = {name: future.result() for name, future in full_tiles.items()}
+    return {
+        name: [
+            Kernel(*key, *used, codes.get(name, {}).get(key), full.get(name, {}).get(key))
+            for key, used in found.items()
+        ]
+        for name, found in resources.items()
+    }
+
+
+# ---- the report ----
 
 
 def blocks(device: Device) -> dict[tuple[str, str], Block]:
@@ -204,14 +247,14 @@ def blocks(device: Device) -> dict[tuple[str, str], Block]:
     return found
 
 
-COLUMNS = ("kernel", "dtype", "registers", "stack", "spilled", "shared", "threads", "blocks")
+COLUMNS = ("kernel", "dtype", "registers", "stack", "shared", "threads", "blocks")
 CODE_COLUMNS = ("kernel", "dtype", "instructions", "MUFU", "instructions / element", "MUFU / element", "accesses")
 
 PREFACE = """# What the compiler makes of the CUDA kernels
 
-`make kernel-report`, nvcc {version}. Bytes are of a thread's stack frame and spilled registers and of a block's shared
-memory; blocks are those that fit on a multiprocessor. Threads and shared memory are those of the launches for B, T, C =
-{problem} on the GPU that is named for the architecture.
+`make kernel-report`, nvcc {version}. Bytes are of a thread's stack frame, where spilled registers would be, and of a
+block's shared memory; blocks are those that fit on a multiprocessor. Threads and shared memory are those of the
+launches for B, T, C = {problem} on the GPU that is named for the architecture.
 
 Accesses are counted in the code, which has full and partial spans, the shared exponent and the running maximum. For
 "per element" the kernels are compiled once more for full tiles that share an exponent, and all instructions of that
@@ -222,8 +265,8 @@ code, the block's beginning and end and one turn of each loop included, are divi
 def report(compiled: dict[str, list[Kernel]], version: str) -> str:
     """All tables as Markdown."""
     parts = [PREFACE.format(version=version, problem=", ".join(map(str, PROBLEM)))]
-    for architecture, kernels in compiled.items():
-        ordered = sorted(kernels, key=lambda kernel: (list(NAMES.values()).index(kernel.name), kernel.dtype))
+    for architecture, found in compiled.items():
+        ordered = sorted(found, key=lambda kernel: (list(NAMES.values()).index(kernel.name), kernel.dtype))
         device = DEVICES[architecture]
         launched = blocks(device)
         blocks_of = [(kernel, launched[kernel.name, kernel.dtype]) for kernel in ordered]
@@ -238,7 +281,7 @@ def report(compiled: dict[str, list[Kernel]], version: str) -> str:
 
 def _resource_row(kernel: Kernel, block: Block, device: Device) -> tuple[object, ...]:
     fit = device.blocks_that_fit(block.threads, kernel.registers, block.shared_bytes)
-    resources = (kernel.registers, kernel.stack_bytes, kernel.spilled_bytes, block.shared_bytes, block.threads, fit)
+    resources = (kernel.registers, kernel.stack_bytes, block.shared_bytes, block.threads, fit)
     return (kernel.name, kernel.dtype, *resources)
 
 
@@ -257,18 +300,44 @@ def _markdown(names: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
 
 
 def complaints(compiled: dict[str, list[Kernel]]) -> Iterator[str]:
-    """Kernels that keep values in local memory, and those of more code than they may have."""
-    for architecture, kernels in compiled.items():
+    """Kernels that keep values in local memory, those of more code than they may have, and those that are not there."""
+    for architecture, found in compiled.items():
         launched = blocks(DEVICES[architecture])
-        for kernel in kernels:
+        for name, dtype in launched.keys() - {(kernel.name, kernel.dtype) for kernel in found}:
+            yield f"{name} {dtype} for {architecture}: launched and not compiled"
+        for kernel in found:
             name = f"{kernel.name} {kernel.dtype} for {architecture}"
-            if kernel.spilled_bytes or kernel.stack_bytes:
-                yield f"{name}: {kernel.spilled_bytes} bytes spilled, stack frame of {kernel.stack_bytes} bytes"
+            if kernel.stack_bytes:
+                yield f"{name}: a stack frame of {kernel.stack_bytes} bytes"
             limit = CODE_LIMITS.get((kernel.name, kernel.dtype))
-            if architecture == "9.0" and limit is not None and kernel.code_of_full_tile is not None:
+            if architecture == LIMITED and limit is not None:
+                assert kernel.code_of_full_tile is not None
                 length = kernel.code_of_full_tile.instructions / launched[kernel.name, kernel.dtype].elements
                 if length > limit:
                     yield f"{name}: {length:.1f} instructions per element of a full tile, more than {limit}"
+
+
+def summary(architecture: str, found: list[Kernel]) -> str:
+    """One line."""
+    most = max(found, key=lambda kernel: kernel.registers)
+    on_stack = sum(kernel.stack_bytes > 0 for kernel in found)
+    return (
+        f"{architecture}: {len(found)} kernels, {most.registers} registers at most ({most.name} {most.dtype}), "
+        f"{on_stack or 'none'} with a stack frame"
+    )
+
+
+def find_cuobjdump() -> Path:
+    """The reader of CUDA libraries, which Triton brings along where the toolkit has none."""
+    if on_path := cuda_toolkit.find_program("cuobjdump"):
+        return Path(on_path)
+    triton = importlib.util.find_spec("triton")
+    bundled = (
+        Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if triton and triton.origin else None
+    )
+    if bundled is None or not bundled.exists():
+        sys.exit("kernel report: cuobjdump is neither on the PATH nor in the toolkit nor in the package triton")
+    return bundled
 
 
 def find_nvdisasm() -> Path:
@@ -281,19 +350,24 @@ def find_nvdisasm() -> Path:
 
 
 def main() -> None:
-    """Compiles, writes the report and complains."""
+    """Compiles or reads, complains, and writes the report unless only a check is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write no report")
+    parser.add_argument("--library", type=Path, help="read its machine code instead of compiling")
+    arguments = parser.parse_args()
     toolkit = cuda_toolkit.find_toolkit()
     if toolkit is None:
         print("kernel report: nvcc is neither in CUDA_HOME nor on the PATH, so there is nothing to report")
         return
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(COMPILERS) as pool:
-        work = partial(compile_for, toolkit=toolkit, nvdisasm=find_nvdisasm(), folder=Path(folder))
-        compiled = dict(zip(DEVICES, pool.map(work, DEVICES), strict=True))
-    text = report(compiled, toolkit.version)
-    REPORT.write_text(text)
-    print(text)
-    if found := list(complaints(compiled)):
-        sys.exit("kernel report:\n" + "\n".join(found))
+    with tempfile.TemporaryDirectory() as folder:
+        tools = Tools(toolkit, find_nvdisasm(), find_cuobjdump(), Path(folder))
+        compiled = kernels(tools, arguments.library, () if arguments.check else DISASSEMBLED)
+    for architecture, found in compiled.items():
+        print(summary(architecture, found))
+    if not arguments.check:
+        REPORT.write_text(report(compiled, toolkit.version))
+    if wrong := sorted(complaints(compiled)):
+        sys.exit("kernel report:\n" + "\n".join(wrong))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 Registers, spills and shared memory for every target; for NVIDIA's the instructions for each element; and how many
 variants of a kernel a sweep of shapes asks for. Fails if a kernel spills registers.
+
+`make kernel-check` fails for the same reason, counts no instructions and writes nothing.
 """
 
+import argparse
 import itertools
 import re
 import subprocess
@@ -103,19 +106,13 @@ class Row:
     mufu: float | None
 
 
-def _disassembled(compiled: Any) -> tuple[int, int, str]:
-    """Registers, bytes of stack, and SASS of an NVIDIA kernel, by the tools that Triton brings along."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+def _read_by(tool: str, flag: str, compiled: Any) -> str:
+    """What one of the tools that Triton brings along says of an NVIDIA kernel."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, listing = (
-            subprocess.run([tools / tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
-    return int(found[1]), int(found[2]), listing
+        return subprocess.run([path, flag, file.name], capture_output=True, text=True, check=True).stdout
 
 
 # The steps of the loops that every element passes, from the shorter loop to the longer one.
@@ -127,10 +124,8 @@ WALKS = {
 }
 
 
-def _per_element(kernel: str, listing: str, channels_of_thread: int) -> tuple[float | None, float | None]:
+def _per_element(kernel: str, listing: str, channels_of_thread: int) -> tuple[float, float]:
     """Instructions and MUFU for each element and step, summed over the loops that an element passes."""
-    if kernel not in WALKS:
-        return None, None
     walks = WALKS[kernel]
     instructions = mufu = 0.0
     # The walks over single steps that are left over are shorter.
@@ -142,20 +137,25 @@ def _per_element(kernel: str, listing: str, channels_of_thread: int) -> tuple[fl
     return instructions, mufu
 
 
-def rows(target: str, dtypes: Iterable[torch.dtype] = tuple(DTYPES)) -> Iterator[Row]:
-    """Compiles every kernel for a target, every dtype and width."""
+def rows(target: str, dtypes: Iterable[torch.dtype], counted: bool = True) -> Iterator[Row]:
+    """Compiles every kernel for a target, every dtype and width; instructions are counted on request."""
     for dtype in dtypes:
         for channels in sorted(set(widths(TARGETS[target].warp_size))):
             for launch in launches_of(Plan(channels, 64, 3), dtype, 1, 192, 2 * channels):
-                yield _row(launch, TARGETS[target], dtype, channels)
+                yield _row(launch, TARGETS[target], dtype, channels, counted)
 
 
-def _row(launch: Launch, target: GPUTarget, dtype: torch.dtype, channels: int) -> Row:
+def _row(launch: Launch, target: GPUTarget, dtype: torch.dtype, channels: int, counted: bool) -> Row:
     compiled = compile_launch(launch, target)
     instructions = mufu = None
     if target.backend == "cuda":
-        registers, spilled, listing = _disassembled(compiled)
-        instructions, mufu = _per_element(launch.kernel, listing, channels // target.warp_size)
+        usage = _read_by("cuobjdump", "-res-usage", compiled)
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        assert found is not None, usage
+        registers, spilled = int(found[1]), int(found[2])
+        if counted and launch.kernel in WALKS:
+            listing = _read_by("nvdisasm", "-c", compiled)
+            instructions, mufu = _per_element(launch.kernel, listing, channels // target.warp_size)
     else:
         facts = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", compiled.asm["amdgcn"]))
         registers = int(facts["vgpr_count"])
@@ -164,8 +164,19 @@ def _row(launch: Launch, target: GPUTarget, dtype: torch.dtype, channels: int) -
     return Row(launch.kernel, DTYPES[dtype], channels, registers, spilled, shared, instructions, mufu)
 
 
-def _all_rows(target: str) -> list[Row]:
-    return list(rows(target))
+def _rows_of(target: str, dtype: torch.dtype, counted: bool) -> list[Row]:
+    return list(rows(target, [dtype], counted))
+
+
+def all_rows(counted: bool) -> dict[str, list[Row]]:
+    """Those of every target and dtype, compiled by several processes."""
+    work = list(itertools.product(TARGETS, DTYPES))
+    with ProcessPoolExecutor(COMPILERS) as pool:
+        found = list(pool.map(_rows_of, *zip(*work, strict=True), itertools.repeat(counted)))
+    return {
+        name: [row for (target, _), part in zip(work, found, strict=True) if target == name for row in part]
+        for name in TARGETS
+    }
 
 
 # ---- variants ----
@@ -258,15 +269,20 @@ def _table(names: Sequence[object], lines: Sequence[Sequence[object]]) -> str:
 
 
 def main() -> None:
-    """Compiles, writes the report and complains."""
-    with ProcessPoolExecutor(COMPILERS) as pool:
-        compiled = dict(zip(TARGETS, pool.map(_all_rows, TARGETS), strict=True))
-    text = report(compiled)
-    REPORT.write_text(text)
-    print(text)
-    spilling = [f"{target}: {row}" for target, found in compiled.items() for row in found if row.spilled_bytes]
-    if spilling:
-        sys.exit("kernel report: these Triton kernels spill registers\n" + "\n".join(spilling))
+    """Compiles, complains, and writes the report unless only a check is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write no report")
+    arguments = parser.parse_args()
+    compiled = all_rows(counted=not arguments.check)
+    for target, found in compiled.items():
+        most = max(found, key=lambda row: row.registers)
+        spilling = sum(row.spilled_bytes > 0 for row in found)
+        print(f"{target}: {len(found)} kernels, {most.registers} registers at most, {spilling or 'none'} with spills")
+    if not arguments.check:
+        REPORT.write_text(report(compiled))
+    spills = [f"{target}: {row}" for target, found in compiled.items() for row in found if row.spilled_bytes]
+    if spills:
+        sys.exit("kernel report: these Triton kernels spill registers\n" + "\n".join(spills))
 
 
 if __name__ == "__main__":
