@@ -144,6 +144,11 @@ cross-compile: $(REQUIREMENTS)
 	@printf 'cross-compile: host sources for aarch64\n'
 	@$(RUN) tools/cross_compile.py aarch64-linux-gnu-g++
 
+# The layout that Hugging Face's kernels loads, in build/hub.
+.PHONY: hub
+hub: setup
+	$(QUIETLY) 'hub: laying out build/hub' $(RUN) tools/hub.py
+
 # LIBRARY=build/wheel/lib/rwkv_kernels/librwkv_kernels_cuda13.so is read instead of compiling the kernels once more.
 kernel-check: CHECK := --check
 kernel-report kernel-check: setup

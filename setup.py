@@ -49,9 +49,7 @@ def why_no_library() -> str | None:
     """None where the libraries can be built, else what is missing; the doctor shows it."""
     oldest = ".".join(map(str, OLDEST_TORCH))
     if torch is None:
-        return (
-            "there was no torch when it was installed, and pip's isolated build sees none"
-        )
+        return "there was no torch when it was installed, and pip's isolated build sees none"
     if torch.__version__ < OLDEST_TORCH:
         return f"torch was {torch.__version__} when it was installed, and the build needs {oldest} or newer"
     compiler = cpp_extension.get_cxx_compiler()

@@ -151,7 +151,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", default=[], metavar="STAGE", help="these stages and the build")
     parser.add_argument("--peer", action="append", default=[], help="NAME=FILE, see benchmarks/peers.py")
     parser.add_argument("--budget", type=int, default=BUDGET, help="seconds for all stages (default: %(default)s)")
-    parser.add_argument("--no-build", action="store_true", help="take the extension that lies in the tree")
+    parser.add_argument("--no-build", action="store_true", help="take the libraries that lie in the tree")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print(

@@ -23,6 +23,8 @@ __all__ = ["NAMESPACE", "OLDEST_TORCH", "Library", "cuda", "operators"]
 PACKAGE = Path(__file__).parent.resolve()
 OLDEST_TORCH = (2, 11)
 OPERATORS, CUDA = "librwkv_kernels.so", "librwkv_kernels_cuda{}.so"
+# One library of both, beside the package, as Hugging Face's kernel-builder makes it by hub/build.toml.
+BY_KERNEL_BUILDER = "_rwkv4_*.abi3.so"
 TELL_OPERATORS, TELL_CUDA = "rwkv_kernels_build_info", "rwkv_kernels_cuda_build_info"
 # The reason, in one line, that an installation from source leaves where it could not build the operators.
 WHY_NOT_BUILT = "_why_no_library.txt"
@@ -154,6 +156,8 @@ def _find_operators(package: Path) -> Library:
         why = f"torch {torch.__version__} is older than {oldest}, the oldest that the libraries load in"
         return _missing(f"{why}: pip install -U 'torch>={oldest}'")
     path, note = package / OPERATORS, package / WHY_NOT_BUILT
+    if not path.is_file():
+        path = next(package.parent.glob(BY_KERNEL_BUILDER), path)
     if path.is_file():
         taken = _why_taken(path)
         return _load(path, TELL_OPERATORS) if taken is None else _missing(taken)
@@ -164,6 +168,8 @@ def _find_operators(package: Path) -> Library:
 def _find_cuda(package: Path, operators: Library) -> Library:
     if operators.why_missing is not None:
         return _missing(operators.why_missing)  # the schemas are there
+    if operators.path is not None and operators.path.match(BY_KERNEL_BUILDER) and torch.version.cuda is not None:
+        return _load(operators.path, TELL_CUDA)
     built = sorted(re.findall(r"\d+", path.name)[0] for path in package.glob(CUDA.format("[0-9]*")))
     versions = " or ".join(f"CUDA {major}" for major in built) or "CUDA"
     if torch.version.hip is not None:

@@ -1,9 +1,13 @@
-"""A wheel that is not as it should be is refused; the wheel itself is built and checked by `make wheel`."""
+"""What is built where something is missing, and that a wheel which is not as it should be is refused.
+
+The wheel itself is built and checked by `make wheel`.
+"""
 
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -102,3 +106,40 @@ def test_a_large_wheel_is_a_fault(tmp_path: Path, libraries: dict[str, bytes], m
     monkeypatch.setattr(check_wheel, "LARGEST", 1000)
     (fault,) = _faults(tmp_path / f"rwkv_kernels-1.0-py3-none-{TAG}.whl", _files(libraries["right"]))
     assert fault.endswith("at most 1000 are wanted")
+
+
+HIDE_TORCH = "import runpy, sys; sys.modules['torch'] = None; sys.argv[0] = 'setup.py'; runpy.run_path('setup.py')"
+
+
+@pytest.mark.parametrize(
+    ("program", "compiler", "reason"),
+    [
+        (["setup.py"], "no-compiler", "there was no C++ compiler (no-compiler, of the environment variable CXX)"),
+        (["-c", HIDE_TORCH], "c++", "there was no torch when it was installed"),
+    ],
+)
+def test_a_package_without_libraries_says_what_was_missing(
+    program: list[str], compiler: str, reason: str, tmp_path: Path
+) -> None:
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    for folder in ("rwkv_kernels", "tools", "csrc"):
+        shutil.copytree(check_wheel.ROOT / folder, tmp_path / folder, ignore=ignored)
+    for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(check_wheel.ROOT / file, tmp_path)
+
+    def build(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *program, "--quiet", *arguments]
+        environment = {**os.environ, "CXX": compiler, **variables}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    made = build("bdist_wheel", RWKV_KERNELS_CUDA="0")
+    assert made.returncode == 0 and f"rwkv_kernels gets no libraries: {reason}" in made.stderr, made.stderr
+    (wheel,) = (tmp_path / "dist").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read("rwkv_kernels/_why_no_library.txt").decode().startswith(reason)
+
+    insisted = build("bdist_wheel", RWKV_KERNELS_CUDA="1")
+    assert insisted.returncode != 0 and f"RWKV_KERNELS_CUDA=1, but {reason}" in insisted.stderr
+    in_place = build("build_ext", "--inplace")
+    assert in_place.returncode != 0 and f"nothing is built: {reason}" in in_place.stderr

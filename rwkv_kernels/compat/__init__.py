@@ -9,6 +9,7 @@ original has a state of the whole model, `import_model_state` and `export_model_
     infctx        RWKV-infctx-trainer's call with a state
     fla           flash-linear-attention's fused_recurrent_rwkv4
     rwkv_pip      the rwkv package's cuda_wkv, and its list of states
+    hub           what transformers calls where Hugging Face's `kernels` loads this package
     torchscript   how the two of them that are called from TorchScript, infctx and rwkv_pip, reach the operator
 
 The modules import nothing of their originals, but for `transformers`, which imports it when it is patched.
