@@ -160,6 +160,7 @@ def test_what_is_refused_leaves_everything_as_it_was(case: str) -> None:
 @pytest.fixture(scope="module")
 def layout() -> Path:
     """build/hub, made where it is not there or of other files."""
+    pytest.importorskip("kernels", reason="Hugging Face's kernels is not installed")
     pytest.importorskip("tomllib", reason="tools/hub.py needs Python 3.11")
     pytest.importorskip("setuptools", minversion="77")
     LAYOUT.mkdir(parents=True, exist_ok=True)
@@ -173,7 +174,8 @@ def layout() -> Path:
 
 @pytest.fixture(scope="module")
 def kernel(layout: Path) -> ModuleType:
-    kernels = pytest.importorskip("kernels", reason="Hugging Face's kernels is not installed")
+    import kernels
+
     return kernels.get_local_kernel(layout, backend=None if torch.cuda.is_available() else "cpu")  # type: ignore[no-any-return]
 
 
