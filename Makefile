@@ -136,7 +136,7 @@ $(OLDEST_VENV)/made: WANTED := torch==2.11.*
 $(NEWEST_VENV)/made: WANTED := torch
 $(OLDEST_VENV)/made $(NEWEST_VENV)/made:
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(QUIETLY) 'wheel-test: installing $(WANTED) into $(@D)' $(@D)/bin/python -m pip install \
+	$(QUIETLY) 'wheel-test: installing $(WANTED) into $(@D)' env -u PYTHONPATH $(@D)/bin/python -m pip install \
 		--disable-pip-version-check --no-compile "$(WANTED)" numpy pytest
 	@touch $@
 

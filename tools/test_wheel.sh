@@ -9,4 +9,4 @@ unset PYTHONPATH
 (cd "$venv" && bin/python -m rwkv_kernels)
 if [ $# -gt 0 ]; then "$venv/bin/python" tools/check_cuda_build.py "$@" >/dev/null; fi
 # Not `python -m pytest`, which puts this folder on the path.
-"$venv/bin/pytest" -q -p no:cacheprovider tests/test_operator.py tests/test_state.py tests/test_errors.py
+"$venv/bin/pytest" -q -rNfE -p no:cacheprovider tests/test_operator.py tests/test_state.py tests/test_errors.py
