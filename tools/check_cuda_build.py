@@ -1,4 +1,4 @@
-"""Checks a CUDA build of the package that is found first, without needing a GPU: `make cuda-build` runs it.
+"""Checks a CUDA build of the package that is found first, without needing a GPU: `make wheel-test` runs it.
 
 python tools/check_cuda_build.py 9.0    # the architectures that it shall have
 """

@@ -58,7 +58,7 @@ def faults(wheel: Path, cuda: str | None) -> list[str]:
     if not re.fullmatch(rf"rwkv_kernels-[\d.]+-py3-none-(manylinux_\d+_\d+_{platform.machine()}\.?)+\.whl", wheel.name):
         found.append(f"its tag is not py3-none-manylinux_..._{platform.machine()}")
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
+        names = {name for name in archive.namelist() if not name.endswith("/")}
         expected = {*modules(), *libraries}
         metadata = {name for name in names if re.fullmatch(METADATA, name)}
         found += [f"{name} is not expected" for name in sorted(names - expected - metadata)]
