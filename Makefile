@@ -1,5 +1,5 @@
-# make demo | test | test-ptx | bench | bench-micro | gpu-check | lint | wheel | wheel-test | cross-compile |
-# kernel-report | kernel-check: each sets up what it needs first.
+# make demo | test | test-ptx | bench | bench-micro | gpu-check | lint | wheel | wheel-test | hub | cross-compile |
+# kernel-report | kernel-check | test-aotinductor: each sets up what it needs first.
 #
 # make wheel makes dist/*.whl, of the CPU kernels and, where nvcc is, of the CUDA kernels for every architecture, and audits
 # it: torch's stable ABI, the glibc that its tag promises, its files and their size. make wheel-test installs it beside the
@@ -42,7 +42,7 @@ endif
 export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 
 .PHONY: demo test test-ptx bench bench-micro gpu-check lint setup doctor wheel wheel-test wheel-environments \
-	cross-compile kernel-report kernel-check clean
+	cross-compile hub kernel-report kernel-check test-aotinductor clean
 
 # The command that follows, without its output where it succeeds.
 QUIETLY := @sh tools/quietly.sh
@@ -56,7 +56,7 @@ demo: setup
 
 test: setup
 	@printf 'test: pytest, $(or $(WORKERS),1) at a time\n'
-	@$(PYTEST) -m 'not ptx'
+	@$(PYTEST) -m 'not ptx and not aotinductor'
 
 # The GPU kernels as their PTX, translated to this processor's code by the program that RWKV_KERNELS_PTX_RUNNER names.
 test-ptx: setup
@@ -150,18 +150,18 @@ cross-compile: $(REQUIREMENTS)
 hub: setup
 	$(QUIETLY) 'hub: laying out build/hub' $(RUN) tools/hub.py
 
-kernel-report: setup
-	@printf 'kernel-report: CUDA kernels\n'
-	@$(RUN) tools/kernel_report.py $(LIBRARY:%=--library %)
-	@printf 'kernel-report: Triton kernels\n'
-	@$(RUN) tools/triton_report.py
+# LIBRARY=file, a built CUDA library, is read instead of compiling the kernels once more.
+kernel-check: CHECK := --check
+kernel-report kernel-check: setup
+	@printf '$@: CUDA kernels\n'
+	@$(RUN) tools/kernel_report.py $(CHECK) $(LIBRARY:%=--library %)
+	@printf '$@: Triton kernels\n'
+	@$(RUN) tools/triton_report.py $(CHECK)
 
-# The reports' complaints without the reports, as CI wants them. LIBRARY=file spares the compilation of what it has.
-kernel-check: setup
-	@printf 'kernel-check: CUDA kernels\n'
-	@$(RUN) tools/kernel_report.py --check $(LIBRARY:%=--library %)
-	@printf 'kernel-check: Triton kernels\n'
-	@$(RUN) tools/triton_report.py --check
+# A model packaged by AOTInductor, run by a C++ program without Python; compiles both.
+test-aotinductor: setup
+	@printf 'test-aotinductor: pytest\n'
+	@$(RUN) -m pytest -m aotinductor tests/test_aotinductor.py
 
 clean:
 	@printf 'clean\n'

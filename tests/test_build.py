@@ -6,6 +6,7 @@ import re
 import shutil
 import stat
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,30 @@ def test_the_report_is_of_launches_that_each_architecture_can_hold() -> None:
             # With no more registers than the compiler may give to a thread of such a block.
             fit = device.blocks_that_fit(block.threads, min(255, 65536 // block.threads), block.shared_bytes)
             assert fit >= 1, (architecture, kernel, block)
+
+
+def test_a_kernel_that_is_not_as_it_shall_be_is_complained_of() -> None:
+    pytest.importorskip("rwkv_kernels._introspection", reason="rwkv_kernels._introspection is not built")
+    import kernel_report
+    from kernel_report import CODE_LIMITS, DTYPES, LIMITED, NAMES, Kernel
+
+    short = sass.Code(["FADD"])
+    good = [Kernel(name, dtype, 32, 0, None, short) for name in NAMES.values() for dtype in DTYPES.values()]
+    assert not list(kernel_report.complaints({LIMITED: good}))
+
+    def complaint(changed: Kernel | None) -> str:
+        others = [kernel for kernel in good if (kernel.name, kernel.dtype) != ("forward_single_pass", "float32")]
+        (found,) = kernel_report.complaints({LIMITED: [*others, changed] if changed else others})
+        return found
+
+    name = "forward_single_pass float32 for 9.0"
+    kernel = Kernel("forward_single_pass", "float32", 32, 8, None, short)
+    assert complaint(kernel) == f"{name}: a stack frame of 8 bytes"
+    assert complaint(None) == f"{name}: launched and not compiled"
+    elements = kernel_report.blocks(kernel_report.DEVICES[LIMITED])["forward_single_pass", "float32"].elements
+    limit = CODE_LIMITS["forward_single_pass", "float32"]
+    long = sass.Code(["FADD"] * (elements * limit + elements))
+    assert complaint(replace(kernel, stack_bytes=0, code_of_full_tile=long)).startswith(f"{name}: {limit + 1}.0 instr")
 
 
 STUB = Path(__file__).parent.parent / "rwkv_kernels" / "_introspection.pyi"

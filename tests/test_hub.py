@@ -160,8 +160,9 @@ def test_what_is_refused_leaves_everything_as_it_was(case: str) -> None:
 @pytest.fixture(scope="module")
 def layout() -> Path:
     """build/hub, made where it is not there or of other files."""
+    pytest.importorskip("kernels", reason="Hugging Face's kernels is not installed")
     pytest.importorskip("tomllib", reason="tools/hub.py needs Python 3.11")
-    pytest.importorskip("setuptools")
+    pytest.importorskip("setuptools", minversion="77")
     LAYOUT.mkdir(parents=True, exist_ok=True)
     with (LAYOUT / "lock").open("w") as lock:  # one at a time
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -173,7 +174,8 @@ def layout() -> Path:
 
 @pytest.fixture(scope="module")
 def kernel(layout: Path) -> ModuleType:
-    kernels = pytest.importorskip("kernels", reason="Hugging Face's kernels is not installed")
+    import kernels
+
     return kernels.get_local_kernel(layout, backend=None if torch.cuda.is_available() else "cpu")  # type: ignore[no-any-return]
 
 
@@ -219,11 +221,9 @@ def test_the_library_is_found_where_kernel_builder_puts_it(layout: Path, kernel:
     variant = Path(str(kernel.__file__)).parent
     copied = shutil.copytree(variant, tmp_path / "kernel")
     (copied / "rwkv_kernels" / "librwkv_kernels.so").rename(copied / f"{kernel.__name__}.abi3.so")
-    program = "import kernel; print(kernel.build_info().library)"
+    program = [sys.executable, "-c", "import kernel; print(kernel.build_info().library)"]
     environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    result = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert result.stdout.strip() == str(copied / f"{kernel.__name__}.abi3.so"), result.stderr
 
 

@@ -18,14 +18,13 @@ import json
 import os
 import platform
 import shutil
-from distutils.core import run_setup
 from pathlib import Path
 from typing import Any
 
 import cuda_toolkit
+import setuptools
 import tomllib
 import torch
-from setuptools import Distribution
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "build" / "hub"
@@ -56,10 +55,11 @@ def variant(configuration: dict[str, Any], backend: str, compute: str) -> str:
     return f"torch-stable-abi{abi}-{compute}-{machine}-{platform.system().lower()}"
 
 
-def setup(build_lib: Path, *arguments: str) -> Distribution:
+def setup(build_lib: Path, *arguments: str) -> setuptools.Distribution:
     """The project's setup.py with a build_ext that is yet to run."""
     script = ["--quiet", "build_ext", f"--build-lib={build_lib}", *arguments]
-    return run_setup(str(ROOT / "setup.py"), script, stop_after="commandline")
+    # Its own distutils, which need not be the one that `import distutils` finds.
+    return setuptools.distutils.core.run_setup(str(ROOT / "setup.py"), script, stop_after="commandline")
 
 
 def registers(source: str) -> bool:

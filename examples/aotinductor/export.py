@@ -1,8 +1,8 @@
 """Packages a model with AOTInductor, for programs without Python: main.cpp, beside this file, runs what this writes.
 
 python examples/aotinductor/export.py FOLDER
-cmake -S examples/aotinductor -B FOLDER/build -DCMAKE_PREFIX_PATH="$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
-cmake --build FOLDER/build
+torch=$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')
+cmake -S examples/aotinductor -B FOLDER/build -DCMAKE_PREFIX_PATH=$torch && cmake --build FOLDER/build
 FOLDER/build/run rwkv_kernels/librwkv_kernels.so FOLDER/model.pt2 FOLDER/example.pt
 
 The package is machine code for this processor and this torch's version; the operators are called by their names, from

@@ -2,10 +2,12 @@
 // handed on. Both must give the example's logits and final state.
 //
 // run librwkv_kernels.so model.pt2 example.pt
+#include <ATen/ATen.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/torch.h>
+#include <torch/csrc/jit/serialization/pickle.h>
 
+#include <algorithm>
 #include <fstream>
 #include <iostream>
 #include <iterator>
@@ -22,11 +24,17 @@ void load_operators(const char* path) {
   if (dlopen(path, RTLD_NOW) == nullptr) throw std::runtime_error(dlerror());
 }
 
-// What torch.save wrote, by name.
+// What torch.save wrote: lists of tensors, by name.
 c10::impl::GenericDict read_example(const char* path) {
   std::ifstream file(path, std::ios::binary);
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
-  return torch::pickle_load(bytes).toGenericDict();
+  return torch::jit::pickle_load(bytes).toGenericDict();
+}
+
+Tensors tensors_of(const c10::impl::GenericDict& example, const char* name) {
+  Tensors tensors;
+  for (const c10::IValue& item : example.at(name).toListRef()) tensors.push_back(item.toTensor());
+  return tensors;
 }
 
 void require_close(const std::string& what, const Tensors& found, const Tensors& expected) {
@@ -46,7 +54,7 @@ void run(const char* library, const char* package, const char* example) {
   torch::inductor::AOTIModelPackageLoader model(package);
   const auto saved = read_example(example);
   // Tokens [1, T] and the state's three tensors -> logits [1, T, V] and the state's three tensors.
-  const Tensors inputs = saved.at("inputs").toTensorVector(), expected = saved.at("outputs").toTensorVector();
+  const Tensors inputs = tensors_of(saved, "inputs"), expected = tensors_of(saved, "outputs");
   require_close("whole", model.run(inputs), expected);
 
   const int64_t T = inputs[0].size(1), middle = T / 3;
