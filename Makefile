@@ -41,8 +41,8 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 
-.PHONY: demo test test-ptx bench bench-micro gpu-check lint setup doctor wheel wheel-test wheel-environments \
-	cross-compile hub kernel-report kernel-check test-aotinductor clean
+.PHONY: demo test test-ptx bench bench-micro gpu-check lint setup doctor wheel wheel-environments \
+	wheel-test wheel-test-oldest wheel-test-newest cross-compile hub kernel-report kernel-check test-aotinductor clean
 
 # The command that follows, without its output where it succeeds.
 QUIETLY := @sh tools/quietly.sh
@@ -123,9 +123,14 @@ wheel: setup
 	@$(RUN) tools/check_wheel.py $(if $(CUDA),--cuda $(firstword $(subst ., ,$(CUDA)))) dist/*.whl
 	@$(RUN) -m zipfile -e dist/*.whl build/wheel/content
 
-wheel-test: wheel wheel-environments
+# The two do not need each other: `make -j2 -Otarget wheel-test` tests beside both torches at once.
+wheel-test: wheel-test-oldest wheel-test-newest
+
+wheel-test-oldest: wheel $(OLDEST_VENV)/made
 	@printf 'wheel-test: beside the oldest torch\n'
 	@sh tools/test_wheel.sh dist/*.whl $(OLDEST_VENV) $(wordlist 2,99,$(TOOLKIT))
+
+wheel-test-newest: wheel $(NEWEST_VENV)/made
 	@printf 'wheel-test: beside the newest torch\n'
 	@sh tools/test_wheel.sh dist/*.whl $(NEWEST_VENV) $(wordlist 2,99,$(TOOLKIT))
 
@@ -146,7 +151,6 @@ cross-compile: $(REQUIREMENTS)
 	@$(RUN) tools/cross_compile.py aarch64-linux-gnu-g++
 
 # The layout that Hugging Face's kernels loads, in build/hub.
-.PHONY: hub
 hub: setup
 	$(QUIETLY) 'hub: laying out build/hub' $(RUN) tools/hub.py
 
