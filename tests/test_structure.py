@@ -5,6 +5,8 @@ import re
 import warnings
 from pathlib import Path
 
+from rwkv_kernels import native
+
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 TORCH_HEADERS = re.compile(r"#include <((?:torch|ATen|c10|caffe2)/[^>]+)>")
@@ -19,9 +21,7 @@ def test_the_manifest_lists_every_translation_unit() -> None:
     rows = [line.split() for line in (CSRC / "sources.txt").read_text().splitlines()]
     assert {library for library, _ in rows} == {"operators", "cuda", "introspection"}
     assert {source for _, source in rows} == {str(path.relative_to(ROOT)) for path in _sources("*.cpp", "*.cu")}
-    assert {source for library, source in rows if source.startswith("csrc/cuda/")} == {
-        source for library, source in rows if library == "cuda" and source.startswith("csrc/cuda/")
-    }, "only the CUDA library needs a toolkit"
+    assert {library for library, source in rows if source.startswith("csrc/cuda/")} == {"cuda"}, "needs a toolkit"
 
 
 def test_torch_is_used_by_its_stable_interface_alone_and_in_the_glue_alone() -> None:
@@ -64,6 +64,22 @@ def test_every_package_is_installed() -> None:
     listed = re.findall(r"^packages = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[0]
     found = {path.parent.relative_to(ROOT) for path in (ROOT / "rwkv_kernels").rglob("__init__.py")}
     assert sorted(ast.literal_eval(listed)) == sorted(".".join(path.parts) for path in found)
+
+
+def test_the_oldest_torch_is_the_same_wherever_it_is_said() -> None:
+    """The package, its requirement, what the builds bar, what a wheel is audited and tested for, the hub's ABI."""
+    major, minor = native.OLDEST_TORCH
+    said = {
+        "pyproject.toml": f'dependencies = ["torch>={major}.{minor}"]',
+        "setup.py": f"OLDEST_TORCH = ({major}, {minor})\n",
+        "CMakeLists.txt": f"TORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000 ",
+        "tools/cross_compile.py": f'TORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"',
+        "tools/check_wheel.py": f"OLDEST_TORCH = ({major}, {minor})\n",
+        "tests/test_host_path.py": f'TORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"',
+        "Makefile": f"torch=={major}.{minor}.*\n",
+        "hub/build.toml": f'cpu = "{major}.{minor}"\ncuda = "{major}.{minor}"\n',
+    }
+    assert [name for name, words in said.items() if words not in (ROOT / name).read_text()] == []
 
 
 def test_python_modules_import_downwards_only() -> None:
