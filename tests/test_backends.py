@@ -1,7 +1,6 @@
 """Which backend runs, who may say so, and what is said when one cannot."""
 
 import dataclasses
-import os
 import subprocess
 import sys
 import threading
@@ -13,26 +12,11 @@ from typing import Any
 import pytest
 import torch
 from problems import Problem, make
+from processes import PACKAGE, run_python
 
 import rwkv_kernels
 from rwkv_kernels import native, registry
 from rwkv_kernels.native import Library
-
-PACKAGE = Path(rwkv_kernels.__file__).parent
-
-
-def _run(code: str, package_root: Path = PACKAGE.parent, **environment: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(package_root), **environment},
-        cwd=package_root,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
 
 CALL = """
 import torch, rwkv_kernels
@@ -88,12 +72,12 @@ def test_an_unknown_name_is_refused_at_once() -> None:
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 def test_the_environment_variable_chooses(name: str) -> None:
     code = "import torch; from rwkv_kernels import registry; print(registry.select('auto', torch.zeros(1, 1, 1)).name)"
-    assert _run(code, RWKV_KERNELS_BACKEND=name).strip() == name
+    assert run_python(code, RWKV_KERNELS_BACKEND=name).strip() == name
 
 
 def test_an_unknown_name_in_the_environment_is_refused_by_the_call() -> None:
     code = CALL.replace("rwkv_kernels.BackendUnavailable", "ValueError")
-    assert "'tpu' is unknown" in _run(code, RWKV_KERNELS_BACKEND="tpu")
+    assert "'tpu' is unknown" in run_python(code, RWKV_KERNELS_BACKEND="tpu")
 
 
 def test_a_refusal_says_what_was_asked_why_not_and_what_can() -> None:
@@ -244,7 +228,7 @@ native.cuda = native.Library(native.operators.path, None, {"cuda": "13.0", "cuda
 x = torch.zeros(1, 2, 3)
 print(registry.select("auto", x).name)
 """
-    assert _run(code).strip() == "cpu"
+    assert run_python(code).strip() == "cpu"
 
 
 def test_import_is_quick_and_compiles_nothing() -> None:
@@ -255,7 +239,7 @@ import rwkv_kernels
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 print(sorted(new - {"rwkv_kernels"} - set(sys.stdlib_module_names)))
 """
-    assert _run(code).strip() == "[]"
+    assert run_python(code).strip() == "[]"
 
 
 def test_the_doctor_finds_this_machine_healthy() -> None:
@@ -288,14 +272,14 @@ def test_a_call_uses_the_backend_that_was_chosen() -> None:
 
 def test_triton_says_what_it_lacks_and_is_not_imported_for_that() -> None:
     code = "import sys, rwkv_kernels; print(rwkv_kernels.backends()[1].reason); print('triton' in sys.modules)"
-    reason, imported = _run(code, CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0").splitlines()
+    reason, imported = run_python(code, CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0").splitlines()
     assert "Triton is not installed: pip install triton" in reason or "finds no usable GPU" in reason
     assert imported == "False"
 
 
 def test_auto_is_never_the_interpreter_of_triton() -> None:
     code = "import torch; from rwkv_kernels import registry; print(registry.select('auto', torch.zeros(1, 1, 1)).name)"
-    assert _run(code, TRITON_INTERPRET="1").strip() == "cpu"
+    assert run_python(code, TRITON_INTERPRET="1").strip() == "cpu"
 
 
 def test_triton_refuses_the_cpu_and_float64_and_names_who_takes_them() -> None:
@@ -311,6 +295,6 @@ except rwkv_kernels.BackendUnavailable as error:
 """
     refused = "wkv backend 'triton' refused (triton: k is"
     can = "Available for this call: cpu, reference."
-    compiled, interpreted = (_run(code, TRITON_INTERPRET=value).strip() for value in "01")
+    compiled, interpreted = (run_python(code, TRITON_INTERPRET=value).strip() for value in "01")
     assert compiled == f"{refused} on cpu, and this backend takes tensors on cuda). {can}"
     assert interpreted == f"{refused} torch.float64, and this backend computes in float32). {can}"

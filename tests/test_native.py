@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from processes import PACKAGE, run_python
 
-import rwkv_kernels
 from rwkv_kernels import native
 
-PACKAGE = Path(rwkv_kernels.__file__).parent
 OPERATORS = "librwkv_kernels.so"
 IN_SOURCE_TREE = "run `pip install --no-build-isolation .` in the source tree"
 
@@ -38,22 +37,11 @@ print(json.dumps({**vars(build), "reasons": reasons, "loaded": sorted(torch.ops.
 """
 
 
-def _run(root: Path, code: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(root), "RWKV_KERNELS_BACKEND": "auto"},
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def _tell(package: Path, changes: str = "") -> dict[str, Any]:
     """What a process says that imports the package after these changes to torch."""
-    told: dict[str, Any] = json.loads(_run(package.parent, PROGRAM.replace("CHANGES", changes)).splitlines()[-1])
+    told: dict[str, Any] = json.loads(
+        run_python(PROGRAM.replace("CHANGES", changes), package.parent, RWKV_KERNELS_BACKEND="auto").splitlines()[-1]
+    )
     assert told["reasons"]["cpu"] == told["why_missing"] and told["reasons"]["reference"] is None
     return told
 
@@ -212,7 +200,7 @@ def _another(package: Path) -> Path:
 def test_a_second_library_of_the_same_namespace_is_not_loaded(package: Path) -> None:
     another = _another(package)
     shutil.copy(_built(), another)
-    used, why = _run(package.parent, TWO_COPIES.replace("BACKEND", "'reference'")).splitlines()
+    used, why = run_python(TWO_COPIES.replace("BACKEND", "'reference'"), package.parent).splitlines()
     assert used == "other False"
     library, first = another / OPERATORS, package / OPERATORS
     assert why.startswith(f"{library} registers torch.ops.rwkv_kernels, and so did {first} in this process: import one")
@@ -227,7 +215,7 @@ def test_a_second_package_works_in_a_namespace_of_its_own(package: Path) -> None
             pytest.skip("the compiler has not left the namespace in one piece")
         content = content.replace(place % b"rwkv_kernels", place % b"rwkv_of_mine")
     (another / OPERATORS).write_bytes(content)
-    used, why = _run(package.parent, TWO_COPIES.replace("BACKEND", "'cpu'")).splitlines()
+    used, why = run_python(TWO_COPIES.replace("BACKEND", "'cpu'"), package.parent).splitlines()
     assert (used, why) == ("rwkv_of_mine False", "None")
 
 
