@@ -8,7 +8,7 @@
 # A line for each step; what a compiler or installer prints is shown where it fails.
 #
 # By default everything lives in .venv, made by $(PYTHON) from requirements.txt. `make test PYTHON=python3 VENV=` uses the
-# environment that is there instead, installs nothing into it and needs no network: the extension is built in place.
+# environment that is there instead, installs nothing into it and needs no network: the libraries are built in place.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,7 +28,7 @@ LIBRARY ?=
 OLDEST_VENV ?= .venv-oldest
 NEWEST_VENV ?= .venv-newest
 
-EXTENSION_INPUTS := setup.py tools/cuda_toolkit.py $(shell find csrc -type f)
+LIBRARY_INPUTS := setup.py tools/cuda_toolkit.py $(shell find csrc -type f)
 
 ifeq ($(VENV),)
 RUN := $(PYTHON)
@@ -72,7 +72,7 @@ bench-micro: setup
 	@$(RUN) -m pytest benchmarks/micro.py $(MICRO)
 
 # Takes $(VENV) where one has been made and otherwise what $(PYTHON) has, installs nothing, and builds by itself, for the
-# GPU that is there; NO_BUILD=1 takes the extension that lies in the tree. PEERS="name=file.py ..." are measured beside it.
+# GPU that is there; NO_BUILD=1 takes the libraries that lie in the tree. PEERS="name=file.py ..." are measured beside it.
 gpu-check:
 	@printf 'gpu-check: on $(DEVICE), for at most $(BUDGET) s\n'
 	@$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) -m benchmarks.gpu_check --device $(DEVICE) --results $(RESULTS) \
@@ -90,7 +90,7 @@ lint: setup
 doctor: setup
 	@$(RUN) -m rwkv_kernels
 
-setup: $(STATE)/extension
+setup: $(STATE)/libraries
 
 ifneq ($(VENV),)
 $(REQUIREMENTS): requirements.txt
@@ -99,11 +99,11 @@ $(REQUIREMENTS): requirements.txt
 		$(RUN) -m pip install --disable-pip-version-check -r requirements.txt
 	@mkdir -p $(STATE) && touch $@
 
-$(STATE)/extension: $(REQUIREMENTS)
+$(STATE)/libraries: $(REQUIREMENTS)
 endif
 
-$(STATE)/extension: $(EXTENSION_INPUTS)
-	$(QUIETLY) 'setup: building the extension' $(RUN) setup.py --quiet build_ext --inplace
+$(STATE)/libraries: $(LIBRARY_INPUTS)
+	$(QUIETLY) 'setup: building the libraries' $(RUN) setup.py --quiet build_ext --inplace
 	@mkdir -p $(STATE) && touch $@
 
 # The toolkit's version and the architectures that it compiles for. It takes no CUDA torch: any torch has the headers.
@@ -169,4 +169,4 @@ test-aotinductor: setup
 
 clean:
 	@printf 'clean\n'
-	@rm -rf build dist demo *.egg-info rwkv_kernels/*.so $(STATE)/extension
+	@rm -rf build dist demo *.egg-info rwkv_kernels/*.so $(STATE)/libraries

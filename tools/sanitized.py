@@ -12,7 +12,7 @@ HOST = [ROOT / "tests" / "sanitized.cu", ROOT / "csrc" / "wkv_plan.cpp", ROOT / 
 
 
 def build(program: Path, architectures: list[str], kernels: Path) -> None:
-    """Compiles and links; `kernels` is their source, or what a build of the extension has made of it."""
+    """Compiles and links; `kernels` is their source, or what a build of the CUDA library has made of it."""
     toolkit = cuda_toolkit.find_toolkit()
     if toolkit is None:
         raise SystemExit("there is no nvcc")
@@ -22,7 +22,7 @@ def build(program: Path, architectures: list[str], kernels: Path) -> None:
 
 
 def newest_kernels() -> Path:
-    """The object file of the extension's kernels, if one lies in build/ and is no older than what it was made of."""
+    """The object file of the CUDA library's kernels, if one lies in build/ and is no older than what it was made of."""
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     changed = max(path.stat().st_mtime for path in sources)
     # Those of setup.py with --inplace, which builds for the GPU that is there.

@@ -216,7 +216,7 @@ WKV_LIBRARY_IMPL(WKV_NAMESPACE, CUDA, m) {
   m.impl("wkv_step", TORCH_BOX(&wkv::step));
 }
 
-// This library, as JSON; valid for ever.
+// What this library is, as JSON. The string belongs to the library.
 WKV_EXPORTED const char* rwkv_kernels_cuda_build_info() {
   static const std::string info = [] {
     std::string architectures = "\"";
