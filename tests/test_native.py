@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ def _tell(package: Path, changes: str = "") -> dict[str, Any]:
     )
     assert told["reasons"]["cpu"] == told["why_missing"] and told["reasons"]["reference"] is None
     return told
+
+
+def _why_not_here(package: Path) -> str:
+    """What is said, in this process, of a library that is not loaded."""
+    found = native._find_operators(package)
+    assert found.path is None and found.info == {}
+    return str(found.why_missing)
 
 
 @pytest.fixture
@@ -85,17 +93,20 @@ def test_a_package_of_links_finds_its_library(package: Path) -> None:
     assert _tell(package)["library"] == str(package / OPERATORS)
 
 
-def test_an_older_torch_is_told_and_given_no_library(package: Path) -> None:
+def test_an_older_torch_is_told_and_given_no_library(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(_built(), package)
-    for version in ("2.10.0", "2.9.1+cu128", "1.13.1"):
-        told = _tell(package, f"torch.__version__ = {version!r}")
-        expected = (
-            f"torch {version} is older than 2.11, the oldest that the libraries load in: pip install -U 'torch>=2.11'"
-        )
-        assert told["why_missing"] == told["why_cuda_missing"] == expected
-        assert told["loaded"] == []
-    for version in ("2.11.0a0+git1234567", "3.0.0"):
-        assert _tell(package, f"torch.__version__ = {version!r}")["why_missing"] is None
+    told = _tell(package, "torch.__version__ = '2.10.0'")
+    why = told["why_missing"]
+    assert why == told["why_cuda_missing"] and told["loaded"] == []
+    assert why == "torch 2.10.0 is older than 2.11, the oldest that the libraries load in: pip install -U 'torch>=2.11'"
+    loaded = native.Library(package / OPERATORS, None)
+    monkeypatch.setattr(native, "_why_taken", lambda path: None)
+    monkeypatch.setattr(native, "_load", lambda path, tell: loaded)
+    for version, is_old in (("2.9.1+cu128", True), ("1.13.1", True), ("2.11.0a0+git1234567", False), ("3.0.0", False)):
+        monkeypatch.setattr(torch, "__version__", version)
+        found = native._find_operators(package)
+        assert (f"torch {version} is older than 2.11" in str(found.why_missing)) == is_old
+        assert (found == loaded) != is_old
 
 
 def test_a_package_without_the_library_says_what_to_do(package: Path) -> None:
@@ -105,7 +116,7 @@ def test_a_package_without_the_library_says_what_to_do(package: Path) -> None:
 
 def test_what_kept_an_installation_from_building_is_told(package: Path) -> None:
     (package / "_why_no_library.txt").write_text("there was no C++ compiler (c++)\n")
-    why = _tell(package)["why_missing"]
+    why = _why_not_here(package)
     assert why.startswith(f"{OPERATORS} is not built: there was no C++ compiler (c++); install a wheel")
     shutil.copy(_built(), package)
     assert _tell(package)["why_missing"] is None
@@ -148,15 +159,16 @@ def test_a_library_of_another_platform_is_not_loaded(content: bytes, made_for: s
     if made_for == here:
         pytest.skip("that is this platform")
     (package / OPERATORS).write_bytes(content)
-    why = _tell(package)["why_missing"]
+    why = _why_not_here(package)
     assert why.startswith(f"{OPERATORS} is for {made_for}, and this is {here}: install a wheel for this platform")
 
 
-def test_a_library_that_was_cut_off_is_not_loaded(package: Path) -> None:
+def test_a_library_that_was_cut_off_is_not_loaded(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = _built().read_bytes()
+    monkeypatch.setattr(native, "_why_taken", lambda path: None)  # this process has the whole one
     for size in (len(content) // 2, len(content) - 1):
         (package / OPERATORS).write_bytes(content[:size])
-        why = _tell(package)["why_missing"]
+        why = _why_not_here(package)
         assert why.startswith(f"{OPERATORS} is cut off after {size} of {len(content)} bytes: install")
 
 
@@ -229,49 +241,58 @@ def with_operators(package: Path) -> Path:
     return package
 
 
-def _why_no_cuda(package: Path, cuda: str | None, *majors: int, hip: str | None = None) -> str:
-    """What is said in a torch of that CUDA where libraries of these versions lie, none of which loads."""
-    for path in package.glob("librwkv_kernels_cuda*.so"):
-        path.unlink()
-    for major in majors:
-        (package / f"librwkv_kernels_cuda{major}.so").write_bytes(b"not a library")
-    told = _tell(package, f"torch.version.cuda, torch.version.hip = {cuda!r}, {hip!r}")
+WhyNoCuda = Callable[..., str]
+
+
+@pytest.fixture
+def why_no_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WhyNoCuda:
+    """What is said, in this process, in a torch of that CUDA, beside libraries of these versions that do not load."""
+
+    def why(cuda: str | None, *majors: int, hip: str | None = None) -> str:
+        for major in majors:
+            (tmp_path / f"librwkv_kernels_cuda{major}.so").write_bytes(b"not a library")
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        found = native._find_cuda(tmp_path, native.Library(tmp_path / OPERATORS, None))
+        assert found.path is None and found.info == {}
+        return str(found.why_missing)
+
+    return why
+
+
+def test_a_torch_without_cuda_is_told(why_no_cuda: WhyNoCuda) -> None:
+    told = "this torch is built without CUDA: install one that is built with CUDA"
+    assert why_no_cuda(None) == told
+    assert why_no_cuda(None, 13) == f"{told} 13"
+    assert why_no_cuda(None, 13, hip="7.0").startswith("this torch is built for ROCm 7.0, without CUDA")
+
+
+def test_what_is_said_of_cuda_reaches_the_user(with_operators: Path) -> None:
+    (with_operators / "librwkv_kernels_cuda13.so").write_bytes(b"not a library")
+    told = _tell(with_operators, "torch.version.cuda, torch.version.hip = '12.8', None")
     assert told["why_missing"] is None and told["cuda_library"] is None and told["cuda"] is None
     assert told["reasons"]["cuda"] == told["why_cuda_missing"]
-    return str(told["why_cuda_missing"])
+    assert told["why_cuda_missing"].startswith("torch is built with CUDA 12.8, and the CUDA kernels")
 
 
-def test_a_torch_without_cuda_is_told(with_operators: Path) -> None:
-    told = "this torch is built without CUDA: install one that is built with CUDA"
-    assert _why_no_cuda(with_operators, None) == told
-    assert _why_no_cuda(with_operators, None, 13) == f"{told} 13"
-    assert _why_no_cuda(with_operators, None, 13, hip="7.0").startswith(
-        "this torch is built for ROCm 7.0, without CUDA"
-    )
+def test_a_package_without_cuda_kernels_is_told(why_no_cuda: WhyNoCuda) -> None:
+    assert "this package has no CUDA kernels (build_info().cuda is None): rebuild" in why_no_cuda("13.0")
 
 
-def test_a_package_without_cuda_kernels_is_told(with_operators: Path) -> None:
-    assert "this package has no CUDA kernels (build_info().cuda is None): rebuild" in _why_no_cuda(
-        with_operators, "13.0"
-    )
-
-
-def test_cuda_kernels_of_another_major_version_are_not_loaded(with_operators: Path) -> None:
-    why = _why_no_cuda(with_operators, "12.8", 13)
-    assert why.startswith(
-        "torch is built with CUDA 12.8, and the CUDA kernels of this package are for CUDA 13: install"
-    )
-    why = _why_no_cuda(with_operators, "14.1", 12, 13)
-    assert why.startswith(
-        "torch is built with CUDA 14.1, and the CUDA kernels of this package are for CUDA 12 or CUDA 13"
+def test_cuda_kernels_of_another_major_version_are_not_loaded(why_no_cuda: WhyNoCuda) -> None:
+    kernels = "and the CUDA kernels of this package are for"
+    assert why_no_cuda("12.8", 13).startswith(f"torch is built with CUDA 12.8, {kernels} CUDA 13: install")
+    assert why_no_cuda("14.1", 12, 13).startswith(
+        f"torch is built with CUDA 14.1, {kernels} CUDA 12 or CUDA 13: install"
     )
 
 
 @pytest.mark.parametrize("major", [12, 13])
-def test_cuda_kernels_of_the_version_of_torch_are_taken(major: int, with_operators: Path) -> None:
+def test_cuda_kernels_of_the_version_of_torch_are_taken(
+    major: int, with_operators: Path, why_no_cuda: WhyNoCuda, tmp_path: Path
+) -> None:
     name = f"librwkv_kernels_cuda{major}.so"
-    why = _why_no_cuda(with_operators, f"{major}.2", 12, 13)
-    assert why.startswith(f"{name} does not load ({with_operators / name}: ")
+    assert why_no_cuda(f"{major}.2", 12, 13).startswith(f"{name} does not load ({tmp_path / name}: ")
 
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
