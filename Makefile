@@ -41,7 +41,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 
-.PHONY: demo test test-ptx bench bench-micro gpu-check lint setup doctor wheel wheel-environments \
+.PHONY: demo test test-ptx bench bench-micro gpu-check lint setup doctor wheel \
 	wheel-test wheel-test-oldest wheel-test-newest cross-compile hub kernel-report kernel-check test-aotinductor clean
 
 # The command that follows, without its output where it succeeds.
@@ -133,8 +133,6 @@ wheel-test-oldest: wheel $(OLDEST_VENV)/made
 wheel-test-newest: wheel $(NEWEST_VENV)/made
 	@printf 'wheel-test: beside the newest torch\n'
 	@sh tools/test_wheel.sh dist/*.whl $(NEWEST_VENV) $(wordlist 2,99,$(TOOLKIT))
-
-wheel-environments: $(OLDEST_VENV)/made $(NEWEST_VENV)/made
 
 # Several GB each, where the registry's torch is one for CUDA.
 $(OLDEST_VENV)/made: WANTED := torch==2.11.*
