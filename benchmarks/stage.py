@@ -74,9 +74,12 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
             process.wait(PATIENCE)
     if process.poll() is None:
         family |= _family(process.pid)
-        _send(signal.SIGABRT, family)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(PATIENCE_FOR_STACKS)
+        # One at a time, the stage itself first: they share an output, and stacks written together cannot be read.
+        deadline = time.monotonic() + PATIENCE_FOR_STACKS
+        for member in sorted(family, key=lambda member: (member[0] != process.pid, member)):
+            _send(signal.SIGABRT, {member})
+            while member in _all_processes() and time.monotonic() < deadline:
+                time.sleep(0.01)
     for _ in range(100):  # not for ever: a process within a call of a driver may not die
         family |= _family(process.pid)
         _send(signal.SIGKILL, family)
