@@ -1,10 +1,9 @@
-"""A backend "emulated" for tests: the GPU kernels by one of the executors of gpu_programs, on CPU tensors.
+"""A backend "emulated" for tests: the GPU's operators by one of the executors of gpu_host, on CPU tensors.
 
 As a pytest plugin (-p emulated_backend) it lets the whole suite run on them: on the C++ phases, or with
-WKV_TEST_ARCHITECTURE=sm_90 on the PTX of that architecture. WKV_TEST_PLANS may ask something of the plans, as JSON.
+WKV_TEST_ARCHITECTURE=sm_90 on the PTX of that architecture. WKV_TEST_MULTIPROCESSORS makes the device smaller.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import gpu_programs
+import gpu_host
 import pytest
 import torch
 from problems import checkpoint_interval
@@ -25,9 +24,7 @@ NAME = "emulated"
 
 
 class _Current:
-    executor: gpu_programs.Executor
-    forward_plan: dict[str, Any]
-    backward_plan: dict[str, Any]
+    executor: gpu_host.Executor
 
 
 _library = torch.library.Library("rwkv_kernels_emulated", "FRAGMENT")
@@ -40,24 +37,12 @@ _library.define(
 )
 
 
-def _forward(*arguments: Any) -> Any:
-    if 0 in arguments[2].shape:  # no operator asks its kernels for that
-        return torch.ops.rwkv_kernels.wkv_forward(*arguments)
-    return gpu_programs.forward(_Current.executor, *arguments, **_Current.forward_plan)
-
-
-def _backward(*arguments: Any) -> Any:
-    if 0 in arguments[2].shape:
-        return torch.ops.rwkv_kernels._wkv_backward(*arguments)
-    return gpu_programs.backward(_Current.executor, *arguments, **_Current.backward_plan)
-
-
 def _step(*arguments: Any) -> Tensor:
-    return gpu_programs.step(_Current.executor, *arguments)
+    return gpu_host.step(_Current.executor, *arguments)
 
 
-_library.impl("forward", _forward, "CPU")
-_library.impl("backward", _backward, "CPU")
+_library.impl("forward", lambda *arguments: gpu_host.forward(_Current.executor, *arguments), "CPU")
+_library.impl("backward", lambda *arguments: gpu_host.backward(_Current.executor, *arguments), "CPU")
 _ops = torch.ops.rwkv_kernels_emulated
 _differentiable = autograd.attach(
     _library,
@@ -69,15 +54,9 @@ _backend = registry.Backend(NAME, ("cpu",), lambda: None, lambda k: None, _diffe
 
 
 @contextmanager
-def emulated(
-    executor: gpu_programs.Executor,
-    forward_plan: dict[str, Any] | None = None,
-    backward_plan: dict[str, Any] | None = None,
-) -> Iterator[str]:
-    """The backend's name while it exists; what is asked of the plans, as _introspection.plan_cuda takes it."""
+def emulated(executor: gpu_host.Executor) -> Iterator[str]:
+    """The backend's name while it exists."""
     _Current.executor = executor
-    _Current.forward_plan = forward_plan or {}
-    _Current.backward_plan = backward_plan or {}
     registry.BACKENDS[NAME] = _backend
     try:
         yield NAME
@@ -91,13 +70,15 @@ def emulated(
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Before conftest.py lists the backends."""
     architecture = os.environ.get("WKV_TEST_ARCHITECTURE")
-    executor: gpu_programs.Executor
+    multiprocessors = os.environ.get("WKV_TEST_MULTIPROCESSORS")
+    limits = {**gpu_host.H100, **({"multiprocessors": int(multiprocessors)} if multiprocessors else {})}
+    executor: gpu_host.Executor
     if architecture is None:
-        executor = gpu_programs.Emulator(gpu_programs.compile_emulator(), "shuffled")
+        executor = gpu_host.Emulator("shuffled", limits=limits)
     else:
         folder = Path(tempfile.mkdtemp())
         early_config.add_cleanup(lambda: shutil.rmtree(folder))
-        executor = gpu_programs.PtxRunner(folder, architecture, "random")
-    context = emulated(executor, *json.loads(os.environ.get("WKV_TEST_PLANS", "[]")))
+        executor = gpu_host.PtxRunner(folder, architecture, "random", limits=limits)
+    context = emulated(executor)
     context.__enter__()
     early_config.add_cleanup(lambda: context.__exit__(None, None, None))

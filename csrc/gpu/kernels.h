@@ -1,0 +1,65 @@
+// All kernels, and what a compiler is told of each.
+#pragma once
+
+#include "backward.h"
+#include "forward.h"
+#include "small.h"
+
+namespace wkv {
+
+// A reduction's partials are of the type that all is accumulated in.
+template <class Element>
+using ReduceOf = Reduce<typename ElementTraits<Element>::Real>;
+
+// Calls function.operator()<Type>() for a kernel of a dtype.
+template <class Function>
+auto with_kernel(Kernel kernel, DType dtype, const Function& function) {
+  const auto of = [&]<class Element>() {
+    switch (kernel) {
+#define WKV_KERNEL(name, Type) \
+  case Kernel::name:           \
+    return function.template operator()<Type<Element>>();
+#include "kernels.def"
+#undef WKV_KERNEL
+    }
+    return function.template operator()<Step<Element>>();
+  };
+  switch (dtype) {
+    case DType::float32:
+      return of.template operator()<float>();
+    case DType::float16:
+      return of.template operator()<Half>();
+    case DType::bfloat16:
+      return of.template operator()<Bfloat16>();
+    default:
+      return of.template operator()<double>();
+  }
+}
+
+// Threads of a block, at most, and blocks of a multiprocessor that registers shall suffice for.
+template <class Kernel>
+struct Bounds {
+  static constexpr int threads = kPlainThreads, blocks = 1;
+};
+template <class Element>
+struct Bounds<Forward<Element>> {
+  static constexpr int threads = kForwardWarps * kWarpThreads, blocks = kForwardBlocks;
+};
+template <class Element>
+struct Bounds<Backward<Element>> {
+  static constexpr int threads = kBackwardWarps * kWarpThreads, blocks = kBackwardBlocks;
+};
+template <>
+struct Bounds<Forward<double>> {
+  static constexpr int threads = kDoubleThreads, blocks = 1;
+};
+template <>
+struct Bounds<Backward<double>> {
+  static constexpr int threads = kDoubleThreads, blocks = 1;
+};
+template <class Real>
+struct Bounds<Reduce<Real>> {
+  static constexpr int threads = kReduceLanes * kReduceGroups, blocks = 1;
+};
+
+}  // namespace wkv

@@ -1,0 +1,72 @@
+// Decoupled look-back: how the blocks of one launch hand states from chunk to chunk, in a single pass over the data.
+//
+// The blocks of a column take their chunks by tickets, in the order in which they start. Every wait terminates: a block
+// waits only for blocks that took their tickets earlier, so that they run already, however few blocks the device holds.
+// Every `anchor`-th chunk publishes the inclusive state, the sum of all chunks up to it; the others their partial, what
+// they alone sum up to. A chunk joins the last anchor's state and the partials after it in their order, whoever came
+// first: the result is the same in every run.
+#pragma once
+
+#include "pair.h"
+#include "params.h"
+#include "tuning.h"
+
+namespace wkv {
+
+// Where a block stands among the chunks of its column.
+struct LookBack {
+  Word* messages;  // of the column
+  uint32_t position, first_predecessor;
+  bool has_successor, is_anchor;
+
+  WKV_HD LookBack(const Chunking& chunking, int64_t column, uint32_t position) : position(position) {
+    const uint32_t anchor = static_cast<uint32_t>(chunking.anchor), since_anchor = position % anchor;
+    messages = static_cast<Word*>(chunking.messages) + column * (chunking.chunks - 1) * kWordsOfMessage;
+    first_predecessor = position > since_anchor ? position - since_anchor - 1 : 0;
+    has_successor = position + 1 < chunking.chunks;
+    is_anchor = since_anchor + 1 == anchor;
+  }
+
+  WKV_HD int predecessors() const { return static_cast<int>(position - first_predecessor); }
+
+  WKV_HD void publish(int lane, Scaled state) const {
+    Word* message = messages + position * kWordsOfMessage + lane;
+    store_relaxed(message, word_of(state.sums.num));
+    store_relaxed(message + kWarpThreads, word_of(state.sums.den));
+    store_relaxed(message + 2 * kWarpThreads, word_of(state.exponent));
+  }
+
+  // Of the i-th predecessor, once it is there.
+  WKV_HD Scaled await(int i, int lane) const {
+    const Word* message = messages + (first_predecessor + static_cast<uint32_t>(i)) * kWordsOfMessage + lane;
+    for (;;) {
+      const Word num = load_relaxed(message), den = load_relaxed(message + kWarpThreads),
+                 exponent = load_relaxed(message + 2 * kWarpThreads);
+      if (is_written(num) && is_written(den) && is_written(exponent)) {
+        return {{pair_of(num), pair_of(den)}, pair_of(exponent)};
+      }
+      pause_polling();
+    }
+  }
+
+ private:
+  static constexpr int64_t kWordsOfMessage = 3 * kWarpThreads;
+
+  // A NaN may have all bits set.
+  WKV_HD static uint32_t published(float x) {
+    const uint32_t bits = bits_as<uint32_t>(x);
+    return bits == kNothing ? bits >> 1 : bits;
+  }
+  WKV_HD static Word word_of(Pair pair) { return static_cast<Word>(published(pair.y)) << 32 | published(pair.x); }
+  WKV_HD static Pair pair_of(Word word) {
+    return {bits_as<float>(static_cast<uint32_t>(word)), bits_as<float>(static_cast<uint32_t>(word >> 32))};
+  }
+  WKV_HD static bool is_written(Word word) { return static_cast<uint32_t>(word) != kNothing; }
+};
+
+// The position of the block's chunk in the order of handing on; one thread asks for all.
+WKV_HD uint32_t take_position(const Chunking& chunking, int64_t column) {
+  return chunking.tickets == nullptr ? 0 : take_ticket(chunking.tickets + column);
+}
+
+}  // namespace wkv

@@ -1,0 +1,228 @@
+// The operators on a GPU: check, allocate, plan, launch. Each is a template on a launcher, which allocates and launches
+// for a device; tests have one that runs the same launches on the host. Nothing here waits for the GPU or reads from it,
+// so that every call can be captured in a graph.
+//
+// A launcher is made of the device of the arguments and has
+//   DeviceLimits limits()
+//   Tensor empty(shape, dtype)                 memory of any content
+//   void set_all_bits(void* memory, int64_t bytes)
+//   void launch(const Launch&)                 behind what was asked for before
+#pragma once
+
+#include <array>
+#include <tuple>
+
+#include "../checks.h"
+#include "../wkv_math.h"
+#include "launch.h"
+#include "plan.h"
+
+namespace wkv {
+
+// ---- torch's operators that its stable interface names nowhere, by their schemas ----
+
+inline Tensor logical_not(const Tensor& tensor) {
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(tensor)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::logical_not", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline Tensor where(const Tensor& condition, const Tensor& yes, const Tensor& no) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(condition), torch::stable::detail::from(yes),
+                                    torch::stable::detail::from(no)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::where", "self", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline Tensor row_of(Tensor state, int64_t row) { return torch::stable::narrow(state, 1, row, 1); }
+
+// The given states, or empty ones; den == 0 means empty, whatever the other two say.
+inline void state_after_no_steps(const std::optional<Tensor>& state, const Tensor& state_out) {
+  set_zero(state_out);
+  torch::stable::fill_(row_of(state_out, 2), kEmptyMax);
+  if (state.has_value()) copy(where(logical_not(row_of(*state, 1)), state_out, *state), state_out);
+}
+
+// Torch counts a tensor's versions for autograd where its own operators write to it, and kernels here write to memory:
+// an operator that writes no element counts once.
+inline void count_version(Tensor tensor) { set_zero(torch::stable::narrow(tensor, 0, 0, 0)); }
+
+// w and u as the kernels take them, contiguous. Owns the copies until the launch.
+struct ContiguousParameters {
+  Tensor w, u;
+  ChannelParameters pointers;
+
+  explicit ContiguousParameters(const Arguments& arguments)
+      : w(as_contiguous(arguments.w)),
+        u(as_contiguous(arguments.u)),
+        pointers{data_of(w), data_of(u), arguments.w_dtype, arguments.u_dtype} {}
+};
+
+// A plan's memory: parts of gradients, then messages and tickets.
+struct Workspace {
+  Tensor memory;
+  char* partials;
+  char* exchange;
+
+  template <class Launcher>
+  Workspace(Launcher& launcher, const Plan& plan)
+      // Whole float64 elements, which torch's allocator aligns for any type.
+      : memory(launcher.empty({(plan.partial_bytes + plan.exchange_bytes + 15) / 8}, DType::float64)),
+        partials(static_cast<char*>(memory.mutable_data_ptr())),
+        exchange(partials + (plan.partial_bytes + 7) / 8 * 8) {}
+};
+
+// The blocks of a plan, in as many launches as its sequences take.
+template <class Launcher, class Params>
+void launch_plan(Launcher& launcher, Kernel kernel, DType dtype, const Plan& plan, Params params, char* exchange) {
+  params.chunking = {.first_batch = 0,
+                     .chunks = plan.chunks,
+                     .chunk_tiles = static_cast<int32_t>(plan.chunk_tiles),
+                     .channel_tiles = static_cast<int32_t>(plan.channel_tiles),
+                     .anchor = static_cast<int32_t>(plan.anchor),
+                     .tickets = nullptr,
+                     .messages = exchange};
+  if (plan.chunks > 1) {
+    launcher.set_all_bits(exchange, plan.exchange_bytes);
+    const int64_t columns = params.B * plan.channel_tiles;
+    params.chunking.tickets = reinterpret_cast<uint32_t*>(exchange + columns * (plan.chunks - 1) * kStateBytes);
+  }
+  int64_t& first = params.chunking.first_batch;
+  for (; first < params.B; first += kMaxGridYZ) {
+    launcher.launch({kernel,
+                     dtype,
+                     // Blocks start chunk by chunk: a device takes them in this order.
+                     {static_cast<unsigned>(plan.channel_tiles),
+                      static_cast<unsigned>(std::min(params.B - first, kMaxGridYZ)), static_cast<unsigned>(plan.chunks)},
+                     plan.threads,
+                     plan.shared_bytes,
+                     &params,
+                     sizeof params});
+  }
+}
+
+// For launches of one thread or one group of threads for each of `count` things.
+inline unsigned blocks_for(int64_t count, int of_block) {
+  const int64_t blocks = (count + of_block - 1) / of_block;
+  require(blocks <= kMaxGridX, "wkv: ", count, " elements are more than a grid can hold");
+  return static_cast<unsigned>(blocks);
+}
+
+template <class Launcher>
+std::tuple<Tensor, Tensor, Tensor> gpu_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                                               const std::optional<Tensor>& state, bool checkpoint) {
+  const Arguments arguments(w, u, k, v, state);
+  const auto& [dtype, B, T, C] = std::tie(arguments.dtype, arguments.B, arguments.T, arguments.C);
+  Launcher launcher(arguments.device);
+  const Tensor y = launcher.empty({B, T, C}, dtype);
+  const Tensor state_out = launcher.empty({B, 3, C}, state_type(dtype));
+  const Tensor checkpoints =
+      launcher.empty({B, checkpoint ? checkpoint_count(dtype, T) : 0, 3, C}, state_type(dtype));
+  if (arguments.nothing_to_do()) {
+    state_after_no_steps(arguments.state, state_out);
+    return {y, state_out, checkpoints};
+  }
+  const Plan plan = make_plan(Operation::forward, dtype, B, T, C, launcher.limits());
+  const Workspace workspace(launcher, plan);
+  const ContiguousParameters parameters(arguments);
+  const ForwardParams params = {.parameters = parameters.pointers,
+                                .B = B,
+                                .T = T,
+                                .C = C,
+                                .k = sequence_of(arguments.k),
+                                .v = sequence_of(arguments.v),
+                                .state = data_or_null(arguments.state),
+                                .y = y.mutable_data_ptr(),
+                                .state_out = state_out.mutable_data_ptr(),
+                                .checkpoints = checkpoint ? checkpoints.mutable_data_ptr() : nullptr,
+                                .chunking = {}};
+  launch_plan(launcher, Kernel::forward, dtype, plan, params, workspace.exchange);
+  return {y, state_out, checkpoints};
+}
+
+template <class Launcher>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gpu_backward(const Tensor& w, const Tensor& u, const Tensor& k,
+                                                                const Tensor& v, const std::optional<Tensor>& state,
+                                                                const Tensor& checkpoints, const Tensor& gy,
+                                                                const std::optional<Tensor>& gstate_out) {
+  const Arguments arguments(w, u, k, v, state);
+  const GradientArguments gradients(arguments, checkpoints, gy, gstate_out);
+  const auto& [dtype, B, T, C] = std::tie(arguments.dtype, arguments.B, arguments.T, arguments.C);
+  Launcher launcher(arguments.device);
+  const Tensor gw = launcher.empty({C}, arguments.w_dtype), gu = launcher.empty({C}, arguments.u_dtype);
+  const Tensor gk = launcher.empty({B, T, C}, dtype), gv = launcher.empty({B, T, C}, dtype);
+  const Tensor gstate = launcher.empty({B, 3, C}, state_type(dtype));
+  if (arguments.nothing_to_do()) {
+    set_zero(gw);
+    set_zero(gu);
+    set_zero(gstate);
+    if (gradients.gstate_out.has_value()) copy(*gradients.gstate_out, gstate);
+    return {gw, gu, gk, gv, gstate};
+  }
+  const Plan plan = make_plan(Operation::backward, dtype, B, T, C, launcher.limits());
+  const Workspace workspace(launcher, plan);
+  const ContiguousParameters parameters(arguments);
+  const BackwardParams params = {.parameters = parameters.pointers,
+                                 .B = B,
+                                 .T = T,
+                                 .C = C,
+                                 .k = sequence_of(arguments.k),
+                                 .v = sequence_of(arguments.v),
+                                 .gy = sequence_of(gradients.gy),
+                                 .state = data_or_null(arguments.state),
+                                 .checkpoints = data_of(gradients.checkpoints),
+                                 .gstate_out = data_or_null(gradients.gstate_out),
+                                 .gk = gk.mutable_data_ptr(),
+                                 .gv = gv.mutable_data_ptr(),
+                                 .gstate = gstate.mutable_data_ptr(),
+                                 .partials = workspace.partials,
+                                 .chunking = {}};
+  launch_plan(launcher, Kernel::backward, dtype, plan, params, workspace.exchange);
+  const ReduceParams reduce = {.parameters = parameters.pointers,
+                               .C = C,
+                               .partials = workspace.partials,
+                               .rows = B * plan.chunks,
+                               .gw = gw.mutable_data_ptr(),
+                               .gu = gu.mutable_data_ptr()};
+  constexpr int kThreads = kReduceLanes * kReduceGroups;
+  launcher.launch({Kernel::reduce,
+                   dtype,
+                   {blocks_for(C, kReduceLanes), 1, 1},
+                   kThreads,
+                   kThreads * 2 * static_cast<int>(sizeof(double)),
+                   &reduce,
+                   sizeof reduce});
+  return {gw, gu, gk, gv, gstate};
+}
+
+template <class Launcher>
+Tensor gpu_step(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Tensor& state,
+                const std::optional<Tensor>& r) {
+  const TokenArguments arguments(w, u, k, v, state, r);
+  const auto& [dtype, B, C] = std::tie(arguments.dtype, arguments.B, arguments.C);
+  Launcher launcher(arguments.device);
+  const Tensor y = launcher.empty({B, C}, dtype);
+  if (arguments.nothing_to_do()) return y;
+
+  const ContiguousParameters parameters(arguments);
+  const StepParams params = {.parameters = parameters.pointers,
+                             .B = B,
+                             .C = C,
+                             .k = data_of(arguments.k),
+                             .v = data_of(arguments.v),
+                             .r = data_or_null(arguments.r),
+                             .k_stride = arguments.k.stride(0),
+                             .v_stride = arguments.v.stride(0),
+                             .r_stride = arguments.r.has_value() ? arguments.r->stride(0) : 0,
+                             .y = y.mutable_data_ptr(),
+                             .state = state.mutable_data_ptr(),
+                             .state_batch_stride = state.stride(0),
+                             .state_row_stride = state.stride(1),
+                             .state_channel_stride = state.stride(2)};
+  launcher.launch({Kernel::step, dtype, {blocks_for(B * C, kPlainThreads), 1, 1}, kPlainThreads, 0, &params,
+                   sizeof params});
+  count_version(state);
+  return y;
+}
+
+}  // namespace wkv

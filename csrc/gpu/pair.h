@@ -1,0 +1,110 @@
+// Two neighbouring channels that behave like a number, the Real that the float kernels give to the formulas of
+// wkv_math.h; and numbers with an exponent of their own, in which subchunks, chunks and blocks hand sums on.
+#pragma once
+
+#include "target.h"
+
+namespace wkv {
+
+struct Pair {
+  float x, y;
+
+  Pair() = default;
+  WKV_HD Pair(float x, float y) : x(x), y(y) {}
+  WKV_HD Pair(FloatPair pair) : x(pair.x), y(pair.y) {}
+  WKV_HD explicit Pair(double both) : x(static_cast<float>(both)), y(static_cast<float>(both)) {}
+  WKV_HD explicit Pair(int both) : x(static_cast<float>(both)), y(static_cast<float>(both)) {}
+};
+
+struct PairOfBool {
+  bool x, y;
+};
+
+WKV_HD Pair operator+(Pair a, Pair b) { return {a.x + b.x, a.y + b.y}; }
+WKV_HD Pair operator-(Pair a, Pair b) { return {a.x - b.x, a.y - b.y}; }
+WKV_HD Pair operator*(Pair a, Pair b) { return {a.x * b.x, a.y * b.y}; }
+WKV_HD Pair operator-(Pair a) { return {-a.x, -a.y}; }
+WKV_HD Pair reciprocal(Pair a) { return {reciprocal_approximate(a.x), reciprocal_approximate(a.y)}; }
+WKV_HD Pair operator/(Pair a, Pair b) { return a * reciprocal(b); }
+WKV_HD Quotients<Pair> divide(Pair first, Pair second, Pair by) {
+  const Pair factor = reciprocal(by);
+  return {first * factor, second * factor};
+}
+WKV_HD PairOfBool operator<(Pair a, Pair b) { return {a.x < b.x, a.y < b.y}; }
+WKV_HD PairOfBool operator<=(Pair a, Pair b) { return {a.x <= b.x, a.y <= b.y}; }
+WKV_HD PairOfBool operator>=(Pair a, Pair b) { return {a.x >= b.x, a.y >= b.y}; }
+WKV_HD PairOfBool operator==(Pair a, Pair b) { return {a.x == b.x, a.y == b.y}; }
+WKV_HD bool all(PairOfBool condition) { return condition.x && condition.y; }
+WKV_HD Pair select(PairOfBool condition, Pair a, Pair b) { return {condition.x ? a.x : b.x, condition.y ? a.y : b.y}; }
+WKV_HD Pair larger(Pair a, Pair b) { return {larger_float(a.x, b.x), larger_float(a.y, b.y)}; }
+WKV_HD Pair smaller(Pair a, Pair b) { return {smaller_float(a.x, b.x), smaller_float(a.y, b.y)}; }
+WKV_HD Pair abs(Pair a) { return {std::fabs(a.x), std::fabs(a.y)}; }
+WKV_HD Pair ceil(Pair a) { return {std::ceil(a.x), std::ceil(a.y)}; }
+WKV_HD Pair exp2(Pair a) { return {exp2_approximate(a.x), exp2_approximate(a.y)}; }
+WKV_HD Pair log2(Pair a) { return {log2_approximate(a.x), log2_approximate(a.y)}; }
+WKV_HD Pair exp_nonpositive(Pair a) { return exp2(a * Pair(kLog2E)); }
+
+WKV_HD Sums<Pair> operator*(Pair factor, Sums<Pair> sums) { return {factor * sums.num, factor * sums.den}; }
+WKV_HD Sums<Pair> operator+(Sums<Pair> a, Sums<Pair> b) { return {a.num + b.num, a.den + b.den}; }
+
+// ---- sums times 2^exponent ----
+
+// Exponents are whole numbers, so that a change of scale is exact. States are such sums, and so are their gradients.
+struct Scaled {
+  Sums<Pair> sums;
+  Pair exponent;
+};
+
+// Of sums that are zero: so low that they have no say in a common exponent, and finite.
+inline constexpr double kEmptyExponent = -1e30;
+
+WKV_HD Scaled empty_scaled() { return {{Pair(0), Pair(0)}, Pair(kEmptyExponent)}; }
+
+// Brings `magnitude`, which is positive, to [1, 2) by a power of two.
+WKV_HD Scaled normalised(Scaled value, Pair magnitude) {
+  const auto take = [](float x, float& exponent, float& inverse_power) {
+    const uint32_t biased = (bits_as<uint32_t>(x) >> 23) & 255;
+    // 2^23 + an integer has the integer in its lowest bits, which is cheaper than a conversion.
+    exponent = bits_as<float>(0x4b000000u + biased) - 8388735.0f;
+    inverse_power = bits_as<float>((biased < 253 ? 254 - biased : 1) << 23);
+  };
+  Pair exponent, inverse_power;
+  take(magnitude.x, exponent.x, inverse_power.x);
+  take(magnitude.y, exponent.y, inverse_power.y);
+  return {inverse_power * value.sums,
+          select(magnitude == Pair(0), Pair(kEmptyExponent), value.exponent + exponent)};
+}
+// A state's weights are positive. NaN counts as a magnitude of 2^128.
+WKV_HD Scaled normalised_state(Scaled state) { return normalised(state, state.sums.den); }
+WKV_HD Scaled normalised_adjoint(Scaled adjoint) {
+  return normalised(adjoint, larger(abs(adjoint.sums.num), abs(adjoint.sums.den)));
+}
+
+// Steps and those behind them, `decay` being log2 of what is left over the second ones.
+WKV_HD Scaled join(Scaled first, Pair decay, Scaled second) {
+  const Pair decayed = first.exponent + decay;
+  const Pair exponent = larger(ceil(decayed), second.exponent);
+  return {exp2(decayed - exponent) * first.sums + exp2(second.exponent - exponent) * second.sums, exponent};
+}
+
+// Sums times e^logarithm.
+WKV_HD Scaled scaled_by_exp(Sums<Pair> sums, Pair logarithm) {
+  const Pair exponent = ceil(logarithm * Pair(kLog2E));
+  // From 2^23 on a float is whole, and the difference nothing but rounding.
+  const Pair rest = select(abs(exponent) < Pair(8388608.0), logarithm * Pair(kLog2E) - exponent, Pair(0));
+  return {exp2(rest) * sums, exponent};
+}
+
+WKV_HD Scaled scaled(State<Pair> state) {
+  const Scaled value = scaled_by_exp(state.sums, state.max);
+  return {value.sums, select(state.sums.den == Pair(0), Pair(kEmptyExponent), value.exponent)};
+}
+
+WKV_HD Pair natural(Pair exponent) { return exponent * Pair(1 / kLog2E); }
+
+WKV_HD State<Pair> state_of(Scaled value) {
+  value = normalised_state(value);
+  return {value.sums, select(value.sums.den == Pair(0), Pair(kEmptyMax), natural(value.exponent))};
+}
+
+}  // namespace wkv

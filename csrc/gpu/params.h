@@ -1,0 +1,87 @@
+// What the kernels are given, null where the caller has nothing. Pointers marked "state" are state_bytes wide, those
+// marked "element" are of the kernel's type; outputs are contiguous.
+#pragma once
+
+#include <cstdint>
+
+#include "../wkv_problem.h"
+
+namespace wkv {
+
+// w and u as the caller has them, [C] each, contiguous; kernels convert.
+struct ChannelParameters {
+  const void *w, *u;
+  DType w_dtype, u_dtype;
+};
+
+// How a launch lays its blocks over the problem, and where the chunks of a column, the same channels of the same
+// sequence, tell one another what they sum up to: lookback.h.
+struct Chunking {
+  int64_t first_batch;    // of this launch; a grid has no room for more than 65535 sequences
+  int64_t chunks;         // of a sequence
+  int32_t chunk_tiles;    // tiles of a chunk
+  int32_t channel_tiles;  // columns of a sequence
+  int32_t anchor;         // every so-many-th chunk publishes the sum of all up to it
+  uint32_t* tickets;      // for each column, of the chunks that blocks have taken; null where there is one chunk
+  void* messages;         // of each column's chunks but the last
+};
+
+struct ForwardParams {
+  ChannelParameters parameters;
+  int64_t B, T, C;
+  Sequence k, v;       // element [B, T, C]
+  const void* state;   // state [B, 3, C], or null for an empty one
+  void* y;             // element [B, T, C]
+  void* state_out;     // state [B, 3, C]
+  void* checkpoints;   // state [B, checkpoint_count, 3, C], or null
+  Chunking chunking;
+};
+
+struct BackwardParams {
+  ChannelParameters parameters;
+  int64_t B, T, C;
+  Sequence k, v, gy;        // element [B, T, C]
+  const void* state;        // state [B, 3, C], or null for an empty one
+  const void* checkpoints;  // as forward left them
+  const void* gstate_out;   // state [B, 3, C], or null for zero
+  void *gk, *gv;            // element [B, T, C]
+  void* gstate;             // state [B, 3, C]
+  void* partials;           // state [B, chunks, 2, C], of the gradients of the log-decay and of u
+  Chunking chunking;
+};
+
+struct ReduceParams {
+  ChannelParameters parameters;
+  int64_t C;
+  const void* partials;  // state [rows, 2, C]
+  int64_t rows;
+  void *gw, *gu;  // as w and u
+};
+
+struct StepParams {
+  ChannelParameters parameters;
+  int64_t B, C;
+  const void *k, *v;  // element [B, C], channels contiguous
+  const void* r;      // likewise, or null where nothing gates y
+  int64_t k_stride, v_stride, r_stride;
+  void* y;      // element [B, C]
+  void* state;  // state [B, 3, C] of any strides, in elements
+  int64_t state_batch_stride, state_row_stride, state_channel_stride;
+};
+
+enum class Kernel {
+#define WKV_KERNEL(name, Type) name,
+#include "kernels.def"
+#undef WKV_KERNEL
+};
+
+inline const char* name_of(Kernel kernel) {
+  static constexpr const char* names[] = {
+#define WKV_KERNEL(name, Type) #name,
+#include "kernels.def"
+#undef WKV_KERNEL
+  };
+  return names[static_cast<int>(kernel)];
+}
+
+}  // namespace wkv

@@ -1,0 +1,126 @@
+// How a GPU's threads are laid over a problem: a pure function of the problem and the device's limits.
+//
+// A block owns `kTileChannels` channels of one sequence over one chunk of its steps, which it takes tile by tile: a
+// warp for each subchunk of a tile. Blocks that have the same channels of the same sequence, a column, hand their
+// states on from chunk to chunk.
+#pragma once
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "tuning.h"
+
+namespace wkv {
+
+struct DeviceLimits {
+  int64_t multiprocessors;
+  int64_t shared_per_block;  // bytes, with the opt-in
+  int64_t shared_per_multiprocessor;
+};
+
+inline constexpr int64_t kMaxGridX = 2147483647;
+inline constexpr int64_t kMaxGridYZ = 65535;
+
+// What of its shared memory a block cannot use.
+inline constexpr int64_t kReservedShared = 1024;
+
+// Of each channel: log-decay, decay and bonus. Of the block: its ticket.
+inline constexpr int kChannelBytes = 3 * kTileChannels * 4;
+inline constexpr int kTicketBytes = 16;
+
+// A state in shared memory or a message: num, den and exponent of a tile's channels.
+inline constexpr int kStateBytes = 3 * kTileChannels * 4;
+
+constexpr int tile_bytes(DType dtype, int warps) {
+  return warps * kSubchunkSteps * kTileChannels * static_cast<int>(element_bytes(dtype));
+}
+
+// Of k, v, channels, ticket, the states that this tile and the next start from, and each warp's largest keys.
+constexpr int forward_shared_bytes(DType dtype, int warps) {
+  return 2 * tile_bytes(dtype, warps) + kChannelBytes + kTicketBytes + 2 * kStateBytes + warps * kTileChannels * 4;
+}
+
+// Of k, v, gy, channels and ticket.
+constexpr int backward_shared_bytes(DType dtype) {
+  return 3 * tile_bytes(dtype, kBackwardWarps) + kChannelBytes + kTicketBytes;
+}
+
+struct Plan {
+  int warps;  // of a tile
+  int64_t tile_steps;
+  int64_t chunk_tiles;  // tiles of a chunk
+  int64_t chunks;
+  int64_t channel_tiles;
+  int64_t anchor;
+  int threads;
+  int shared_bytes;
+  int64_t partial_bytes;   // of the gradients of w and u
+  int64_t exchange_bytes;  // of messages and tickets, all bits of which are set before the launch
+};
+
+namespace plan_detail {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+[[noreturn]] inline void refuse(const std::string& what) { throw std::invalid_argument("plan: " + what); }
+
+inline int forward_warps(DType dtype, int64_t T, const DeviceLimits& limits) {
+  const auto fits = [&](int warps) {
+    const int64_t shared = forward_shared_bytes(dtype, warps);
+    return shared <= limits.shared_per_block && 2 * (shared + kReservedShared) <= limits.shared_per_multiprocessor;
+  };
+  int warps = static_cast<int>(std::min<int64_t>(kForwardWarps, ceil_div(T, kSubchunkSteps)));
+  while (warps > 1 && !fits(warps)) --warps;
+  return warps;
+}
+
+}  // namespace plan_detail
+
+// Throws std::invalid_argument for a problem that no grid can hold.
+inline Plan make_plan(Operation operation, DType dtype, int64_t B, int64_t T, int64_t C, const DeviceLimits& limits) {
+  using namespace plan_detail;
+  if (B < 1 || T < 1 || C < 1) refuse("expected B, T and C of at least 1");
+  const bool forward = operation == Operation::forward;
+  Plan plan = {};
+  plan.channel_tiles = ceil_div(C, dtype == DType::float64 ? kDoubleThreads : kTileChannels);
+  if (plan.channel_tiles > kMaxGridX) {
+    refuse("C has " + std::to_string(plan.channel_tiles) + " tiles of channels, a grid has " +
+           std::to_string(kMaxGridX) + " blocks at most");
+  }
+  if (dtype == DType::float64) {
+    plan.chunks = 1;
+    plan.threads = kDoubleThreads;
+    plan.shared_bytes = forward ? 0 : kDoubleThreads * kDoubleSegments * 3 * 8;
+    plan.partial_bytes = forward ? 0 : B * 2 * C * 8;
+    return plan;
+  }
+  plan.warps = forward ? forward_warps(dtype, T, limits) : kBackwardWarps;
+  plan.tile_steps = plan.warps * kSubchunkSteps;
+  plan.threads = plan.warps * kWarpThreads;
+  plan.shared_bytes = forward ? forward_shared_bytes(dtype, plan.warps) : backward_shared_bytes(dtype);
+  if (plan.shared_bytes > limits.shared_per_block) {
+    refuse("a block needs " + std::to_string(plan.shared_bytes) + " bytes of shared memory, the device has " +
+           std::to_string(limits.shared_per_block));
+  }
+
+  const int64_t tiles = ceil_div(T, plan.tile_steps);
+  const bool columns_suffice = plan.channel_tiles >= ceil_div(kColumnsPerMultiprocessor * limits.multiprocessors, B);
+  plan.chunk_tiles = ceil_div(tiles, kMaxGridYZ);
+  if (columns_suffice) {
+    const int64_t chunks = ceil_div(kBlocksPerMultiprocessor * limits.multiprocessors, B * plan.channel_tiles);
+    plan.chunk_tiles = std::max(plan.chunk_tiles, tiles / chunks);
+  }
+  plan.chunks = ceil_div(tiles, plan.chunk_tiles);
+  // What a chunk of several tiles sums up to is not known before it has been handed what it starts from.
+  plan.anchor = columns_suffice || plan.chunk_tiles > 1 ? 1 : forward ? std::min(kAnchor, plan.warps) : kAnchor;
+
+  const int64_t columns = B * plan.channel_tiles;
+  if (!forward) plan.partial_bytes = B * plan.chunks * 2 * C * state_bytes(dtype);
+  if (plan.chunks > 1) {
+    plan.exchange_bytes = columns * ((plan.chunks - 1) * kStateBytes + static_cast<int64_t>(sizeof(uint32_t)));
+  }
+  return plan;
+}
+
+}  // namespace wkv

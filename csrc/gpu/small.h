@@ -1,0 +1,232 @@
+// The kernels of one thread for each channel: a token's step, the reduction of gradients, and float64, which is there to
+// be exact: it walks a sequence from one end to the other.
+#pragma once
+
+#include "backward.h"
+#include "forward.h"
+
+namespace wkv {
+
+struct PlainThread {
+  int index;
+};
+
+// y, gated where there is an r, and the state moved on in place.
+template <class Element>
+struct Step {
+  using Real = typename ElementTraits<Element>::Real;
+  using Params = StepParams;
+  using Thread = PlainThread;
+
+  template <class Team>
+  WKV_HD static void run(const Params& params, BlockIndex block, int threads, Team& team, char*) {
+    team.last_phase([&](Thread& thread) {
+      const int64_t C = params.C, i = static_cast<int64_t>(block.x) * threads + thread.index;
+      if (i >= params.B * C) return;
+      const int64_t b = i / C, c = i % C;
+      // All that comes from memory is asked for at once.
+      Real* const num = static_cast<Real*>(params.state) + b * params.state_batch_stride + c * params.state_channel_stride;
+      Real* const den = num + params.state_row_stride;
+      Real* const max = den + params.state_row_stride;
+      const State<Real> given = {{*num, *den}, *max};
+      const Real k = to_real(static_cast<const Element*>(params.k)[b * params.k_stride + c]);
+      const Real v = to_real(static_cast<const Element*>(params.v)[b * params.v_stride + c]);
+      // An infinite r is a gate that stands open, and changes no bit.
+      const Real r = params.r == nullptr ? Real(INFINITY)
+                                         : to_real(static_cast<const Element*>(params.r)[b * params.r_stride + c]);
+      const RunningScale<Real> scale{load_channel<Real>(params.parameters, c)};
+
+      const State<Real> state = or_empty(given);
+      const Real logit = scale.logit(k);
+      const auto weights = scale.weights(scale.at(state.max, logit));
+      const Sums<Real> now = mix(state.sums, weights.read, v), after = mix(state.sums, weights.advance, v);
+      from_real(sigmoid(r) * (now.num / now.den), static_cast<Element*>(params.y)[i]);
+      *num = after.num;
+      *den = after.den;
+      *max = scale.next_max(state.max, logit);
+    });
+  }
+};
+
+// The gradients of w and u from their parts. Of a block's threads, `kReduceLanes` lie along channels and `kReduceGroups`
+// along rows: each sums every kReduceGroups-th row, and then the groups are summed in their order.
+template <class Real>
+struct Reduce {
+  using Params = ReduceParams;
+  using Thread = PlainThread;
+
+  template <class Team>
+  WKV_HD static void run(const Params& params, BlockIndex block, int, Team& team, char* shared) {
+    Sums<double>* parts = reinterpret_cast<Sums<double>*>(shared);
+    team.phase([&](Thread& thread) {
+      const int64_t C = params.C, c = static_cast<int64_t>(block.x) * kReduceLanes + thread.index % kReduceLanes;
+      Sums<double> sum{0, 0};
+      if (c < C) {
+        const Real* partials = static_cast<const Real*>(params.partials) + c;
+#pragma unroll 4
+        for (int64_t row = thread.index / kReduceLanes; row < params.rows; row += kReduceGroups) {
+          sum.num += partials[row * 2 * C];
+          sum.den += partials[row * 2 * C + C];
+        }
+      }
+      parts[thread.index] = sum;
+    });
+    team.last_phase([&](Thread& thread) {
+      const int64_t c = static_cast<int64_t>(block.x) * kReduceLanes + thread.index;
+      if (thread.index >= kReduceLanes || c >= params.C) return;
+      Sums<double> total = parts[thread.index];
+      for (int group = 1; group < kReduceGroups; ++group) {
+        const Sums<double> part = parts[group * kReduceLanes + thread.index];
+        total = {total.num + part.num, total.den + part.den};
+      }
+      // The log-decay -exp(w) is its own derivative.
+      const auto& parameters = params.parameters;
+      const double log_decay = log_decay_of(load_parameter<Real>(parameters.w, parameters.w_dtype, c));
+      store_parameter(params.gw, parameters.w_dtype, c, static_cast<Real>(total.num * log_decay));
+      store_parameter(params.gu, parameters.u_dtype, c, static_cast<Real>(total.den));
+    });
+  }
+};
+
+// ---- float64 ----
+
+// A thread's channel of a [B, 3, C] or [B, n, 3, C] tensor, and of sequences.
+struct DoubleChannel {
+  int64_t b, c;
+  RunningScale<double> scale;
+
+  WKV_HD static State<double> load(const void* states, int64_t row, int64_t C, int64_t c) {
+    const double* at = static_cast<const double*>(states) + row * 3 * C + c;
+    return {{at[0], at[C]}, at[2 * C]};
+  }
+  WKV_HD static void store(void* states, int64_t row, int64_t C, int64_t c, State<double> state) {
+    double* at = static_cast<double*>(states) + row * 3 * C + c;
+    at[0] = state.sums.num;
+    at[C] = state.sums.den;
+    at[2 * C] = state.max;
+  }
+  template <class Params>
+  WKV_HD State<double> first_state(const Params& params) const {
+    if (params.state == nullptr) return {{0, 0}, kEmptyMax};
+    return or_empty(load(params.state, b, params.C, c));
+  }
+  WKV_HD double at(const Sequence& sequence, int64_t t) const {
+    return static_cast<const double*>(sequence.data)[b * sequence.batch_stride + t * sequence.time_stride + c];
+  }
+  WKV_HD State<double> advance(State<double> state, double k, double v) const {
+    const auto weights = scale.weights(scale.at(state.max, k));
+    return {mix(state.sums, weights.advance, v), scale.next_max(state.max, k)};
+  }
+};
+
+// Calls function(channel) for each thread that has one.
+template <class Params, class Team, class Function>
+WKV_HD void for_double_channels(const Params& params, BlockIndex block, int threads, Team& team,
+                                const Function& function) {
+  team.last_phase([&](PlainThread& thread) {
+    const int64_t b = params.chunking.first_batch + block.y, c = static_cast<int64_t>(block.x) * threads + thread.index;
+    if (c < params.C) function(DoubleChannel{b, c, {load_channel<double>(params.parameters, c)}}, thread.index);
+  });
+}
+
+template <>
+struct Forward<double> {
+  using Params = ForwardParams;
+  using Thread = PlainThread;
+
+  template <class Team>
+  WKV_HD static void run(const Params& params, BlockIndex block, int threads, Team& team, char*) {
+    for_double_channels(params, block, threads, team, [&](const DoubleChannel& channel, int) {
+      const auto& [b, c, scale] = channel;
+      const int64_t T = params.T, C = params.C;
+      State<double> state = channel.first_state(params);
+      double* const y = static_cast<double*>(params.y) + b * T * C + c;
+#pragma unroll 1
+      for (int64_t t = 0; t < T; ++t) {
+        if (params.checkpoints != nullptr && t > 0 && t % checkpoint_interval(DType::float64) == 0) {
+          DoubleChannel::store(params.checkpoints, checkpoint_row(DType::float64, T, b, t), C, c, state);
+        }
+        const double k = key_logit(channel.at(params.k, t)), v = channel.at(params.v, t);
+        const Sums<double> now = mix(state.sums, scale.weights(scale.at(state.max, k)).read, v);
+        y[t * C] = now.num / now.den;
+        state = channel.advance(state, k, v);
+      }
+      DoubleChannel::store(params.state_out, b, C, c, state);
+      if (params.checkpoints != nullptr) {
+        DoubleChannel::store(params.checkpoints, checkpoint_row(DType::float64, T, b, T), C, c, state);
+      }
+    });
+  }
+};
+
+// An interval is walked forward twice: once for the states every `kSubchunkSteps`, which go to shared memory, and from
+// each of these once more, to be walked back.
+template <>
+struct Backward<double> {
+  using Params = BackwardParams;
+  using Thread = PlainThread;
+
+  template <class Team>
+  WKV_HD static void run(const Params& params, BlockIndex block, int threads, Team& team, char* shared) {
+    for_double_channels(params, block, threads, team, [&](const DoubleChannel& channel, int thread) {
+      const auto& [b, c, scale] = channel;
+      const int64_t T = params.T, C = params.C;
+      constexpr int64_t kInterval = checkpoint_interval(DType::float64);
+      State<double>* const saved = reinterpret_cast<State<double>*>(shared) + thread * kDoubleSegments;
+      double* const gk = static_cast<double*>(params.gk) + b * T * C + c;
+      double* const gv = static_cast<double*>(params.gv) + b * T * C + c;
+      Sums<double> adjoint{0, 0}, partials{0, 0};
+      if (params.gstate_out != nullptr) adjoint = DoubleChannel::load(params.gstate_out, b, C, c).sums;
+#pragma unroll 1
+      for (int64_t begin = (T - 1) / kInterval * kInterval; begin >= 0; begin -= kInterval) {
+        const int64_t end = begin + kInterval < T ? begin + kInterval : T;
+        State<double> state = begin == 0 ? channel.first_state(params)
+                                         : DoubleChannel::load(params.checkpoints,
+                                                               checkpoint_row(DType::float64, T, b, begin), C, c);
+#pragma unroll 1
+        for (int64_t t = begin; t < end; ++t) {
+          if ((t - begin) % kSubchunkSteps == 0) saved[(t - begin) / kSubchunkSteps] = state;
+          state = channel.advance(state, key_logit(channel.at(params.k, t)), channel.at(params.v, t));
+        }
+#pragma unroll 1
+        for (int64_t first = begin + (end - 1 - begin) / kSubchunkSteps * kSubchunkSteps; first >= begin;
+             first -= kSubchunkSteps) {
+          const int count = clamp_count(end - first, kSubchunkSteps);
+          Sums<double> sums[kSubchunkSteps];
+          double leads[kSubchunkSteps];
+          state = saved[(first - begin) / kSubchunkSteps];
+#pragma unroll
+          for (int step = 0; step < kSubchunkSteps; ++step) {
+            if (step >= count) continue;
+            const double k = key_logit(channel.at(params.k, first + step));
+            sums[step] = state.sums;
+            leads[step] = scale.at(state.max, k);
+            state = channel.advance(state, k, channel.at(params.v, first + step));
+          }
+#pragma unroll
+          for (int step = kSubchunkSteps - 1; step >= 0; --step) {
+            if (step >= count) continue;
+            const int64_t t = first + step;
+            const double v = channel.at(params.v, t);
+            const auto weights = scale.weights(leads[step]);
+            StepGradients<double> of_step;
+            advance_adjoint(sums[step], weights.advance, v, adjoint, of_step);
+            read_adjoint(sums[step], weights.read, v, channel.at(params.gy, t), adjoint, of_step);
+            gk[t * C] = of_step.gk;
+            gv[t * C] = of_step.gv;
+            partials = {partials.num + of_step.g_log_decay, partials.den + of_step.gu};
+          }
+        }
+      }
+      double* const parts = static_cast<double*>(params.partials) + b * 2 * C + c;
+      parts[0] = partials.num;
+      parts[C] = partials.den;
+      // The gradient of max follows from the others for consumers that respect the state's gauge.
+      const Sums<double> first = channel.first_state(params).sums;
+      DoubleChannel::store(params.gstate, b, C, c,
+                           {adjoint, first.num * adjoint.num + first.den * adjoint.den});
+    });
+  }
+};
+
+}  // namespace wkv

@@ -1,0 +1,303 @@
+// What lies between memory and the walks: rows of a tile staged in shared memory, channels' parameters, states.
+#pragma once
+
+#include "pair.h"
+#include "params.h"
+#include "tuning.h"
+
+namespace wkv {
+
+// The kernel report counts the instructions of what a full tile takes: whole subchunks that share an exponent, moved by
+// vectors. It compiles that alone.
+#if defined(WKV_FULL_TILES_ONLY)
+inline constexpr bool kFullTilesOnly = true;
+#else
+inline constexpr bool kFullTilesOnly = false;
+#endif
+
+template <class Element>
+struct ElementTraits;
+template <>
+struct ElementTraits<float> {
+  using Real = float;
+  static constexpr DType dtype = DType::float32;
+};
+template <>
+struct ElementTraits<Half> {
+  using Real = float;
+  static constexpr DType dtype = DType::float16;
+};
+template <>
+struct ElementTraits<Bfloat16> {
+  using Real = float;
+  static constexpr DType dtype = DType::bfloat16;
+};
+template <>
+struct ElementTraits<double> {
+  using Real = double;
+  static constexpr DType dtype = DType::float64;
+};
+
+WKV_HD int clamp_count(int64_t count, int limit) {
+  return count <= 0 ? 0 : count < limit ? static_cast<int>(count) : limit;
+}
+
+// ---- parameters ----
+
+template <class Real>
+WKV_HD Real load_parameter(const void* values, DType dtype, int64_t c) {
+  switch (dtype) {
+    case DType::float32:
+      return static_cast<const float*>(values)[c];
+    case DType::float16:
+      return to_real(static_cast<const Half*>(values)[c]);
+    case DType::bfloat16:
+      return to_real(static_cast<const Bfloat16*>(values)[c]);
+    default:
+      return static_cast<Real>(static_cast<const double*>(values)[c]);
+  }
+}
+
+template <class Real>
+WKV_HD void store_parameter(void* values, DType dtype, int64_t c, Real value) {
+  switch (dtype) {
+    case DType::float32:
+      static_cast<float*>(values)[c] = static_cast<float>(value);
+      break;
+    case DType::float16:
+      from_real(static_cast<float>(value), static_cast<Half*>(values)[c]);
+      break;
+    case DType::bfloat16:
+      from_real(static_cast<float>(value), static_cast<Bfloat16*>(values)[c]);
+      break;
+    default:
+      static_cast<double*>(values)[c] = static_cast<double>(value);
+  }
+}
+
+template <class Real>
+WKV_HD Channel<Real> load_channel(const ChannelParameters& parameters, int64_t c) {
+  return {log_decay_of(load_parameter<Real>(parameters.w, parameters.w_dtype, c)),
+          load_parameter<Real>(parameters.u, parameters.u_dtype, c)};
+}
+
+// ---- threads and their columns ----
+
+struct TileThread {
+  int index;
+
+  WKV_HD int lane() const { return index % kWarpThreads; }
+  WKV_HD int warp() const { return index / kWarpThreads; }
+};
+
+// A lane's pairs of a row of 64 floats in shared memory, for several rows.
+struct Rows64 {
+  Pair* first;
+
+  WKV_HD Pair get(int row, int lane) const { return first[row * kWarpThreads + lane]; }
+  WKV_HD void set(int row, int lane, Pair value) const { first[row * kWarpThreads + lane] = value; }
+
+  WKV_HD Scaled get_scaled(int lane) const { return {{get(0, lane), get(1, lane)}, get(2, lane)}; }
+  WKV_HD void set_scaled(int lane, Scaled value) const {
+    set(0, lane, value.sums.num);
+    set(1, lane, value.sums.den);
+    set(2, lane, value.exponent);
+  }
+  WKV_HD Sums<Pair> get_sums(int lane) const { return {get(0, lane), get(1, lane)}; }
+  WKV_HD void set_sums(int lane, Sums<Pair> value) const {
+    set(0, lane, value.num);
+    set(1, lane, value.den);
+  }
+};
+
+// A block's channels in shared memory: log-decay, decay and bonus.
+struct SharedChannels {
+  Rows64 rows;
+
+  // Those that do not exist have parameters of zero.
+  WKV_HD void load(const ChannelParameters& parameters, int64_t c, int columns, int thread, int threads) const {
+    float* const values = reinterpret_cast<float*>(rows.first);
+#pragma unroll 1
+    for (int i = thread; i < 2 * kTileChannels; i += threads) {
+      const bool is_u = i >= kTileChannels;
+      const int column = i % kTileChannels;
+      float value = 0;
+      if (column < columns) {
+        value = is_u ? load_parameter<float>(parameters.u, parameters.u_dtype, c + column)
+                     : load_parameter<float>(parameters.w, parameters.w_dtype, c + column);
+      }
+      if (!is_u) {
+        value = log_decay_of(value);
+        values[column] = value;
+      }
+      values[kTileChannels + i] = std::exp(value);
+    }
+  }
+  WKV_HD Pair log_decay(int lane) const { return rows.get(0, lane); }
+  WKV_HD Pair decay(int lane) const { return rows.get(1, lane); }
+  WKV_HD Pair bonus(int lane) const { return rows.get(2, lane); }
+  // Log2 of what is left of a state after so many steps.
+  WKV_HD Pair decay_log2(int lane, int64_t steps) const {
+    return Pair(static_cast<double>(steps)) * (log_decay(lane) * Pair(kLog2E));
+  }
+};
+
+// ---- states in memory, of the channels of a lane, of which `count` exist; of any alignment ----
+
+WKV_HD Pair load_some(const float* source, int count) {
+  return {count > 0 ? source[0] : 0.0f, count > 1 ? source[1] : 0.0f};
+}
+WKV_HD void store_some(float* target, Pair value, int count) {
+  if (count > 0) target[0] = value.x;
+  if (count > 1) target[1] = value.y;
+}
+WKV_HD State<Pair> load_state(const float* state, int64_t C, int count) {
+  return {{load_some(state, count), load_some(state + C, count)}, load_some(state + 2 * C, count)};
+}
+WKV_HD void store_state(float* state, int64_t C, int count, State<Pair> value) {
+  store_some(state, value.sums.num, count);
+  store_some(state + C, value.sums.den, count);
+  store_some(state + 2 * C, value.max, count);
+}
+
+// den == 0 means empty, whatever the other two say.
+template <class Real>
+WKV_HD State<Real> or_empty(State<Real> given) {
+  const auto empty = given.sums.den == Real(0);
+  return {{select(empty, Real(0), given.sums.num), given.sums.den}, select(empty, Real(kEmptyMax), given.max)};
+}
+
+// ---- staging ----
+
+// A sequence from one time and one channel on.
+template <class Element>
+struct Rows {
+  Element* data;
+  int64_t stride;
+};
+
+template <class Element>
+WKV_HD Rows<const Element> rows_from(const Sequence& sequence, int64_t b, int64_t t, int64_t c) {
+  return {static_cast<const Element*>(sequence.data) + b * sequence.batch_stride + t * sequence.time_stride + c,
+          sequence.time_stride};
+}
+template <class Element>
+WKV_HD Rows<Element> rows_from(void* contiguous, int64_t T, int64_t C, int64_t b, int64_t t, int64_t c) {
+  return {static_cast<Element*>(contiguous) + (b * T + t) * C + c, C};
+}
+
+// How the lanes of a warp share a subchunk's rows of 16-byte vectors: each has one column and every so-many-th row.
+template <class Element>
+struct VectorShare {
+  static constexpr int kPerVector = static_cast<int>(sizeof(Vector) / sizeof(Element));
+  static constexpr int kVectorsOfRow = kTileChannels / kPerVector;
+  static constexpr int kRowStep = kWarpThreads / kVectorsOfRow;
+  int column, first_row;
+
+  WKV_HD explicit VectorShare(int lane) : column(lane % kVectorsOfRow * kPerVector), first_row(lane / kVectorsOfRow) {}
+
+  // Of `columns`, so many are moved by vectors: none where an address is not a multiple of 16.
+  WKV_HD static int vectored(Rows<const Element> rows, int columns) {
+    if (kFullTilesOnly) return kTileChannels;
+    const auto address = reinterpret_cast<uintptr_t>(rows.data);
+    const auto stride = static_cast<uintptr_t>(rows.stride * static_cast<int64_t>(sizeof(Element)));
+    return (address | stride) % sizeof(Vector) == 0 ? columns - columns % kPerVector : 0;
+  }
+
+  // Calls move(in memory, in shared memory) for the vectors of this lane; `steps` rows exist.
+  template <class Memory, class Move>
+  WKV_HD void for_vectors(Rows<Memory> rows, Element* subchunk, int steps, const Move& move) const {
+    Memory* at = rows.data + first_row * rows.stride + column;
+    Element* shared = subchunk + first_row * kTileChannels + column;
+    const auto take_turn = [&] {
+      move(at, shared);
+      at += kRowStep * rows.stride;
+      shared += kRowStep * kTileChannels;
+    };
+    if (kFullTilesOnly || steps == kSubchunkSteps) {
+#pragma unroll 4
+      for (int turn = 0; turn < kSubchunkSteps / kRowStep; ++turn) take_turn();
+    } else {
+#pragma unroll 1
+      for (int row = first_row; row < steps; row += kRowStep) take_turn();
+    }
+  }
+};
+
+// A lane's part of bringing rows, steps × columns, to shared memory; columns that do not exist become zero, so that no
+// result depends on what shared memory held.
+template <class Element>
+WKV_HD void stage(Element* subchunk, Rows<const Element> source, int steps, int columns, int lane) {
+  const VectorShare<Element> share(lane);
+  const int vectored = share.vectored(source, columns);
+  if (share.column < vectored) {
+    share.for_vectors(source, subchunk, steps, [](const Element* from, Element* to) { copy_async(to, from); });
+  }
+  if (kFullTilesOnly || vectored == kTileChannels) return;
+  for (int row = 0; row < steps; ++row) {
+    for (int column = vectored + lane; column < kTileChannels; column += kWarpThreads) {
+      subchunk[row * kTileChannels + column] = column < columns ? source.data[row * source.stride + column] : Element();
+    }
+  }
+}
+
+// The way back.
+template <class Element>
+WKV_HD void unstage(Rows<Element> target, Element* subchunk, int steps, int columns, int lane) {
+  const VectorShare<Element> share(lane);
+  const int vectored = share.vectored({target.data, target.stride}, columns);
+  if (share.column < vectored) {
+    share.for_vectors(target, subchunk, steps, [](Element* to, const Element* from) {
+      *reinterpret_cast<Vector*>(to) = *reinterpret_cast<const Vector*>(from);
+    });
+  }
+  if (kFullTilesOnly || vectored == columns) return;
+  for (int row = 0; row < steps; ++row) {
+    for (int column = vectored + lane; column < columns; column += kWarpThreads) {
+      target.data[row * target.stride + column] = subchunk[row * kTileChannels + column];
+    }
+  }
+}
+
+// ---- a thread's steps ----
+
+// A lane's column of a subchunk in shared memory.
+template <class Element>
+struct Column {
+  Element* first;
+
+  WKV_HD Packed<Element>& at(int step) const {
+    return *reinterpret_cast<Packed<Element>*>(first + step * kTileChannels);
+  }
+  WKV_HD Pair get(int step) const { return unpack(at(step)); }
+  WKV_HD void set(int step, Pair value) const { at(step) = pack<Element>({value.x, value.y}); }
+};
+
+// Calls function(step) for the first `count` steps of a subchunk, all unrolled, so that arrays over them can be
+// registers; a whole subchunk, which is the rule, asks nothing at each step.
+template <class Function>
+WKV_HD void for_steps(int count, const Function& function) {
+  if (kFullTilesOnly || count == kSubchunkSteps) {
+#pragma unroll
+    for (int step = 0; step < kSubchunkSteps; ++step) function(step);
+  } else {
+#pragma unroll
+    for (int step = 0; step < kSubchunkSteps; ++step) {
+      if (step < count) function(step);
+    }
+  }
+}
+template <class Function>
+WKV_HD void for_steps_back(int count, const Function& function) {
+  if (kFullTilesOnly || count == kSubchunkSteps) {
+#pragma unroll
+    for (int step = kSubchunkSteps - 1; step >= 0; --step) function(step);
+  } else {
+#pragma unroll
+    for (int step = kSubchunkSteps - 1; step >= 0; --step) {
+      if (step < count) function(step);
+    }
+  }
+}
+
+}  // namespace wkv

@@ -1,0 +1,52 @@
+// Every number that is a choice, with its evidence. No GPU has confirmed one yet: they are counted or modelled.
+#pragma once
+
+#include <cstdint>
+
+#include "../wkv_problem.h"
+
+namespace wkv {
+
+enum class Operation { forward, backward };
+
+// A row of a tile is 128 bytes or more, a whole cache line.
+inline constexpr int kWarpThreads = 32;
+inline constexpr int kTileChannels = 2 * kWarpThreads;
+
+// Steps that a thread walks at once. Counted: a subchunk's beginning and end weigh twice as much with 8. Its sums stay
+// in registers, 64 forward and 96 backward; those of 32 steps would not.
+inline constexpr int kSubchunkSteps = 16;
+
+// Forward takes as many warps for a tile as leave room for two blocks on a multiprocessor, one of which works while the
+// other waits. Registers bound it, too: 128 for each of 2 · 256 threads.
+inline constexpr int kForwardWarps = 8;
+inline constexpr int kForwardBlocks = 2;
+
+// A tile of backward lies between two checkpoints. Three blocks fit if a thread takes 168 registers, and by shared memory
+// on every architecture since Ampere in 16 bits.
+inline constexpr int kBackwardWarps = 4;
+inline constexpr int kBackwardBlocks = 3;
+static_assert(kBackwardWarps * kSubchunkSteps == checkpoint_interval(DType::float32));
+
+// Every so-many-th chunk publishes the state after it, the others what they alone sum up to: a chunk waits for at most
+// so many messages, all at once. The sum over a long sequence is handed from anchor to anchor, about 1 µs each: modelled.
+inline constexpr int kAnchor = 8;
+
+// With so many columns for each multiprocessor, chunks that are to start have predecessors that have ended. Then every
+// chunk is an anchor, and chunks may have several tiles, as long as there are so many blocks for each multiprocessor to
+// even out the end of the launch: modelled.
+inline constexpr int64_t kColumnsPerMultiprocessor = 4;
+inline constexpr int64_t kBlocksPerMultiprocessor = 32;
+
+// A kernel of one thread for each channel.
+inline constexpr int kPlainThreads = 128;
+inline constexpr int kDoubleThreads = 32;
+
+// Of the threads of a reduction, so many lie along channels and along rows.
+inline constexpr int kReduceLanes = 32;
+inline constexpr int kReduceGroups = 32;
+
+// The sums of a float64 thread's walk that lie in shared memory: states every 16 steps of an interval.
+inline constexpr int kDoubleSegments = static_cast<int>(checkpoint_interval(DType::float64)) / kSubchunkSteps;
+
+}  // namespace wkv

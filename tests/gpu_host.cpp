@@ -1,0 +1,237 @@
+// The GPU's operators on CPU tensors: the host path of csrc/gpu/op.h with a launcher whose launches run on the host. They
+// are run by an emulation of a block's threads, which take turns in any order, or by a function that a test gives.
+//
+// Outputs and workspaces begin as NaN, between guards. Shared memory and registers of the emulation begin as NaN, too;
+// blocks run one after the other. A barrier can be dropped, to see that its absence is noticed.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "gpu/kernels.h"
+#include "gpu/op.h"
+#include "namespace.h"
+
+namespace wkv {
+
+void pause_on_host() { __builtin_trap(); }  // the blocks that are waited for have run
+
+namespace {
+
+enum Order { kForward, kReversed, kShuffled };
+
+// Runs a launch elsewhere; 0 for success.
+using Runner = int (*)(const char* kernel, const char* dtype, const unsigned* grid, int threads, int shared_bytes,
+                       const void* params, int params_bytes);
+
+struct {
+  DeviceLimits limits;
+  int order;
+  uint64_t seed;
+  const char* unsynchronised;  // the kernel whose barrier is dropped, or null
+  int dropped_barrier;
+  Runner runner;  // or null for the emulation
+} settings;
+
+// ---- memory between guards ----
+
+constexpr int64_t kGuard = 64;  // elements
+
+struct Allocation {
+  Tensor whole;
+  DType dtype;
+  int64_t count;
+
+  char* begin() const { return static_cast<char*>(whole.mutable_data_ptr()); }
+  int64_t bytes() const { return (count + 2 * kGuard) * element_bytes(dtype); }
+};
+std::vector<Allocation> allocations;
+
+Tensor allocate(const Shape& shape, DType dtype, const Device& device) {
+  int64_t count = 1, strides[4], stride = 1;
+  for (const int64_t size : shape) count *= size;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= shape.begin()[i] > 0 ? shape.begin()[i] : 1;
+  }
+  const Tensor whole = empty({count + 2 * kGuard}, dtype, device);
+  Tensor inner = torch::stable::narrow(const_cast<Tensor&>(whole), 0, kGuard, count);
+  Tensor filled = whole;
+  torch::stable::fill_(filled, 1.0);
+  torch::stable::fill_(inner, std::numeric_limits<double>::quiet_NaN());
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(whole.get(), static_cast<int64_t>(shape.size()), shape.begin(),
+                                                        strides, kGuard, &handle));
+  allocations.push_back({whole, dtype, count});
+  return Tensor(handle);
+}
+
+bool guards_hold(const Allocation& allocation) {
+  const int64_t size = element_bytes(allocation.dtype);
+  const char* const behind = allocation.begin() + (allocation.count + kGuard) * size;
+  for (int64_t i = 0; i < kGuard * size; ++i) {
+    // All elements of the guards are the same.
+    if (allocation.begin()[i] != allocation.begin()[i % size] || behind[i] != allocation.begin()[i % size]) return false;
+  }
+  return true;
+}
+
+// ---- the emulation ----
+
+template <class Thread>
+class HostTeam {
+  static_assert(std::is_trivially_copyable_v<Thread>);
+
+ public:
+  HostTeam(int count, int dropped_barrier, std::mt19937_64& random)
+      : threads_(count), dropped_barrier_(dropped_barrier), random_(random) {
+    std::memset(static_cast<void*>(threads_.data()), 0xff, count * sizeof(Thread));
+    for (int i = 0; i < count; ++i) threads_[i].index = i;
+  }
+
+  template <class Phase>
+  void phase(const Phase& function) {
+    const bool dropped = barriers_++ == dropped_barrier_;
+    pending_.push_back({function, !dropped});
+    if (!dropped) run_pending();
+  }
+  template <class Phase>
+  void warp_phase(const Phase& function) {
+    pending_.push_back({function, barriers_++ != dropped_barrier_});
+  }
+  template <class Phase>
+  bool agree(const Phase& function) {
+    bool all = true;
+    ++barriers_;
+    pending_.push_back({[&](Thread& thread) { all &= function(thread); }, true});
+    run_pending();
+    return all;
+  }
+  template <class Phase>
+  void last_phase(const Phase& function) {
+    pending_.push_back({function, false});
+    run_pending();
+  }
+
+ private:
+  struct Step {
+    std::function<void(Thread&)> function;
+    bool synchronises;  // the warp
+  };
+
+  std::vector<int> turns(int count) {
+    std::vector<int> order(count);
+    std::iota(order.begin(), order.end(), 0);
+    if (settings.order == kReversed) std::reverse(order.begin(), order.end());
+    if (settings.order == kShuffled) std::shuffle(order.begin(), order.end(), random_);
+    return order;
+  }
+  // Warp by warp, up to a barrier of the block.
+  void run_pending() {
+    const int count = static_cast<int>(threads_.size());
+    for (const int warp : turns((count + kWarpThreads - 1) / kWarpThreads)) {
+      const int first = warp * kWarpThreads;
+      for (size_t begin = 0, end; begin < pending_.size(); begin = end) {
+        end = begin + 1;
+        while (end < pending_.size() && !pending_[end - 1].synchronises) ++end;
+        for (const int lane : turns(std::min(kWarpThreads, count - first))) {
+          for (size_t step = begin; step < end; ++step) pending_[step].function(threads_[first + lane]);
+        }
+      }
+    }
+    pending_.clear();
+  }
+
+  std::vector<Thread> threads_;
+  std::vector<Step> pending_;
+  int barriers_ = 0, dropped_barrier_;
+  std::mt19937_64& random_;
+};
+
+template <class Kernel>
+void emulate(const Launch& launch) {
+  const auto& params = *static_cast<const typename Kernel::Params*>(launch.params);
+  const bool drops = settings.unsynchronised != nullptr && std::strcmp(settings.unsynchronised, name_of(launch.kernel)) == 0;
+  struct alignas(128) Line {
+    char bytes[128];
+  };
+  std::vector<Line> shared(launch.shared_bytes / sizeof(Line) + 1);
+  std::mt19937_64 random(settings.seed);
+  const auto& [columns, sequences, chunks] = launch.grid;
+  std::vector<int64_t> blocks(int64_t{columns} * sequences * chunks);
+  std::iota(blocks.begin(), blocks.end(), 0);
+  // Tickets make any order right.
+  if (settings.order == kReversed) std::reverse(blocks.begin(), blocks.end());
+  if (settings.order == kShuffled) std::shuffle(blocks.begin(), blocks.end(), random);
+  for (const int64_t i : blocks) {
+    std::memset(static_cast<void*>(shared.data()), 0xff, shared.size() * sizeof(Line));
+    HostTeam<typename Kernel::Thread> team(launch.threads, drops ? settings.dropped_barrier : -1, random);
+    const BlockIndex block = {static_cast<unsigned>(i % columns), static_cast<unsigned>(i / columns % sequences),
+                              static_cast<unsigned>(i / columns / sequences)};
+    Kernel::run(params, block, launch.threads, team, shared.data()->bytes);
+  }
+}
+
+// ---- the launcher ----
+
+class HostLauncher {
+ public:
+  explicit HostLauncher(const Device& device) : device_(device) {}
+
+  DeviceLimits limits() const { return settings.limits; }
+  Tensor empty(const Shape& shape, DType dtype) const { return allocate(shape, dtype, device_); }
+  void set_all_bits(void* memory, int64_t bytes) const { std::memset(memory, 0xff, static_cast<size_t>(bytes)); }
+  void launch(const Launch& launch) const {
+    if (settings.runner == nullptr) {
+      with_kernel(launch.kernel, launch.dtype, [&]<class Kernel>() { emulate<Kernel>(launch); });
+      return;
+    }
+    const unsigned grid[] = {launch.grid.x, launch.grid.y, launch.grid.z};
+    const char* dtypes[] = {"float32", "float16", "bfloat16", "float64"};
+    const int failed = settings.runner(name_of(launch.kernel), dtypes[static_cast<int>(launch.dtype)], grid,
+                                       launch.threads, launch.shared_bytes, launch.params, launch.params_bytes);
+    require(failed == 0, "the runner failed");
+  }
+
+ private:
+  Device device_;
+};
+
+}  // namespace
+}  // namespace wkv
+
+WKV_LIBRARY_IMPL(WKV_NAMESPACE, CPU, m) {
+  m.impl("wkv_forward", TORCH_BOX(&wkv::gpu_forward<wkv::HostLauncher>));
+  m.impl("_wkv_backward", TORCH_BOX(&wkv::gpu_backward<wkv::HostLauncher>));
+  m.impl("wkv_step", TORCH_BOX(&wkv::gpu_step<wkv::HostLauncher>));
+}
+
+// All strings belong to the caller, and have to last.
+WKV_EXPORTED void set_limits(int64_t multiprocessors, int64_t shared_per_block, int64_t shared_per_multiprocessor) {
+  wkv::settings.limits = {multiprocessors, shared_per_block, shared_per_multiprocessor};
+}
+WKV_EXPORTED void set_emulation(int order, uint64_t seed, const char* unsynchronised, int dropped_barrier) {
+  wkv::settings.order = order;
+  wkv::settings.seed = seed;
+  wkv::settings.unsynchronised = unsynchronised;
+  wkv::settings.dropped_barrier = dropped_barrier;
+}
+WKV_EXPORTED void set_runner(wkv::Runner runner) { wkv::settings.runner = runner; }
+
+// Of the memory that calls have got since the last `forget_allocations`.
+WKV_EXPORTED int64_t allocation_count() { return static_cast<int64_t>(wkv::allocations.size()); }
+WKV_EXPORTED void* allocation(int64_t i, int64_t* bytes) {
+  *bytes = wkv::allocations[i].bytes();
+  return wkv::allocations[i].begin();
+}
+WKV_EXPORTED int64_t overruns() {
+  return std::count_if(wkv::allocations.begin(), wkv::allocations.end(),
+                       [](const wkv::Allocation& allocation) { return !guards_hold(allocation); });
+}
+WKV_EXPORTED void forget_allocations() { wkv::allocations.clear(); }

@@ -1,0 +1,264 @@
+"""The GPU's operators without a GPU: their host path on CPU tensors, and their kernels on the CPU.
+
+gpu_host.cpp is the launcher that takes a GPU's place; the checks, allocations, plans and launches are the operators' own.
+Two executors run a launch: `Emulator` the kernels' phases, compiled by the host compiler; `PtxRunner` the PTX that nvcc
+makes of the kernels, by the program that RWKV_KERNELS_PTX_RUNNER names.
+"""
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy
+import torch
+from torch import Tensor
+
+import rwkv_kernels  # noqa: F401 - whose operators have the schemas
+
+ROOT = Path(__file__).parent.parent
+NAMESPACE = "rwkv_kernels_on_host"
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+OPERATORS = ("wkv_forward", "_wkv_backward", "wkv_step")
+
+Limits = dict[str, int]  # as _introspection.plan_cuda takes them
+H100 = {"multiprocessors": 132, "shared_per_block": 232448, "shared_per_multiprocessor": 233472}
+T4 = {"multiprocessors": 40, "shared_per_block": 65536, "shared_per_multiprocessor": 65536}
+# Its columns suffice wherever there are a few: chunks have several tiles.
+ONE_MULTIPROCESSOR = {**H100, "multiprocessors": 1}
+
+_Runner = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_int,
+)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The launcher, compiled once for all processes that test the same sources: by their content, in build/gpu_host."""
+    source = ROOT / "tests" / "gpu_host.cpp"
+    compiler = os.environ.get("CXX", "c++")
+    torch_folder = Path(torch.__file__).parent
+    flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    macros = ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-DWKV_NAMESPACE={NAMESPACE}"]
+    folders = [f"-I{ROOT / 'csrc'}", f"-isystem{torch_folder / 'include'}"]
+    command = [compiler, *flags, *macros, *folders, str(source), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    content = hashlib.sha256(repr((command, torch.__version__)).encode() + version)
+    for path in [source, *sorted((ROOT / "csrc").rglob("*.h")), *sorted((ROOT / "csrc").rglob("*.def"))]:
+        content.update(path.read_bytes())
+    compiled = ROOT / "build" / "gpu_host" / f"{content.hexdigest()[:16]}.so"
+    compiled.parent.mkdir(parents=True, exist_ok=True)
+    with (compiled.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not compiled.exists():
+            unfinished = compiled.with_suffix(".unfinished")
+            subprocess.run([*command, "-o", str(unfinished)], check=True)
+            unfinished.rename(compiled)
+    global _schemas
+    _schemas = torch.library.Library(NAMESPACE, "DEF")
+    for name in OPERATORS:
+        schema = str(getattr(torch.ops.rwkv_kernels, name).default._schema)
+        _schemas.define(schema.removeprefix("rwkv_kernels::"))
+    torch.ops.load_library(str(compiled))
+    loaded = ctypes.CDLL(str(compiled))
+    loaded.set_limits.argtypes = [ctypes.c_int64] * 3
+    loaded.set_emulation.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_int]
+    loaded.allocation.argtypes = [ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)]
+    loaded.allocation.restype = ctypes.c_void_p
+    loaded.allocation_count.restype = loaded.overruns.restype = ctypes.c_int64
+    return loaded
+
+
+_schemas: torch.library.Library
+
+
+class Executor(Protocol):
+    @property
+    def limits(self) -> Limits: ...
+    def prepare(self, given: tuple[Any, ...]) -> None: ...
+    def finish(self) -> None: ...
+
+
+@dataclass
+class Emulator:
+    """Threads in order, reversed or shuffled; without one barrier of a kernel, if that is given."""
+
+    order: str = "forward"
+    seed: int = 0
+    dropped_barrier: tuple[str, int] | None = None
+    limits: Limits = field(default_factory=lambda: H100)
+
+    def prepare(self, given: tuple[Any, ...]) -> None:
+        kernel, barrier = self.dropped_barrier or (None, -1)
+        self._kernel = kernel.encode() if kernel else None  # lives as long as the setting
+        order = ("forward", "reversed", "shuffled").index(self.order)
+        library().set_runner(None)
+        library().set_emulation(order, self.seed, self._kernel, barrier)
+
+    def finish(self) -> None:
+        pass
+
+
+def load_ptx_runner() -> Any:
+    """The module that RWKV_KERNELS_PTX_RUNNER names."""
+    specification = importlib.util.spec_from_file_location("run_ptx", os.environ["RWKV_KERNELS_PTX_RUNNER"])
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def symbol(kernel: str, dtype: str) -> str:
+    """Enough of the kernel's mangled name to know it by."""
+    element = {"float32": "f", "float16": "NS_4HalfE", "bfloat16": "NS_8Bfloat16E", "float64": "d"}[dtype]
+    if kernel == "reduce":
+        element = "d" if dtype == "float64" else "f"
+    return f"{len(kernel)}{kernel.capitalize()}I{element}E"
+
+
+# Compiled for this processor, which takes longer than to run: by the PTX, the kernel, and whether it counts.
+_translated: dict[tuple[Path, str, bool], Any] = {}
+
+
+class PtxRunner:
+    """The PTX for one architecture; `order` is that in which blocks start and threads are switched.
+
+    Of `resident` blocks at a time, if that is given. With `counted`, that gathers how often all threads together executed
+    each operation of a kernel.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        architecture: str,
+        order: str = "fwd",
+        seed: int = 0,
+        counted: dict[str, Counter[str]] | None = None,
+        limits: Limits = H100,
+        resident: int | None = None,
+    ) -> None:
+        self.order = order
+        self.seed = seed
+        self.limits = limits
+        self._options = {} if resident is None else {"resident": resident}
+        self._counted = counted
+        self._runner = load_ptx_runner()
+        self._ptx = folder / f"{architecture}.ptx"
+        self._callback = _Runner(self._run)
+        self._given: list[numpy.ndarray[Any, Any]] = []
+        self._error: BaseException | None = None
+        if not self._ptx.exists():
+            source = ROOT / "csrc" / "cuda" / "kernels.cu"
+            flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-arch={architecture}", "-ptx"]
+            subprocess.run(["nvcc", *flags, str(source), "-o", str(self._ptx)], check=True)
+
+    def prepare(self, given: tuple[Any, ...]) -> None:
+        self._given = [
+            torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage()).numpy() for x in given if isinstance(x, Tensor)
+        ]
+        self._error = None
+        library().set_runner(self._callback)
+
+    def finish(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(
+        self, kernel: bytes, dtype: bytes, grid: Any, threads: int, shared_bytes: int, params: int, params_bytes: int
+    ) -> int:
+        try:
+            name = symbol(kernel.decode(), dtype.decode())
+            key = (self._ptx, name, self._counted is not None)
+            if key not in _translated:
+                _translated[key] = self._runner.Module(self._ptx.read_text(), only=name, profile=key[2])
+            statistics = _translated[key].run(
+                name,
+                [ctypes.string_at(params, params_bytes)],
+                grid=tuple(grid[:3]),
+                block=threads,
+                shared=shared_bytes,
+                extra=[*self._given, *_allocated()],
+                order=self.order,
+                seed=self.seed,
+                **self._options,
+            )
+            if self._counted is not None:
+                self._counted.setdefault(kernel.decode(), Counter()).update(statistics["ops"])
+        except BaseException as error:  # to where the operator was called: nothing passes through C
+            self._error = error
+            return 1
+        return 0
+
+
+def _allocated() -> Iterator[numpy.ndarray[Any, Any]]:
+    """The memory that the operator has got."""
+    size = ctypes.c_int64()
+    for i in range(library().allocation_count()):
+        address = library().allocation(i, ctypes.byref(size))
+        yield numpy.ctypeslib.as_array((ctypes.c_uint8 * size.value).from_address(address))
+
+
+def call(executor: Executor, operator: str, *arguments: Any) -> Any:
+    """The operator's result, run by the executor on CPU tensors."""
+    library().forget_allocations()
+    library().set_limits(*executor.limits.values())
+    executor.prepare(arguments)
+    try:
+        result = getattr(getattr(torch.ops, NAMESPACE), operator)(*arguments)
+    except RuntimeError:
+        executor.finish()
+        raise
+    assert library().overruns() == 0, "an output was overrun"
+    return result
+
+
+def forward(executor: Executor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state, and the checkpoints."""
+    return call(executor, "wkv_forward", *_contiguous(arguments))  # type: ignore[no-any-return]
+
+
+def backward(executor: Executor, *arguments: Any) -> tuple[Tensor, ...]:
+    """gw, gu, gk, gv and gstate."""
+    return call(executor, "_wkv_backward", *_contiguous(arguments))  # type: ignore[no-any-return]
+
+
+def step(executor: Executor, *arguments: Any) -> Tensor:
+    """y, or with r sigmoid(r) * y; the state moves on in place."""
+    *others, state, r = (*arguments, None)[:6]
+    return call(executor, "wkv_step", *_contiguous(tuple(others)), state, *_contiguous((r,)))  # type: ignore[no-any-return]
+
+
+def _contiguous(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """As the operators would make them: an executor that checks accesses knows the tensors that it is given."""
+    return tuple(
+        x.contiguous() if isinstance(x, Tensor) and (x.dim() != 3 or x.stride(-1) != 1) else x for x in arguments
+    )
+
+
+@contextmanager
+def raw_operators(executor: Executor) -> Iterator[Any]:
+    """The operators as torch.ops has them, run by the executor."""
+    library().forget_allocations()
+    library().set_limits(*executor.limits.values())
+    executor.prepare(())
+    yield getattr(torch.ops, NAMESPACE)
