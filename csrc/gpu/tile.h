@@ -122,9 +122,9 @@ struct SharedChannels {
       const bool is_u = i >= kTileChannels;
       const int column = i % kTileChannels;
       float value = 0;
-      if (column < columns) {
-        value = is_u ? load_parameter<float>(parameters.u, parameters.u_dtype, c + column)
-                     : load_parameter<float>(parameters.w, parameters.w_dtype, c + column);
+      if (kFullTilesOnly || column < columns) {
+        value = load_parameter<float>(is_u ? parameters.u : parameters.w,
+                                      is_u ? parameters.u_dtype : parameters.w_dtype, c + column);
       }
       if (!is_u) {
         value = log_decay_of(value);
@@ -137,8 +137,9 @@ struct SharedChannels {
   WKV_HD Pair decay(int lane) const { return rows.get(1, lane); }
   WKV_HD Pair bonus(int lane) const { return rows.get(2, lane); }
   // Log2 of what is left of a state after so many steps.
-  WKV_HD Pair decay_log2(int lane, int64_t steps) const {
-    return Pair(static_cast<double>(steps)) * (log_decay(lane) * Pair(kLog2E));
+  WKV_HD Pair decay_log2(int lane, int steps) const {
+    const float count = static_cast<float>(steps);
+    return Pair(count, count) * (log_decay(lane) * Pair(kLog2E));
   }
 };
 
