@@ -44,9 +44,10 @@ struct BackwardPass {
 
   // The state before the tile takes part in its reference.
   WKV_HD static void range(const Block& block, const Tile& tile, Thread& thread) {
+    thread.start = empty_scaled();
     if (thread.warp() != 0) return;
     const State<Pair> start = tile.t == 0 ? block.first_state(thread)
-                                          : block.load_state(block.checkpoint_at(tile.t, thread), thread);
+                                          : block.load_state(block.checkpoint_at(tile.t, thread));
     thread.start = normalised_state(scaled(start));
     thread.keys.highest = larger(thread.keys.highest, thread.start.exponent);
   }
@@ -55,8 +56,8 @@ struct BackwardPass {
   WKV_HD static Scaled first(const Block& block, const Thread& thread) {
     const auto& params = block.params;
     if (params.gstate_out == nullptr) return empty_scaled();
-    const Sums<Pair> given = block.load_state(block.values_at(params.gstate_out, block.b, 3, thread), thread).sums;
-    const Pair max = block.load_state(block.checkpoint_at(params.T, thread), thread).max;
+    const Sums<Pair> given = block.load_state(block.row_of(params.gstate_out, block.b, 3, thread)).sums;
+    const Pair max = block.load_state(block.checkpoint_at(params.T, thread)).max;
     const auto is_empty = max <= Pair(kEmptyMax / 2);
     const Sums<Pair> adjoint{select(is_empty, Pair(0), given.num), select(is_empty, Pair(0), given.den)};
     return normalised_adjoint(scaled_by_exp(adjoint, -select(is_empty, Pair(0), max)));
@@ -83,12 +84,13 @@ struct BackwardPass {
   }
 
   WKV_HD static void walk_together(const Block& block, const Tile& tile, Thread& thread) {
-    const int lane = thread.lane();
+    const int lane = thread.lane(), steps = tile.steps_of(thread.warp());
     const Column<Element> v = block.column_of(1, thread);
     const Pair decay = block.channels.decay(lane);
     Sums<Pair> sums{Pair(0), Pair(0)};
     if (thread.warp() == 0) sums = power_of_two(thread.start.exponent - thread.reference) * thread.start.sums;
-    for_steps(tile.steps_of(thread.warp()), [&](int step) {
+    clear_unless_full(steps, thread.steps);
+    for_steps(steps, [&](int step) {
       const Pair weight = weight_of(thread.keys.get(step), thread.reference);
       thread.steps[step] = {sums, weight};
       sums = {decay * sums.num + weight * v.get(step), decay * sums.den + weight};
@@ -131,6 +133,7 @@ struct BackwardPass {
       decayed = {decay * decayed.num + sums.num, decay * decayed.den + sums.den};
     });
     thread.decayed = decayed;
+    thread.max_after = Pair(0);
 
     Sums<Pair> adjoint{Pair(0), Pair(0)};
     Pair g_log_decay(0), gu(0);
@@ -160,6 +163,7 @@ struct BackwardPass {
       before = join(before, block.channels.decay_log2(lane, kSubchunkSteps), state_after(block, warp).get_scaled(lane));
     }
     State<Pair> state = state_of(before);
+    clear_unless_full(steps, thread.steps);
     const Pair max_before = state.max;
     Sums<Pair> decayed{Pair(0), Pair(0)};
     for_steps(steps, [&](int step) {
@@ -236,18 +240,18 @@ struct BackwardPass {
   WKV_HD static void finish(const Block& block, uint32_t position, const Thread& thread) {
     if (thread.warp() != 0) return;
     const auto& params = block.params;
-    const int lane = thread.lane(), count = block.channels_of(thread);
+    const int lane = thread.lane();
     Sums<Pair> total = partials_of(block, 0).get_sums(lane);
 #pragma unroll 1
     for (int warp = 1; warp < block.warps; ++warp) total = total + partials_of(block, warp).get_sums(lane);
-    float* const partials = block.values_at(params.partials, block.b * params.chunking.chunks + position, 2, thread);
-    store_some(partials, total.num, count);
-    store_some(partials + params.C, total.den, count);
+    const ChannelRow partials = block.row_of(params.partials, block.b * params.chunking.chunks + position, 2, thread);
+    partials.store(0, total.num);
+    partials.store(params.C, total.den);
     if (kFullTilesOnly || position + 1 < params.chunking.chunks) return;
     const auto [sums, max] = block.first_state(thread);
     const Sums<Pair> adjoint = exp2(max * Pair(kLog2E) + thread.after.exponent) * thread.after.sums;
     // The gradient of max follows from the others for consumers that respect the state's gauge.
-    block.store_state(block.values_at(params.state_out, block.b, 3, thread), thread,
+    block.store_state(block.row_of(params.state_out, block.b, 3, thread),
                       {adjoint, sums.num * adjoint.num + sums.den * adjoint.den});
   }
 };

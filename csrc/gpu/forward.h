@@ -35,10 +35,12 @@ struct ForwardPass {
   }
 
   WKV_HD static void walk_together(const Block& block, const Tile& tile, Thread& thread) {
+    const int steps = tile.steps_of(thread.warp());
     const Column<Element> v = block.column_of(1, thread);
     const Pair decay = block.channels.decay(thread.lane()), bonus = block.channels.bonus(thread.lane());
     Sums<Pair> sums{Pair(0), Pair(0)};
-    for_steps(tile.steps_of(thread.warp()), [&](int step) {
+    clear_unless_full(steps, thread.read);
+    for_steps(steps, [&](int step) {
       const Pair weight = weight_of(thread.keys.get(step), thread.reference), num = weight * v.get(step);
       thread.read[step] = {bonus * num + sums.num, bonus * weight + sums.den};
       sums = {decay * sums.num + num, decay * sums.den + weight};
@@ -51,6 +53,7 @@ struct ForwardPass {
     const Column<Element> k = block.column_of(0, thread), v = block.column_of(1, thread);
     const auto scale = block.running_scale(thread);
     thread.keys.replace_infinite(steps);
+    clear_unless_full(steps, thread.read);
     State<Pair> state{{Pair(0), Pair(0)}, Pair(kEmptyMax)};
     for_steps(steps, [&](int step) {
       const Pair kt = thread.keys.get(step), vt = v.get(step);
@@ -68,8 +71,8 @@ struct ForwardPass {
     if (kFullTilesOnly || !tile.ends_scan) return;
     const auto& params = block.params;
     const State<Pair> state = state_of(after);
-    block.store_state(block.values_at(params.state_out, block.b, 3, thread), thread, state);
-    if (params.checkpoints != nullptr) block.store_state(block.checkpoint_at(params.T, thread), thread, state);
+    block.store_state(block.row_of(params.state_out, block.b, 3, thread), state);
+    if (params.checkpoints != nullptr) block.store_state(block.checkpoint_at(params.T, thread), state);
   }
   WKV_HD static Scaled kept(const Block& block, const Thread& thread) { return block.kept.get_scaled(thread.lane()); }
 
@@ -87,7 +90,7 @@ struct ForwardPass {
     }
     const int64_t t = tile.t + begin;
     if (block.params.checkpoints != nullptr && t > 0 && static_cast<uint64_t>(t) % checkpoint_interval(Block::kType) == 0) {
-      block.store_state(block.checkpoint_at(t, thread), thread, {in.sums, natural(in.exponent)});
+      block.store_state(block.checkpoint_at(t, thread), {in.sums, natural(in.exponent)});
     }
     const Column<Element> y = block.column_of(0, thread);
     if (!adds) {

@@ -17,6 +17,7 @@ struct Keys {
   WKV_HD Pair get(int step) const { return unpack(raw[step]); }
 
   WKV_HD void load(Column<Element> column, int steps) {
+    clear_unless_full(steps, raw);
     Packed<Element> high{}, low{};
     for_steps(steps, [&](int step) {
       raw[step] = column.at(step);

@@ -74,22 +74,25 @@ struct ScanBlock {
   WKV_HD Rows64 own_of(int warp) const { return rows_of(kInputs - 1, warp, 0); }
   WKV_HD Rows64 carry() const { return rows_of(kInputs - 1, 0, 3); }
 
-  // States of [B, rows, values, C], of the channels of a thread.
-  WKV_HD float* values_at(const void* values, int64_t row, int values_of_row, TileThread thread) const {
-    return const_cast<float*>(static_cast<const float*>(values)) + row * values_of_row * params.C + channel_of(thread);
+  // Of values [rows, values_of_row, C], of the channels of a thread.
+  WKV_HD ChannelRow row_of(const void* values, int64_t row, int values_of_row, TileThread thread) const {
+    float* const first = const_cast<float*>(static_cast<const float*>(values)) + row * values_of_row * params.C;
+    return {first + channel_of(thread), channels_of(thread), params.C % 2 == 0};
   }
-  WKV_HD float* checkpoint_at(int64_t t, TileThread thread) const {
-    return values_at(params.checkpoints, checkpoint_row(kType, params.T, b, t), 3, thread);
+  WKV_HD ChannelRow checkpoint_at(int64_t t, TileThread thread) const {
+    return row_of(params.checkpoints, checkpoint_row(kType, params.T, b, t), 3, thread);
   }
-  WKV_HD State<Pair> load_state(const float* state, TileThread thread) const {
-    return wkv::load_state(state, params.C, channels_of(thread));
+  WKV_HD State<Pair> load_state(ChannelRow row) const {
+    return {{row.load(0), row.load(params.C)}, row.load(2 * params.C)};
   }
-  WKV_HD void store_state(float* state, TileThread thread, State<Pair> value) const {
-    wkv::store_state(state, params.C, channels_of(thread), value);
+  WKV_HD void store_state(ChannelRow row, State<Pair> value) const {
+    row.store(0, value.sums.num);
+    row.store(params.C, value.sums.den);
+    row.store(2 * params.C, value.max);
   }
   WKV_HD State<Pair> first_state(TileThread thread) const {
     if (params.state == nullptr) return {{Pair(0), Pair(0)}, Pair(kEmptyMax)};
-    return or_empty(load_state(values_at(params.state, b, 3, thread), thread));
+    return or_empty(load_state(row_of(params.state, b, 3, thread)));
   }
   WKV_HD RunningScale<Pair> running_scale(TileThread thread) const {
     return wkv::running_scale(params.parameters, channel_of(thread), channels_of(thread), channels, thread.lane());
@@ -163,7 +166,8 @@ struct Scan {
       }
       if (warp != last) return;
       const Pair past = kFullTilesOnly ? decay : exp2(own_decay_log2);
-      thread.own = {past * before.sums + thread.own.sums, before.exponent};
+      thread.own = {{past * before.sums.num + thread.own.sums.num, past * before.sums.den + thread.own.sums.den},
+                    before.exponent};
     } else {
       before = empty_scaled();
 #pragma unroll 1
@@ -171,7 +175,7 @@ struct Scan {
       if (warp != last) return;
       thread.own = join(before, own_decay_log2, thread.own);
     }
-    thread.own = Pass::normalised(thread.own);
+    if (Pass::kReverse) thread.own = Pass::normalised(thread.own);
   }
 
   // By the last warp: joins what the predecessors published, or the one state that is known, and the tile's own sum.
@@ -200,27 +204,23 @@ struct Scan {
   WKV_HD static void run(const Params& params, BlockIndex index, int threads, Team& team, char* shared) {
     const Block block(params, index, threads, shared);
     const int tile_steps = block.warps * kSubchunkSteps;
-    // Most likely. Where tickets are taken in another order than blocks start, the rows come once more.
+    // The chunk that is most likely the block's. Where tickets are taken in another order than blocks start, rows come again.
     uint32_t position = index.z;
-    bool has_ticket = false;
-    for (int i = 0;;) {
+    team.phase([&](Thread& thread) {
+      if (thread.index == 0) *block.ticket = take_position(params.chunking, block.column);
+      stage_tile(block, tile_at(params, tile_steps, position, 0), thread);
+      block.channels.load(params.parameters, block.c, block.columns, thread.index, threads);
+      Pass::begin(thread);
+    });
+    bool is_staged = kFullTilesOnly || *block.ticket == position;
+    position = *block.ticket;
+    for (int i = 0;; ++i) {
       const Tile tile = tile_at(params, tile_steps, position, i);
-      team.phase([&](Thread& thread) {
-        stage_tile(block, tile, thread);
-        if (!kFullTilesOnly && has_ticket) return;
-        if (thread.index == 0) *block.ticket = take_position(params.chunking, block.column);
-        block.channels.load(params.parameters, block.c, block.columns, thread.index, threads);
-        Pass::begin(thread);
-      });
-      if (!kFullTilesOnly && !has_ticket) {
-        has_ticket = true;
-        if (*block.ticket != position) {
-          position = *block.ticket;
-          team.phase([&](Thread&) { wait_for_copies(); });
-          continue;
-        }
+      if (!is_staged) {
+        team.phase([&](Thread&) { wait_for_copies(); });
+        team.warp_phase([&](Thread& thread) { stage_tile(block, tile, thread); });
       }
-      if (kFullTilesOnly) position = *block.ticket;
+      is_staged = false;
       const LookBack look_back(params.chunking, block.column, position);
       const bool waits = kFullTilesOnly || (i == 0 && position > 0);
       team.warp_phase([&](Thread&) { wait_for_copies(); });
@@ -268,7 +268,6 @@ struct Scan {
       }
       team.phase([&](Thread& thread) { unstage_tile(block, tile, thread); });
       if (kFullTilesOnly || tile.ends_chunk) break;
-      ++i;
     }
     team.last_phase([&](Thread& thread) { Pass::finish(block, position, thread); });
   }
