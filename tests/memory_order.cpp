@@ -58,8 +58,8 @@ namespace wkv {
 // Does not change while threads run.
 struct {
   bool plain_stores, plain_loads, late_copies;
-  std::string kernel;  // whose barriers in these lines order nothing
-  std::set<unsigned> lines;
+  std::string kernel;  // whose barriers order nothing in these lines, file:line
+  std::set<std::string> lines;
 } planted;
 
 struct Random {
@@ -246,10 +246,15 @@ struct BlockOfThreads {
   }
 };
 
-// The line of a kernel's barrier, and of what kind it is.
-using Sites = std::map<unsigned, const char*>;
-
 using Site = std::source_location;
+
+std::string line_of(Site site) {
+  const std::string_view file = site.file_name();
+  return std::string(file.substr(file.rfind('/') + 1)) + ":" + std::to_string(site.line());
+}
+
+// The lines of a kernel's barriers, and of what kind each is.
+using Sites = std::map<std::string, const char*>;
 
 template <class Thread>
 class LaneTeam {
@@ -294,8 +299,8 @@ class LaneTeam {
     return function(thread_);
   }
   void meet(Barrier& barrier, Site site, const char* kind) {
-    sites_[site.line()] = kind;
-    barrier.wait(!(is_planted_ && planted.lines.contains(site.line())));
+    if (thread_.index == 0) sites_[line_of(site)] = kind;
+    barrier.wait(!(is_planted_ && planted.lines.contains(line_of(site))));
     if (lane_.awaits_copies) lane_.land_copies();
   }
 
@@ -474,38 +479,32 @@ class Case {
 
   void run_forward(Schedule schedule, Outputs& out) const {
     const auto [B, T, C] = std::tie(problem_.B, problem_.T, problem_.C);
-    ForwardParams params = {.parameters = parameters(),
-                            .B = B,
-                            .T = T,
-                            .C = C,
-                            .k = sequence(tensors_.k),
-                            .v = sequence(tensors_.v),
-                            .state = problem_.with_state ? tensors_.state.data() : nullptr,
-                            .y = out.add(B * T * C * sizeof(Element)),
-                            .state_out = out.add(B * 3 * C * 4),
-                            .checkpoints = out.add(B * checkpoint_count(kType, T) * 3 * C * 4),
-                            .chunking = {}};
+    SequenceParams params = {.parameters = parameters(),
+                             .B = B,
+                             .T = T,
+                             .C = C,
+                             .inputs = {sequence(tensors_.k), sequence(tensors_.v)},
+                             .state = problem_.with_state ? tensors_.state.data() : nullptr,
+                             .outputs = {out.add(B * T * C * sizeof(Element))},
+                             .checkpoints = out.add(B * checkpoint_count(kType, T) * 3 * C * 4),
+                             .state_out = out.add(B * 3 * C * 4)};
     launch<Forward<Element>>("forward", Operation::forward, params, schedule);
   }
 
   // From what forward left.
   void run_backward(Schedule schedule, const Outputs& from_forward, Outputs& out) const {
     const auto [B, T, C] = std::tie(problem_.B, problem_.T, problem_.C);
-    BackwardParams params = {.parameters = parameters(),
+    SequenceParams params = {.parameters = parameters(),
                              .B = B,
                              .T = T,
                              .C = C,
-                             .k = sequence(tensors_.k),
-                             .v = sequence(tensors_.v),
-                             .gy = sequence(tensors_.gy),
+                             .inputs = {sequence(tensors_.k), sequence(tensors_.v), sequence(tensors_.gy)},
                              .state = problem_.with_state ? tensors_.state.data() : nullptr,
-                             .checkpoints = from_forward.buffers[2].data(),
+                             .outputs = {out.add(B * T * C * sizeof(Element)), out.add(B * T * C * sizeof(Element))},
+                             .checkpoints = const_cast<char*>(from_forward.buffers[1].data()),  // backward reads them
+                             .state_out = out.add(B * 3 * C * 4),
                              .gstate_out = problem_.with_state ? tensors_.gstate_out.data() : nullptr,
-                             .gk = out.add(B * T * C * sizeof(Element)),
-                             .gv = out.add(B * T * C * sizeof(Element)),
-                             .gstate = out.add(B * 3 * C * 4),
-                             .partials = out.add(B * plan_of(Operation::backward).chunks * 2 * C * 4),
-                             .chunking = {}};
+                             .partials = out.add(B * plan_of(Operation::backward).chunks * 2 * C * 4)};
     launch<Backward<Element>>("backward", Operation::backward, params, schedule);
   }
 
@@ -556,7 +555,7 @@ class Case {
           gy_times_v = std::max(gy_times_v, std::fabs(of(tensors_.gy, t) * v));
         }
         // Relative to the max that forward gave to the final state.
-        const float* const state_out = reinterpret_cast<const float*>(forward.buffers[1].data());
+        const float* const state_out = reinterpret_cast<const float*>(forward.buffers[2].data());
         const double unit = std::exp(-double{state_out[(b * 3 + 2) * C + c]});
         double gnum = of_state(tensors_.gstate_out, 0) * unit, gden = of_state(tensors_.gstate_out, 1) * unit;
         for (int64_t t = T; t-- > 0;) {
@@ -637,8 +636,8 @@ class Case {
     return plan;
   }
 
-  template <class Kernel, class Params>
-  void launch(const char* kernel, Operation operation, Params& params, Schedule schedule) const {
+  template <class Kernel>
+  void launch(const char* kernel, Operation operation, SequenceParams& params, Schedule schedule) const {
     const Plan plan = plan_of(operation);
     const int64_t columns = problem_.B * plan.channel_tiles;
     const int64_t message_bytes = columns * (plan.chunks - 1) * kStateBytes;
@@ -686,8 +685,9 @@ void run_in_many_orders(Pool& pool, const Problem& problem, int seeds) {
   if (statistics.pauses == 0) fail("no block has waited for another one");
 }
 
-// Small, with every barrier and message that there is: chunks that wait for several others, then chunks of two tiles.
-// Without a fault in a kernel what comes before it runs in order, and what comes behind it not at all.
+// Small, with every barrier and message that there is: chunks that wait for several others, of keys that spread, then
+// chunks of two tiles. Without a fault in a kernel what comes before it runs in order, and what comes behind it not at
+// all.
 void run_all_once(Pool& pool) {
   const std::string& kernel = planted.kernel;
   const auto schedule_for = [&](const char* name, int resident) -> Schedule {
@@ -695,8 +695,13 @@ void run_all_once(Pool& pool) {
     return {.seed = 0, .resident = 1, .in_order = true};
   };
   for (const int64_t chunk_tiles : {1, 2}) {
-    const Problem problem{
-        .B = 1, .T = 140, .C = 64, .warps = 2, .chunk_tiles = chunk_tiles, .keys_spread = false, .with_state = true};
+    const Problem problem{.B = 1,
+                          .T = 140,
+                          .C = 64,
+                          .warps = 2,
+                          .chunk_tiles = chunk_tiles,
+                          .keys_spread = chunk_tiles == 1,
+                          .with_state = true};
     const Case<Bfloat16> tested(pool, problem);
     Outputs forward, backward, reduced;
     tested.run_forward(schedule_for("forward", 3), forward);
@@ -730,7 +735,7 @@ int main_of(const std::vector<std::string>& arguments) {
     if (name == "partials") {
       run_in_many_orders<Bfloat16>(pool, {1, 560, 80, 2, 1, false, false}, seeds);
     } else if (name == "anchors") {
-      run_in_many_orders<float>(pool, {1, 310, 66, 3, 1, false, true}, seeds);
+      run_in_many_orders<float>(pool, {1, 310, 66, 4, 1, false, true}, seeds);
     } else if (name == "spread_keys") {
       run_in_many_orders<float>(pool, {1, 300, 64, 8, 1, true, true}, seeds);
     } else if (name == "several_tiles") {
@@ -741,13 +746,13 @@ int main_of(const std::vector<std::string>& arguments) {
   } else if (what == "barriers") {
     run_all_once(pool);
     for (const auto& [kernel, sites] : statistics.sites) {
-      for (const auto& [line, kind] : sites) std::printf("%s %u %s\n", kernel.c_str(), line, kind);
+      for (const auto& [line, kind] : sites) std::printf("%s %s %s\n", kernel.c_str(), line.c_str(), kind);
     }
   } else if (what == "without-order" && arguments.size() > 2) {
     planted.kernel = arguments[1];
-    for (size_t i = 2; i < arguments.size(); ++i) planted.lines.insert(static_cast<unsigned>(std::stoi(arguments[i])));
+    for (size_t i = 2; i < arguments.size(); ++i) planted.lines.insert(arguments[i]);
     run_all_once(pool);
-    for (const unsigned line : planted.lines) {
+    for (const std::string& line : planted.lines) {
       if (!statistics.sites[planted.kernel].contains(line)) fail("no barrier there");
     }
   } else if (what == "plain-stores" || what == "plain-loads" || what == "late-copies") {
@@ -761,7 +766,7 @@ int main_of(const std::vector<std::string>& arguments) {
     hand_over_by_flag<std::memory_order_release, std::memory_order_acquire>();
   } else if (what != "nothing") {
     std::printf(
-        "memory_order run PROBLEM SEEDS | barriers | without-order KERNEL LINES | plain-stores | plain-loads | "
+        "memory_order run PROBLEM SEEDS | barriers | without-order KERNEL FILE:LINE... | plain-stores | plain-loads | "
         "late-copies | relaxed-flag | ordered-flag | nothing\n");
     return 2;
   }

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,22 +18,15 @@ SOURCE = ROOT / "tests" / "memory_order.cpp"
 COMPILER = os.environ.get("CXX", "c++")
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-pthread", "-Wno-psabi"]
 
-# Barriers that order nothing by themselves, by what the kernel says in their line. A barrier that becomes one of them
-# could go; one that no longer is, is needed by something new.
+# Barriers that order nothing by themselves: of what kind, and what the kernel says in their line. A barrier that becomes
+# one could go; one that no longer is, is needed by something new.
+BEFORE_ANOTHER_TILE = [("block", "{ wait_for_copies("), ("warp", "{ stage_tile(")]  # others around them would do
 ORDER_NOTHING = {
-    "forward": [
-        "team.agree(",  # threads learn of the vote alone
-        "{ stage_tile(",  # the wait for the copies has the next barrier
-        "{ wait_for_copies(); });",  # of the whole block, before another tile comes; one of these two would do
-        "team.phase(bring_back)",
-    ],
-    "backward": [
-        "team.agree(",
-        "{ stage_at(",
-        "{ wait_for_copies(); });",  # the barrier behind the last tile's gradients would do
-    ],
+    "forward": [*BEFORE_ANOTHER_TILE, ("block", "{ unstage_tile(")],
+    "backward": [*BEFORE_ANOTHER_TILE, ("vote", "team.agree(")],  # threads learn of the vote, and nothing else
     "reduce": [],
 }
+KINDS = {"forward": {"block", "warp", "vote"}, "backward": {"block", "warp", "vote"}, "reduce": {"block"}}
 
 
 @functools.cache
@@ -111,12 +105,26 @@ def _is_reported(*arguments: str) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Barrier:
+    kind: str
+    line: str  # file:line
+
+    @property
+    def text(self) -> str:
+        file, line = self.line.split(":")
+        return (ROOT / "csrc" / "gpu" / file).read_text().splitlines()[int(line) - 1].strip()
+
+    def is_one_of(self, described: list[tuple[str, str]]) -> bool:
+        return any(self.kind == kind and text in self.text for kind, text in described)
+
+
 @functools.cache
-def _barriers() -> list[tuple[str, int, str]]:
-    """Of each kernel the barriers, in their order: kernel, line, kind."""
+def _barriers(kernel: str) -> list[Barrier]:
     status, said = _run("barriers")
     assert status == 0, said
-    return [(kernel, int(line), kind) for kernel, line, kind in map(str.split, said.splitlines())]
+    rows = [line.split() for line in said.splitlines()]
+    return [Barrier(kind, line) for name, line, kind in rows if name == kernel]
 
 
 @pytest.mark.parametrize("problem", ["partials", "anchors", "spread_keys", "several_tiles"])
@@ -128,36 +136,20 @@ def test_blocks_that_run_at_once_have_no_race_and_one_result(problem: str) -> No
 
 
 @pytest.mark.parametrize("kernel", sorted(ORDER_NOTHING))
-def test_every_barrier_but_those_that_order_nothing_is_needed(kernel: str) -> None:
-    header = ROOT / "csrc" / "gpu" / ("small.h" if kernel == "reduce" else f"{kernel}.h")
-    lines = header.read_text().splitlines()
-    of_kernel = [(line, kind) for name, line, kind in _barriers() if name == kernel]
-    assert {"forward": {"block", "warp", "vote"}, "backward": {"block", "warp", "vote"}, "reduce": {"block"}}[
-        kernel
-    ] == {kind for _, kind in of_kernel}
-    unreported = [line for line, _ in of_kernel if not _is_reported("without-order", kernel, str(line))]
-    expected = [
-        line
-        for line, kind in of_kernel
-        if any(text in lines[line - 1] for text in ORDER_NOTHING[kernel])
-        # The warp's barrier that every tile's copies are awaited with has the same words.
-        and not (kind == "warp" and "wait_for_copies" in lines[line - 1])
-    ]
-    assert len(expected) == len(ORDER_NOTHING[kernel])
-    assert unreported == expected, {line: lines[line - 1].strip() for line in {*unreported} ^ {*expected}}
+def test_every_barrier_is_needed_but_those_that_order_nothing(kernel: str) -> None:
+    barriers = _barriers(kernel)
+    assert {barrier.kind for barrier in barriers} == KINDS[kernel]
+    unneeded = [barrier for barrier in barriers if not _is_reported("without-order", kernel, barrier.line)]
+    listed = [barrier for barrier in barriers if barrier.is_one_of(ORDER_NOTHING[kernel])]
+    assert len(listed) == len(ORDER_NOTHING[kernel])
+    assert unneeded == listed, [f"{barrier.line}: {barrier.text}" for barrier in {*unneeded} ^ {*listed}]
 
 
-def test_of_two_barriers_between_tiles_one_is_needed() -> None:
-    lines = (ROOT / "csrc" / "gpu" / "forward.h").read_text().splitlines()
-    between = [
-        str(line)
-        for kernel, line, kind in _barriers()
-        if kernel == "forward"
-        and kind == "block"
-        and any(text in lines[line - 1] for text in ("wait_for_copies", "bring_back"))
-    ]
-    assert len(between) == 2
-    assert _is_reported("without-order", "forward", *between)
+def test_of_two_barriers_between_tiles_forward_needs_one() -> None:
+    either = [("block", "{ wait_for_copies("), ("block", "{ unstage_tile(")]
+    lines = [barrier.line for barrier in _barriers("forward") if barrier.is_one_of(either)]
+    assert len(lines) == 2
+    assert _is_reported("without-order", "forward", *lines)
 
 
 @pytest.mark.parametrize("fault", ["plain-stores", "plain-loads", "late-copies", "relaxed-flag"])
