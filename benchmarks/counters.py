@@ -102,7 +102,7 @@ def launch_all(scale: str) -> None:
             with device.default():
                 problem = Problem(shape, dtype)
                 state = empty_state(shape[0], shape[2])
-            function, (w, u, k, v) = function_of(backend, None), (x.detach() for x in problem.leaves)
+            function, (w, u, k, v) = function_of(backend), (x.detach() for x in problem.leaves)
             for counted in (False, True):
                 if counted and device.is_gpu:
                     torch.cuda.profiler.start()
