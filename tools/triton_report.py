@@ -213,8 +213,8 @@ groups of steps, for each element of a group.
 
 ## Beside the CUDA kernels
 
-Instructions / MUFU for each element, {COMPARED}; those of CUDA are from [kernel-report.md](kernel-report.md), of kernels
-that sum up chunks and walk them at once.
+Instructions / MUFU for each element, {COMPARED}; those of CUDA are from [kernel-report.md](kernel-report.md), of
+kernels that sum up chunks and walk them at once.
 
 """
 VARIANTS = f"""## Variants
