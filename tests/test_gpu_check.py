@@ -173,10 +173,11 @@ def test_a_build_made_elsewhere_is_taken_if_it_loads() -> None:
 NCU = """==PROF== Connected to process 1234 (python3)
 "ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device","CC",\
 "Section Name","Metric Name","Metric Unit","Metric Value"
-"0","1234","python3","host","void wkv::<unnamed>::wkv_kernel<wkv::Forward<wkv::Bfloat16>>(T1::Params)","1","7","(128, 1, 1)",\
-"(12, 8, 1)","0","9.0","Command line profiler metrics","gpu__time_duration.sum","ns","1,234.50"
-"0","1234","python3","host","void wkv::<unnamed>::wkv_kernel<wkv::Forward<wkv::Bfloat16>>(T1::Params)","1","7","(128, 1, 1)",\
-"(12, 8, 1)","0","9.0","Command line profiler metrics","launch__registers_per_thread","register/thread","90"
+"0","1234","python3","host","void wkv::<unnamed>::wkv_kernel<wkv::Forward<wkv::Bfloat16>>(T1::Params)","1","7",\
+"(128, 1, 1)","(12, 8, 1)","0","9.0","Command line profiler metrics","gpu__time_duration.sum","ns","1,234.50"
+"0","1234","python3","host","void wkv::<unnamed>::wkv_kernel<wkv::Forward<wkv::Bfloat16>>(T1::Params)","1","7",\
+"(128, 1, 1)","(12, 8, 1)","0","9.0","Command line profiler metrics","launch__registers_per_thread",\
+"register/thread","90"
 "1","1234","python3","host","step","1","7","(256, 1, 1)","(3, 1, 1)","0","9.0","Command line profiler metrics",\
 "gpu__time_duration.sum","ns","n/a"
 ==PROF== Disconnected from process 1234
