@@ -60,7 +60,7 @@ class Device:
     reserved_bytes: int = 1024  # of shared memory for each block
     registers: int = 65536
 
-    def limits(self) -> dict[str, int]:
+    def limits(self) -> "_introspection.DeviceLimits":
         """What a plan asks of a device."""
         return {
             "multiprocessors": self.multiprocessors,
