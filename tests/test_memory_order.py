@@ -18,8 +18,8 @@ SOURCE = ROOT / "tests" / "memory_order.cpp"
 COMPILER = os.environ.get("CXX", "c++")
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-pthread", "-Wno-psabi"]
 
-# Barriers that order nothing by themselves: of what kind, and what the kernel says in their line. A barrier that becomes
-# one could go; one that no longer is, is needed by something new.
+# Barriers that order nothing by themselves: of what kind, and what the kernel says in their line. One that joins them
+# could go; one that no longer is among them is needed by something new.
 BEFORE_ANOTHER_TILE = [("block", "{ wait_for_copies("), ("warp", "{ stage_tile(")]  # others around them would do
 ORDER_NOTHING = {
     "forward": [*BEFORE_ANOTHER_TILE, ("block", "{ unstage_tile(")],
