@@ -1,13 +1,14 @@
 // The GPU kernels on threads of the host, for ThreadSanitizer: a std::thread for each thread of a block, several blocks
 // at a time. The tool sees every access to shared and global memory, and reports two that nothing orders in whichever
-// order they happen. It shows neither what a weaker memory than this processor's makes of relaxed accesses nor the
+// order they happen. It shows neither all that a weaker memory than this processor's makes of relaxed accesses nor the
 // device's own instructions.
 //
 // So nothing here may order memory that does not on a device. Block and warp barriers acquire and release; votes,
 // messages and tickets are relaxed; lanes of a warp meet at its barriers alone. Waiting is a call of futex, which the
 // tool does not see: std::barrier and std::atomic::wait count their waiters in words that all barriers share, and that
 // would order blocks which have nothing to do with each other. An asynchronous copy lands, by chance, at once or when
-// its thread waits for it, the earliest and the latest that a device may choose.
+// its thread waits for it, the earliest and the latest that a device may choose. The words of a message appear in any
+// order, and late.
 //
 // Relaxed messages suffice, because a word is data and flag in one. A reader waits for each word, uses the floats in it
 // and no other memory that its writer wrote: there is nothing that an acquire would have to make visible. It may see
@@ -79,9 +80,15 @@ struct Lane {
     const void* global;
   };
 
+  struct Store {
+    Word* target;
+    Word word;
+  };
+
   Random random;
   bool jitters;
-  std::vector<Copy> copies;  // that have not landed
+  std::vector<Store> stores;  // that nobody has seen
+  std::vector<Copy> copies;   // that have not landed
   bool awaits_copies = false;
   uint64_t pauses = 0;
 
@@ -90,8 +97,23 @@ struct Lane {
     copies.clear();
     awaits_copies = false;
   }
+  // At a barrier or when the thread waits, in any order, some later than others.
+  void show_stores() {
+    while (!stores.empty()) {
+      std::swap(stores[random.next() % stores.size()], stores.back());
+      const auto [target, word] = stores.back();
+      stores.pop_back();
+      if (jitters && random.one_in(4)) std::this_thread::sleep_for(std::chrono::microseconds(random.next() % 200));
+      if (planted.plain_stores) {
+        *target = word;
+      } else {
+        store_relaxed_always(target, word);
+      }
+    }
+  }
   void pause() {
     ++pauses;
+    show_stores();
     if (random.one_in(4)) {
       std::this_thread::sleep_for(std::chrono::microseconds(50));
     } else {
@@ -110,13 +132,7 @@ thread_local Lane* lane_of_this_thread;
 
 void pause_on_host() { lane_of_this_thread->pause(); }
 
-inline void store_relaxed(Word* target, Word word) {
-  if (planted.plain_stores) {
-    *target = word;
-  } else {
-    store_relaxed_always(target, word);
-  }
-}
+inline void store_relaxed(Word* target, Word word) { lane_of_this_thread->stores.push_back({target, word}); }
 inline Word load_relaxed(const Word* source) { return planted.plain_loads ? *source : load_relaxed_always(source); }
 inline void copy_async(void* shared, const void* global) {
   Lane& lane = *lane_of_this_thread;
@@ -158,7 +174,7 @@ void wake_all(const std::atomic<int>& word) {
   syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
 
-// Of all launches: the tool takes a millisecond to make a thread.
+// Kept from launch to launch: under the tool a thread takes a millisecond to make.
 class Pool {
  public:
   // Calls function(i) on a thread of its own for each i of `order`, started in this order, and waits for all.
@@ -300,6 +316,7 @@ class LaneTeam {
   }
   void meet(Barrier& barrier, Site site, const char* kind) {
     if (thread_.index == 0) sites_[line_of(site)] = kind;
+    lane_.show_stores();
     barrier.wait(!(is_planted_ && planted.lines.contains(line_of(site))));
     if (lane_.awaits_copies) lane_.land_copies();
   }
@@ -379,10 +396,12 @@ class Place {
   void run_thread(int i) {
     const BlockIndex index = {number_ % grid_.x, number_ / grid_.x % grid_.y, number_ / grid_.x / grid_.y};
     const uint64_t seed = (schedule_.seed * 1000003 + number_ + 1) * 0xbf58476d1ce4e5b9u;
-    Lane lane{.random = {seed ^ (i + 1) * 0x9e3779b97f4a7c15u}, .jitters = !schedule_.in_order, .copies = {}};
+    Lane lane{
+        .random = {seed ^ (i + 1) * 0x9e3779b97f4a7c15u}, .jitters = !schedule_.in_order, .stores = {}, .copies = {}};
     lane_of_this_thread = &lane;
     LaneTeam<typename Kernel::Thread> team(*block_, i, lane, seed, is_planted_);
     Kernel::run(params_, index, threads_, team, shared_.data()->bytes);
+    lane.show_stores();
     if (!lane.copies.empty()) fail("a copy was not waited for");
     statistics.pauses.fetch_add(lane.pauses, std::memory_order_relaxed);
     if (i == 0) sites.merge(team.sites());
