@@ -47,6 +47,16 @@ inline void state_after_no_steps(const std::optional<Tensor>& state, const Tenso
 // an operator that writes no element counts once.
 inline void count_version(Tensor tensor) { set_zero(torch::stable::narrow(tensor, 0, 0, 0)); }
 
+// Kernels multiply a time by a stride in 32 bits.
+inline void check_steps(int64_t T) {
+  constexpr int64_t kMost = 2147483647 - 4096;
+  require(T <= kMost, "wkv: T: expected at most ", kMost, " steps on a GPU, got ", T, "; state_out goes on from part to part");
+}
+inline Sequence gpu_sequence(Tensor& tensor) {
+  if (tensor.size(1) > 1 && tensor.stride(1) > 2147483647) tensor = torch::stable::contiguous(tensor);
+  return sequence_of(tensor);
+}
+
 // w and u as the kernels take them, contiguous. Owns the copies until the launch.
 struct ContiguousParameters {
   Tensor w, u;
@@ -112,7 +122,8 @@ inline unsigned blocks_for(int64_t count, int of_block) {
 template <class Launcher>
 std::tuple<Tensor, Tensor, Tensor> gpu_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
                                                const std::optional<Tensor>& state, bool checkpoint) {
-  const Arguments arguments(w, u, k, v, state);
+  Arguments arguments(w, u, k, v, state);
+  check_steps(arguments.T);
   const auto& [dtype, B, T, C] = std::tie(arguments.dtype, arguments.B, arguments.T, arguments.C);
   Launcher launcher(arguments.device);
   const Tensor y = launcher.empty({B, T, C}, dtype);
@@ -130,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> gpu_forward(const Tensor& w, const Tensor& u,
                                  .B = B,
                                  .T = T,
                                  .C = C,
-                                 .inputs = {sequence_of(arguments.k), sequence_of(arguments.v)},
+                                 .inputs = {gpu_sequence(arguments.k), gpu_sequence(arguments.v)},
                                  .state = data_or_null(arguments.state),
                                  .outputs = {y.mutable_data_ptr()},
                                  .checkpoints = checkpoint ? checkpoints.mutable_data_ptr() : nullptr,
@@ -144,8 +155,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gpu_backward(const Tensor& w,
                                                                 const Tensor& v, const std::optional<Tensor>& state,
                                                                 const Tensor& checkpoints, const Tensor& gy,
                                                                 const std::optional<Tensor>& gstate_out) {
-  const Arguments arguments(w, u, k, v, state);
-  const GradientArguments gradients(arguments, checkpoints, gy, gstate_out);
+  Arguments arguments(w, u, k, v, state);
+  check_steps(arguments.T);
+  GradientArguments gradients(arguments, checkpoints, gy, gstate_out);
   const auto& [dtype, B, T, C] = std::tie(arguments.dtype, arguments.B, arguments.T, arguments.C);
   Launcher launcher(arguments.device);
   const Tensor gw = launcher.empty({C}, arguments.w_dtype), gu = launcher.empty({C}, arguments.u_dtype);
@@ -166,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gpu_backward(const Tensor& w,
       .B = B,
       .T = T,
       .C = C,
-      .inputs = {sequence_of(arguments.k), sequence_of(arguments.v), sequence_of(gradients.gy)},
+      .inputs = {gpu_sequence(arguments.k), gpu_sequence(arguments.v), gpu_sequence(gradients.gy)},
       .state = data_or_null(arguments.state),
       .outputs = {gk.mutable_data_ptr(), gv.mutable_data_ptr()},
       .checkpoints = gradients.checkpoints.mutable_data_ptr(),

@@ -19,8 +19,7 @@ namespace wkv {
 
 // A tile of a chunk, the same for all threads.
 struct Tile {
-  int64_t t;
-  int rows;
+  int t, rows;
   bool ends_scan, ends_chunk;
 
   WKV_HD int steps_of(int warp) const { return clamp_count(rows - warp * kSubchunkSteps, kSubchunkSteps); }
@@ -125,15 +124,16 @@ struct Scan {
 
   WKV_HD static Tile tile_at(const Params& params, int tile_steps, uint32_t position, int i) {
     const Chunking& chunking = params.chunking;
-    const int64_t chunk = Pass::kReverse ? chunking.chunks - 1 - position : position;
-    const int64_t first = chunk * (chunking.chunk_tiles * tile_steps);
+    const int T = static_cast<int>(params.T), chunk_steps = chunking.chunk_tiles * tile_steps;
+    const int chunk = static_cast<int>(Pass::kReverse ? chunking.chunks - 1 - position : position);
+    const int first = chunk * chunk_steps;
     if (kFullTilesOnly) return {first, tile_steps, false, true};
-    const int64_t end = chunk + 1 < chunking.chunks ? first + chunking.chunk_tiles * tile_steps : params.T;
-    // Tiles begin at multiples of their steps.
-    const int64_t last = Pass::kReverse ? (end - 1) / tile_steps * tile_steps : first;
-    const int64_t t = Pass::kReverse ? last - i * tile_steps : first + i * tile_steps;
-    const int rows = clamp_count(end - t, tile_steps);
-    return {t, rows, Pass::kReverse ? t == 0 : t + rows == params.T, Pass::kReverse ? t == first : t + rows == end};
+    const int end = T - first > chunk_steps ? first + chunk_steps : T;
+    // Tiles begin at multiples of their steps, which in the reverse scan are a constant.
+    const int last = Pass::kReverse ? (end - 1) / checkpoint_interval(DType::float32) * checkpoint_interval(DType::float32) : first;
+    const int t = Pass::kReverse ? last - i * tile_steps : first + i * tile_steps;
+    const int rows = end - t < tile_steps ? end - t : tile_steps;
+    return {t, rows, Pass::kReverse ? t == 0 : t + rows == T, Pass::kReverse ? t == first : t + rows == end};
   }
 
   WKV_HD static void stage_tile(const Block& block, const Tile& tile, const Thread& thread) {

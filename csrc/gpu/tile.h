@@ -183,16 +183,19 @@ WKV_HD State<Real> or_empty(State<Real> given) {
 template <class Element>
 struct Rows {
   Element* data;
-  int64_t stride;
+  int stride;  // which op.h sees to, as T: a product of two 32-bit numbers is one instruction
+
+  WKV_HD Element* at(int t) const { return data + static_cast<int64_t>(t) * stride; }
 };
 
 template <class Element>
 WKV_HD Rows<const Element> rows_from(const Sequence& sequence, int64_t b, int64_t c) {
-  return {static_cast<const Element*>(sequence.data) + b * sequence.batch_stride + c, sequence.time_stride};
+  return {static_cast<const Element*>(sequence.data) + b * sequence.batch_stride + c,
+          static_cast<int>(sequence.time_stride)};
 }
 template <class Element>
 WKV_HD Rows<Element> rows_from(void* contiguous, int64_t T, int64_t C, int64_t b, int64_t c) {
-  return {static_cast<Element*>(contiguous) + b * T * C + c, C};
+  return {static_cast<Element*>(contiguous) + b * (T * C) + c, static_cast<int>(C)};
 }
 
 // How the lanes of a warp share a subchunk's rows of 16-byte vectors: each has one column and every so-many-th row.
@@ -209,26 +212,24 @@ struct VectorShare {
   WKV_HD static int vectored(Rows<const Element> rows, int columns) {
     if (kFullTilesOnly) return kTileChannels;
     const auto address = reinterpret_cast<uintptr_t>(rows.data);
-    const auto stride = static_cast<uintptr_t>(rows.stride * static_cast<int64_t>(sizeof(Element)));
+    const auto stride = static_cast<uintptr_t>(rows.stride) * sizeof(Element);
     return (address | stride) % sizeof(Vector) == 0 ? columns - columns % kPerVector : 0;
   }
 
   // Calls move(in memory, in shared memory) for the vectors of this lane, from time t on; `steps` rows exist.
   template <class Memory, class Move>
-  WKV_HD void for_vectors(Rows<Memory> rows, int64_t t, Element* subchunk, int steps, const Move& move) const {
-    Memory* at = rows.data + (t + first_row) * rows.stride + column;
-    Element* shared = subchunk + first_row * kTileChannels + column;
-    const auto take_turn = [&] {
-      move(at, shared);
-      at += kRowStep * rows.stride;
-      shared += kRowStep * kTileChannels;
-    };
+  WKV_HD void for_vectors(Rows<Memory> rows, int t, Element* subchunk, int steps, const Move& move) const {
+    const Rows<Memory> from_column{rows.data + column, rows.stride};
+    Element* const shared = subchunk + column;
     if (kFullTilesOnly || steps == kSubchunkSteps) {
-#pragma unroll 4
-      for (int turn = 0; turn < kSubchunkSteps / kRowStep; ++turn) take_turn();
+#pragma unroll
+      for (int turn = 0; turn < kSubchunkSteps / kRowStep; ++turn) {
+        const int row = turn * kRowStep + first_row;
+        move(from_column.at(t + row), shared + row * kTileChannels);
+      }
     } else {
 #pragma unroll 1
-      for (int row = first_row; row < steps; row += kRowStep) take_turn();
+      for (int row = first_row; row < steps; row += kRowStep) move(from_column.at(t + row), shared + row * kTileChannels);
     }
   }
 };
@@ -236,7 +237,7 @@ struct VectorShare {
 // A lane's part of bringing rows, steps × columns, to shared memory; columns that do not exist become zero, so that no
 // result depends on what shared memory held.
 template <class Element>
-WKV_HD void stage(Element* subchunk, Rows<const Element> source, int64_t t, int steps, int columns, int lane) {
+WKV_HD void stage(Element* subchunk, Rows<const Element> source, int t, int steps, int columns, int lane) {
   const VectorShare<Element> share(lane);
   const int vectored = share.vectored(source, columns);
   if (share.column < vectored) {
@@ -245,14 +246,14 @@ WKV_HD void stage(Element* subchunk, Rows<const Element> source, int64_t t, int 
   if (kFullTilesOnly || vectored == kTileChannels) return;
   for (int row = 0; row < steps; ++row) {
     for (int column = vectored + lane; column < kTileChannels; column += kWarpThreads) {
-      subchunk[row * kTileChannels + column] = column < columns ? source.data[(t + row) * source.stride + column] : Element();
+      subchunk[row * kTileChannels + column] = column < columns ? source.at(t + row)[column] : Element();
     }
   }
 }
 
 // The way back.
 template <class Element>
-WKV_HD void unstage(Rows<Element> target, int64_t t, Element* subchunk, int steps, int columns, int lane) {
+WKV_HD void unstage(Rows<Element> target, int t, Element* subchunk, int steps, int columns, int lane) {
   const VectorShare<Element> share(lane);
   const int vectored = share.vectored({target.data, target.stride}, columns);
   if (share.column < vectored) {
@@ -263,7 +264,7 @@ WKV_HD void unstage(Rows<Element> target, int64_t t, Element* subchunk, int step
   if (kFullTilesOnly || vectored == columns) return;
   for (int row = 0; row < steps; ++row) {
     for (int column = vectored + lane; column < columns; column += kWarpThreads) {
-      target.data[(t + row) * target.stride + column] = subchunk[row * kTileChannels + column];
+      target.at(t + row)[column] = subchunk[row * kTileChannels + column];
     }
   }
 }
