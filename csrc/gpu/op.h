@@ -47,13 +47,15 @@ inline void state_after_no_steps(const std::optional<Tensor>& state, const Tenso
 // an operator that writes no element counts once.
 inline void count_version(Tensor tensor) { set_zero(torch::stable::narrow(tensor, 0, 0, 0)); }
 
-// Kernels multiply a time by a stride in 32 bits.
-inline void check_steps(int64_t T) {
+// Kernels count sequences, steps and channels in 32 bits.
+inline void check_sizes(const Arguments& arguments) {
   constexpr int64_t kMost = 2147483647 - 4096;
-  require(T <= kMost, "wkv: T: expected at most ", kMost, " steps on a GPU, got ", T, "; state_out goes on from part to part");
+  for (const auto& [name, size] : {std::pair{"B", arguments.B}, {"T", arguments.T}, {"C", arguments.C}}) {
+    require(size <= kMost, "wkv: ", name, ": expected at most ", kMost, " on a GPU, got ", size);
+  }
 }
 inline Sequence gpu_sequence(Tensor& tensor) {
-  if (tensor.size(1) > 1 && tensor.stride(1) > 2147483647) tensor = torch::stable::contiguous(tensor);
+  if (tensor.size(1) > 1 && tensor.stride(1) > 4294967295) tensor = torch::stable::contiguous(tensor);
   return sequence_of(tensor);
 }
 
@@ -89,7 +91,7 @@ void launch_plan(Launcher& launcher, Kernel kernel, DType dtype, const Plan& pla
   params.chunking = {.first_batch = 0,
                      .chunks = plan.chunks,
                      .chunk_tiles = static_cast<int32_t>(plan.chunk_tiles),
-                     .channel_tiles = static_cast<int32_t>(plan.channel_tiles),
+                     .channel_tiles = static_cast<uint32_t>(plan.channel_tiles),
                      .anchor = static_cast<int32_t>(plan.anchor),
                      .tickets = nullptr,
                      .messages = exchange};
@@ -98,8 +100,8 @@ void launch_plan(Launcher& launcher, Kernel kernel, DType dtype, const Plan& pla
     const int64_t columns = params.B * plan.channel_tiles;
     params.chunking.tickets = reinterpret_cast<uint32_t*>(exchange + columns * (plan.chunks - 1) * kStateBytes);
   }
-  int64_t& first = params.chunking.first_batch;
-  for (; first < params.B; first += kMaxGridYZ) {
+  for (int64_t first = 0; first < params.B; first += kMaxGridYZ) {
+    params.chunking.first_batch = static_cast<uint32_t>(first);
     launcher.launch({kernel,
                      dtype,
                      // Blocks start chunk by chunk: a device takes them in this order.
@@ -123,7 +125,7 @@ template <class Launcher>
 std::tuple<Tensor, Tensor, Tensor> gpu_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
                                                const std::optional<Tensor>& state, bool checkpoint) {
   Arguments arguments(w, u, k, v, state);
-  check_steps(arguments.T);
+  check_sizes(arguments);
   const auto& [dtype, B, T, C] = std::tie(arguments.dtype, arguments.B, arguments.T, arguments.C);
   Launcher launcher(arguments.device);
   const Tensor y = launcher.empty({B, T, C}, dtype);
@@ -156,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gpu_backward(const Tensor& w,
                                                                 const Tensor& checkpoints, const Tensor& gy,
                                                                 const std::optional<Tensor>& gstate_out) {
   Arguments arguments(w, u, k, v, state);
-  check_steps(arguments.T);
+  check_sizes(arguments);
   GradientArguments gradients(arguments, checkpoints, gy, gstate_out);
   const auto& [dtype, B, T, C] = std::tie(arguments.dtype, arguments.B, arguments.T, arguments.C);
   Launcher launcher(arguments.device);

@@ -86,8 +86,9 @@ WKV_HD Channel<Real> load_channel(const ChannelParameters& parameters, int64_t c
 struct TileThread {
   int index;
 
-  WKV_HD int lane() const { return index % kWarpThreads; }
-  WKV_HD int warp() const { return index / kWarpThreads; }
+  // Unsigned, so that they are a mask and a shift.
+  WKV_HD int lane() const { return static_cast<unsigned>(index) % kWarpThreads; }
+  WKV_HD int warp() const { return static_cast<unsigned>(index) / kWarpThreads; }
 };
 
 // A lane's pairs of a row of 64 floats in shared memory, for several rows.
@@ -115,14 +116,14 @@ struct SharedChannels {
   Rows64 rows;
 
   // Those that do not exist have parameters of zero.
-  WKV_HD void load(const ChannelParameters& parameters, int64_t c, int columns, int thread, int threads) const {
+  WKV_HD void load(const ChannelParameters& parameters, uint32_t c, int columns, unsigned thread, int threads) const {
     float* const values = reinterpret_cast<float*>(rows.first);
 #pragma unroll 1
-    for (int i = thread; i < 2 * kTileChannels; i += threads) {
+    for (unsigned i = thread; i < 2 * kTileChannels; i += threads) {
       const bool is_u = i >= kTileChannels;
-      const int column = i % kTileChannels;
+      const unsigned column = i % kTileChannels;
       float value = 0;
-      if (kFullTilesOnly || column < columns) {
+      if (kFullTilesOnly || static_cast<int>(column) < columns) {
         value = load_parameter<float>(is_u ? parameters.u : parameters.w,
                                       is_u ? parameters.u_dtype : parameters.w_dtype, c + column);
       }
@@ -183,19 +184,20 @@ WKV_HD State<Real> or_empty(State<Real> given) {
 template <class Element>
 struct Rows {
   Element* data;
-  int stride;  // which op.h sees to, as T: a product of two 32-bit numbers is one instruction
+  uint32_t stride;  // in elements; op.h sees to it that 32 bits suffice for it and for T
 
-  WKV_HD Element* at(int t) const { return data + static_cast<int64_t>(t) * stride; }
+  // One instruction, as a product of 32-bit numbers.
+  WKV_HD Element* at(int t) const { return data + static_cast<uint64_t>(static_cast<uint32_t>(t)) * stride; }
 };
 
 template <class Element>
-WKV_HD Rows<const Element> rows_from(const Sequence& sequence, int64_t b, int64_t c) {
+WKV_HD Rows<const Element> rows_from(const Sequence& sequence, uint32_t b, uint32_t c) {
   return {static_cast<const Element*>(sequence.data) + b * sequence.batch_stride + c,
-          static_cast<int>(sequence.time_stride)};
+          static_cast<uint32_t>(sequence.time_stride)};
 }
 template <class Element>
-WKV_HD Rows<Element> rows_from(void* contiguous, int64_t T, int64_t C, int64_t b, int64_t c) {
-  return {static_cast<Element*>(contiguous) + b * (T * C) + c, static_cast<int>(C)};
+WKV_HD Rows<Element> rows_from(void* contiguous, int64_t T, int64_t C, uint32_t b, uint32_t c) {
+  return {static_cast<Element*>(contiguous) + b * (T * C) + c, static_cast<uint32_t>(C)};
 }
 
 // How the lanes of a warp share a subchunk's rows of 16-byte vectors: each has one column and every so-many-th row.
@@ -206,13 +208,14 @@ struct VectorShare {
   static constexpr int kRowStep = kWarpThreads / kVectorsOfRow;
   int column, first_row;
 
-  WKV_HD explicit VectorShare(int lane) : column(lane % kVectorsOfRow * kPerVector), first_row(lane / kVectorsOfRow) {}
+  WKV_HD explicit VectorShare(unsigned lane)
+      : column(lane % kVectorsOfRow * kPerVector), first_row(lane / kVectorsOfRow) {}
 
   // Of `columns`, so many are moved by vectors: none where an address is not a multiple of 16.
   WKV_HD static int vectored(Rows<const Element> rows, int columns) {
     if (kFullTilesOnly) return kTileChannels;
     const auto address = reinterpret_cast<uintptr_t>(rows.data);
-    const auto stride = static_cast<uintptr_t>(rows.stride) * sizeof(Element);
+    const uint64_t stride = rows.stride * uint64_t{sizeof(Element)};
     return (address | stride) % sizeof(Vector) == 0 ? columns - columns % kPerVector : 0;
   }
 
