@@ -222,17 +222,14 @@ struct VectorShare {
   // Calls move(in memory, in shared memory) for the vectors of this lane, from time t on; `steps` rows exist.
   template <class Memory, class Move>
   WKV_HD void for_vectors(Rows<Memory> rows, int t, Element* subchunk, int steps, const Move& move) const {
-    const Rows<Memory> from_column{rows.data + column, rows.stride};
-    Element* const shared = subchunk + column;
+    const Rows<Memory> from_here{rows.at(t + first_row) + column, rows.stride};
+    Element* const shared = subchunk + (first_row * kTileChannels + column);
     if (kFullTilesOnly || steps == kSubchunkSteps) {
 #pragma unroll
-      for (int turn = 0; turn < kSubchunkSteps / kRowStep; ++turn) {
-        const int row = turn * kRowStep + first_row;
-        move(from_column.at(t + row), shared + row * kTileChannels);
-      }
+      for (int row = 0; row < kSubchunkSteps; row += kRowStep) move(from_here.at(row), shared + row * kTileChannels);
     } else {
 #pragma unroll 1
-      for (int row = first_row; row < steps; row += kRowStep) move(from_column.at(t + row), shared + row * kTileChannels);
+      for (int row = 0; row < steps - first_row; row += kRowStep) move(from_here.at(row), shared + row * kTileChannels);
     }
   }
 };
