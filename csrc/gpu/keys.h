@@ -17,7 +17,8 @@ struct Keys {
   WKV_HD Pair get(int step) const { return unpack(raw[step]); }
 
   WKV_HD void load(Column<Element> column, int steps) {
-    Packed<Element> high, low;
+    clear_unless_full(steps, raw);
+    Packed<Element> high{}, low{};
     for_steps(steps, [&](int step) {
       raw[step] = column.at(step);
       high = step == 0 ? raw[0] : larger_of(high, raw[step]);
@@ -34,18 +35,17 @@ struct Keys {
     }
   }
 
-  // For RunningScale. Whether there were any.
-  WKV_HD bool replace_infinite(int steps) {
-    if (all(highest < Pair(INFINITY))) return false;
+  // For RunningScale.
+  WKV_HD void replace_infinite(int steps) {
+    if (all(highest < Pair(INFINITY))) return;
     for_steps(steps, [&](int step) {
       const Pair logit = key_logit(get(step));
       raw[step] = pack<Element>({logit.x, logit.y});
     });
-    return true;
   }
 };
 
-// The largest of what the warps of a tile put into their rows, as a whole exponent.
+// The largest of what the warps of a tile put into their rows, `stride` apart, as a whole exponent.
 WKV_HD Pair reference_of(Rows64 first_warp, int stride, int warps, int lane) {
   Pair highest = first_warp.get(0, lane);
 #pragma unroll 1
@@ -53,39 +53,28 @@ WKV_HD Pair reference_of(Rows64 first_warp, int stride, int warps, int lane) {
   return ceil(highest);
 }
 
-// Weights relative to a whole exponent that all steps of a tile share.
-struct TileScale {
-  Pair reference;
+WKV_HD Pair weight_of(Pair key, Pair reference) { return exp2(key * Pair(kLog2E) - reference); }
 
-  WKV_HD Pair weight(Pair key) const { return exp2(key * Pair(kLog2E) - reference); }
-};
-
-// The smallest weight that a step reads with, in units of log2: |u|, because the bonus may lift or lower it, and u once
-// more where it is positive, because it lifts as well what is held at the smallest float. NaN makes NaN.
-WKV_HD Pair least_weight(Pair lowest, Pair bonus) {
-  const Pair u = log2(bonus);
-  return lowest - abs(u) - larger(u, Pair(0));
+// The weights of a tile fit in one scale. The keys may spread by e^40, and the bonus e^u lower that by e^20 or lift it by
+// e^10: it lifts as well what is held at the smallest float, and counts twice. Together that is kSharedSpread. A bonus of
+// NaN does not fit, and a key of NaN may.
+WKV_HD bool tile_fits(Pair reference, Pair lowest, Pair bonus) {
+  constexpr double kSpread = 57.7, kLeastBonus = 2.06e-9, kLargestBonus = 2.2e4;
+  static_assert(kSpread <= (kSharedSpread - 20) * kLog2E);
+  return all(reference - lowest <= Pair(kSpread)) && all(Pair(kLeastBonus) <= bonus) && all(bonus <= Pair(kLargestBonus));
 }
 
-// Sums may be so small, in units of log2, and keep float32's precision: 24 bits below there is the smallest normal number,
-// 2^-126.
-inline constexpr double kLeastSum = -102.0;
+// What comes in may be larger than a tile's own sums by 2^60, and is a number then.
+inline constexpr double kLargestIncoming = 60.0;
 
-// Of a tile; what comes in may be larger, up to kLeastSum.
-WKV_HD bool tile_fits(Pair reference, Pair least) {
-  return all(reference - least <= Pair(kSharedSpread * kLog2E));
-}
-
-WKV_HD RunningScale<Pair> running_scale(Channel<Pair> channel, const SharedChannels& channels, int lane) {
-  return {channel, warp_agrees(all(channel.is_moderate())), channels.bonus(lane) * channels.decay(lane)};
-}
-
-// A lane's channels with u, which shared memory has no room for.
-WKV_HD Channel<Pair> channel_of(const ChannelParameters& parameters, int64_t c, int count, Pair log_decay) {
+// With u, which shared memory has no room for.
+WKV_HD RunningScale<Pair> running_scale(const ChannelParameters& parameters, int64_t c, int count,
+                                        const SharedChannels& channels, int lane) {
   const auto u = [&](int i) {
     return i < count ? load_parameter<float>(parameters.u, parameters.u_dtype, c + i) : 0.0f;
   };
-  return {log_decay, {u(0), u(1)}};
+  const Channel<Pair> channel{channels.log_decay(lane), {u(0), u(1)}};
+  return {channel, warp_agrees(all(channel.is_moderate())), channels.bonus(lane) * channels.decay(lane)};
 }
 
 }  // namespace wkv

@@ -20,17 +20,17 @@ struct LookBack {
   bool has_successor, is_anchor;
 
   WKV_HD LookBack(const Chunking& chunking, int64_t column, uint32_t position) : position(position) {
-    const uint32_t anchor = static_cast<uint32_t>(chunking.anchor), since_anchor = position % anchor;
+    const uint32_t anchor = static_cast<uint32_t>(chunking.anchor), since_anchor = position & (anchor - 1);
     messages = static_cast<Word*>(chunking.messages) + column * (chunking.chunks - 1) * kWordsOfMessage;
     first_predecessor = position > since_anchor ? position - since_anchor - 1 : 0;
-    has_successor = position + 1 < chunking.chunks;
+    has_successor = position + 1 < static_cast<uint32_t>(chunking.chunks);
     is_anchor = since_anchor + 1 == anchor;
   }
 
   WKV_HD int predecessors() const { return static_cast<int>(position - first_predecessor); }
 
   WKV_HD void publish(int lane, Scaled state) const {
-    Word* message = messages + position * kWordsOfMessage + lane;
+    Word* message = message_of(position, lane);
     store_relaxed(message, word_of(state.sums.num));
     store_relaxed(message + kWarpThreads, word_of(state.sums.den));
     store_relaxed(message + 2 * kWarpThreads, word_of(state.exponent));
@@ -38,7 +38,7 @@ struct LookBack {
 
   // Of the i-th predecessor, once it is there.
   WKV_HD Scaled await(int i, int lane) const {
-    const Word* message = messages + (first_predecessor + static_cast<uint32_t>(i)) * kWordsOfMessage + lane;
+    const Word* message = message_of(first_predecessor + static_cast<uint32_t>(i), lane);
     for (;;) {
       const Word num = load_relaxed(message), den = load_relaxed(message + kWarpThreads),
                  exponent = load_relaxed(message + 2 * kWarpThreads);
@@ -50,12 +50,17 @@ struct LookBack {
   }
 
  private:
-  static constexpr int64_t kWordsOfMessage = 3 * kWarpThreads;
+  static constexpr uint32_t kWordsOfMessage = 3 * kWarpThreads;
 
-  // A NaN may have all bits set.
+  // There are at most 65535 messages, so that 32 bits suffice.
+  WKV_HD Word* message_of(uint32_t i, int lane) const {
+    return messages + (i * kWordsOfMessage + static_cast<uint32_t>(lane));
+  }
+
+  // A NaN may have all bits set, and is as well one without the last.
   WKV_HD static uint32_t published(float x) {
     const uint32_t bits = bits_as<uint32_t>(x);
-    return bits == kNothing ? bits >> 1 : bits;
+    return bits < kNothing - 1 ? bits : kNothing - 1;
   }
   WKV_HD static Word word_of(Pair pair) { return static_cast<Word>(published(pair.y)) << 32 | published(pair.x); }
   WKV_HD static Pair pair_of(Word word) {

@@ -73,8 +73,9 @@ struct Workspace {
 };
 
 // The blocks of a plan, in as many launches as its sequences take.
-template <class Launcher, class Params>
-void launch_plan(Launcher& launcher, Kernel kernel, DType dtype, const Plan& plan, Params params, char* exchange) {
+template <class Launcher>
+void launch_plan(Launcher& launcher, Kernel kernel, DType dtype, const Plan& plan, SequenceParams params,
+                 char* exchange) {
   params.chunking = {.first_batch = 0,
                      .chunks = plan.chunks,
                      .chunk_tiles = static_cast<int32_t>(plan.chunk_tiles),
@@ -125,17 +126,15 @@ std::tuple<Tensor, Tensor, Tensor> gpu_forward(const Tensor& w, const Tensor& u,
   const Plan plan = make_plan(Operation::forward, dtype, B, T, C, launcher.limits());
   const Workspace workspace(launcher, plan);
   const ContiguousParameters parameters(arguments);
-  const ForwardParams params = {.parameters = parameters.pointers,
-                                .B = B,
-                                .T = T,
-                                .C = C,
-                                .k = sequence_of(arguments.k),
-                                .v = sequence_of(arguments.v),
-                                .state = data_or_null(arguments.state),
-                                .y = y.mutable_data_ptr(),
-                                .state_out = state_out.mutable_data_ptr(),
-                                .checkpoints = checkpoint ? checkpoints.mutable_data_ptr() : nullptr,
-                                .chunking = {}};
+  const SequenceParams params = {.parameters = parameters.pointers,
+                                 .B = B,
+                                 .T = T,
+                                 .C = C,
+                                 .inputs = {sequence_of(arguments.k), sequence_of(arguments.v)},
+                                 .state = data_or_null(arguments.state),
+                                 .outputs = {y.mutable_data_ptr()},
+                                 .checkpoints = checkpoint ? checkpoints.mutable_data_ptr() : nullptr,
+                                 .state_out = state_out.mutable_data_ptr()};
   launch_plan(launcher, Kernel::forward, dtype, plan, params, workspace.exchange);
   return {y, state_out, checkpoints};
 }
@@ -162,21 +161,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gpu_backward(const Tensor& w,
   const Plan plan = make_plan(Operation::backward, dtype, B, T, C, launcher.limits());
   const Workspace workspace(launcher, plan);
   const ContiguousParameters parameters(arguments);
-  const BackwardParams params = {.parameters = parameters.pointers,
-                                 .B = B,
-                                 .T = T,
-                                 .C = C,
-                                 .k = sequence_of(arguments.k),
-                                 .v = sequence_of(arguments.v),
-                                 .gy = sequence_of(gradients.gy),
-                                 .state = data_or_null(arguments.state),
-                                 .checkpoints = data_of(gradients.checkpoints),
-                                 .gstate_out = data_or_null(gradients.gstate_out),
-                                 .gk = gk.mutable_data_ptr(),
-                                 .gv = gv.mutable_data_ptr(),
-                                 .gstate = gstate.mutable_data_ptr(),
-                                 .partials = workspace.partials,
-                                 .chunking = {}};
+  const SequenceParams params = {
+      .parameters = parameters.pointers,
+      .B = B,
+      .T = T,
+      .C = C,
+      .inputs = {sequence_of(arguments.k), sequence_of(arguments.v), sequence_of(gradients.gy)},
+      .state = data_or_null(arguments.state),
+      .outputs = {gk.mutable_data_ptr(), gv.mutable_data_ptr()},
+      .checkpoints = gradients.checkpoints.mutable_data_ptr(),
+      .state_out = gstate.mutable_data_ptr(),
+      .gstate_out = data_or_null(gradients.gstate_out),
+      .partials = workspace.partials};
   launch_plan(launcher, Kernel::backward, dtype, plan, params, workspace.exchange);
   const ReduceParams reduce = {.parameters = parameters.pointers,
                                .C = C,

@@ -41,7 +41,6 @@ WKV_HD Pair smaller(Pair a, Pair b) { return {smaller_float(a.x, b.x), smaller_f
 WKV_HD Pair abs(Pair a) { return {std::fabs(a.x), std::fabs(a.y)}; }
 WKV_HD Pair ceil(Pair a) { return {std::ceil(a.x), std::ceil(a.y)}; }
 WKV_HD Pair exp2(Pair a) { return {exp2_approximate(a.x), exp2_approximate(a.y)}; }
-WKV_HD Pair log2(Pair a) { return {log2_approximate(a.x), log2_approximate(a.y)}; }
 WKV_HD Pair exp_nonpositive(Pair a) { return exp2(a * Pair(kLog2E)); }
 
 WKV_HD Sums<Pair> operator*(Pair factor, Sums<Pair> sums) { return {factor * sums.num, factor * sums.den}; }
@@ -58,20 +57,29 @@ struct Scaled {
 // Of sums that are zero: so low that they have no say in a common exponent, and finite.
 inline constexpr double kEmptyExponent = -1e30;
 
+// 2^x of a whole x <= 0, 0 below the smallest normal float.
+WKV_HD Pair power_of_two(Pair x) {
+  const auto one = [](float x) {
+    // 2^23 + an integer has the integer in its lowest bits.
+    return bits_as<float>(bits_as<uint32_t>(larger_float(x, -127.0f) + 8388735.0f) << 23);
+  };
+  return {one(x.x), one(x.y)};
+}
+
+// log2 of a positive number, rounded down; 128 of NaN and infinity, -127 of 0.
+WKV_HD Pair whole_log2(Pair x) {
+  const auto one = [](float x) {
+    return bits_as<float>(0x4b000000u + (bits_as<uint32_t>(x) >> 23 & 255)) - 8388735.0f;
+  };
+  return {one(x.x), one(x.y)};
+}
+
 WKV_HD Scaled empty_scaled() { return {{Pair(0), Pair(0)}, Pair(kEmptyExponent)}; }
 
 // Brings `magnitude`, which is positive, to [1, 2) by a power of two.
 WKV_HD Scaled normalised(Scaled value, Pair magnitude) {
-  const auto take = [](float x, float& exponent, float& inverse_power) {
-    const uint32_t biased = (bits_as<uint32_t>(x) >> 23) & 255;
-    // 2^23 + an integer has the integer in its lowest bits, which is cheaper than a conversion.
-    exponent = bits_as<float>(0x4b000000u + biased) - 8388735.0f;
-    inverse_power = bits_as<float>((biased < 253 ? 254 - biased : 1) << 23);
-  };
-  Pair exponent, inverse_power;
-  take(magnitude.x, exponent.x, inverse_power.x);
-  take(magnitude.y, exponent.y, inverse_power.y);
-  return {inverse_power * value.sums,
+  const Pair exponent = whole_log2(magnitude);
+  return {exp2(smaller(-exponent, Pair(126))) * value.sums,
           select(magnitude == Pair(0), Pair(kEmptyExponent), value.exponent + exponent)};
 }
 // A state's weights are positive. NaN counts as a magnitude of 2^128.
@@ -84,7 +92,7 @@ WKV_HD Scaled normalised_adjoint(Scaled adjoint) {
 WKV_HD Scaled join(Scaled first, Pair decay, Scaled second) {
   const Pair decayed = first.exponent + decay;
   const Pair exponent = larger(ceil(decayed), second.exponent);
-  return {exp2(decayed - exponent) * first.sums + exp2(second.exponent - exponent) * second.sums, exponent};
+  return {exp2(decayed - exponent) * first.sums + power_of_two(second.exponent - exponent) * second.sums, exponent};
 }
 
 // Sums times e^logarithm.
@@ -103,7 +111,6 @@ WKV_HD Scaled scaled(State<Pair> state) {
 WKV_HD Pair natural(Pair exponent) { return exponent * Pair(1 / kLog2E); }
 
 WKV_HD State<Pair> state_of(Scaled value) {
-  value = normalised_state(value);
   return {value.sums, select(value.sums.den == Pair(0), Pair(kEmptyMax), natural(value.exponent))};
 }
 

@@ -21,32 +21,22 @@ struct Chunking {
   int64_t chunks;         // of a sequence
   int32_t chunk_tiles;    // tiles of a chunk
   int32_t channel_tiles;  // columns of a sequence
-  int32_t anchor;         // every so-many-th chunk publishes the sum of all up to it
+  int32_t anchor;         // a power of two: every so-many-th chunk publishes the sum of all up to it
   uint32_t* tickets;      // for each column, of the chunks that blocks have taken; null where there is one chunk
   void* messages;         // of each column's chunks but the last
 };
 
-struct ForwardParams {
+// Of forward and backward.
+struct SequenceParams {
   ChannelParameters parameters;
   int64_t B, T, C;
-  Sequence k, v;       // element [B, T, C]
-  const void* state;   // state [B, 3, C], or null for an empty one
-  void* y;             // element [B, T, C]
-  void* state_out;     // state [B, 3, C]
-  void* checkpoints;   // state [B, checkpoint_count, 3, C], or null
-  Chunking chunking;
-};
-
-struct BackwardParams {
-  ChannelParameters parameters;
-  int64_t B, T, C;
-  Sequence k, v, gy;        // element [B, T, C]
-  const void* state;        // state [B, 3, C], or null for an empty one
-  const void* checkpoints;  // as forward left them
-  const void* gstate_out;   // state [B, 3, C], or null for zero
-  void *gk, *gv;            // element [B, T, C]
-  void* gstate;             // state [B, 3, C]
-  void* partials;           // state [B, chunks, 2, C], of the gradients of the log-decay and of u
+  Sequence inputs[3];      // element [B, T, C]: k, v and, backward, gy
+  const void* state;       // state [B, 3, C], or null for an empty one
+  void* outputs[2];        // element [B, T, C]: y, or gk and gv
+  void* checkpoints;       // state [B, checkpoint_count, 3, C], or null: written by forward, read by backward
+  void* state_out;         // state [B, 3, C]: the final state, or the gradient of the first one
+  const void* gstate_out;  // backward: state [B, 3, C], the gradient of the final state, or null for zero
+  void* partials;          // backward: state [B, chunks, 2, C], of the gradients of the log-decay and of u
   Chunking chunking;
 };
 

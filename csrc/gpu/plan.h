@@ -25,25 +25,18 @@ inline constexpr int64_t kMaxGridYZ = 65535;
 // What of its shared memory a block cannot use.
 inline constexpr int64_t kReservedShared = 1024;
 
-// Of each channel: log-decay, decay and bonus. Of the block: its ticket.
-inline constexpr int kChannelBytes = 3 * kTileChannels * 4;
-inline constexpr int kTicketBytes = 16;
-
-// A state in shared memory or a message: num, den and exponent of a tile's channels.
-inline constexpr int kStateBytes = 3 * kTileChannels * 4;
-
 constexpr int tile_bytes(DType dtype, int warps) {
   return warps * kSubchunkSteps * kTileChannels * static_cast<int>(element_bytes(dtype));
 }
 
-// Of k, v, channels, ticket, the states that this tile and the next start from, and each warp's largest keys.
+// Of k, v, channels, ticket, and the state that the next tile starts from.
 constexpr int forward_shared_bytes(DType dtype, int warps) {
-  return 2 * tile_bytes(dtype, warps) + kChannelBytes + kTicketBytes + 2 * kStateBytes + warps * kTileChannels * 4;
+  return 2 * tile_bytes(dtype, warps) + kChannelRows * kRowBytes + kTicketBytes + kStateBytes;
 }
 
 // Of k, v, gy, channels and ticket.
 constexpr int backward_shared_bytes(DType dtype) {
-  return 3 * tile_bytes(dtype, kBackwardWarps) + kChannelBytes + kTicketBytes;
+  return 3 * tile_bytes(dtype, kBackwardWarps) + kChannelRows * kRowBytes + kTicketBytes;
 }
 
 struct Plan {
@@ -113,7 +106,9 @@ inline Plan make_plan(Operation operation, DType dtype, int64_t B, int64_t T, in
   }
   plan.chunks = ceil_div(tiles, plan.chunk_tiles);
   // What a chunk of several tiles sums up to is not known before it has been handed what it starts from.
-  plan.anchor = columns_suffice || plan.chunk_tiles > 1 ? 1 : forward ? std::min(kAnchor, plan.warps) : kAnchor;
+  plan.anchor = columns_suffice || plan.chunk_tiles > 1 ? 1 : kAnchor;
+  // A warp of forward has room for one message.
+  while (forward && plan.anchor > plan.warps) plan.anchor /= 2;
 
   const int64_t columns = B * plan.channel_tiles;
   if (!forward) plan.partial_bytes = B * plan.chunks * 2 * C * state_bytes(dtype);

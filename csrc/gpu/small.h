@@ -105,8 +105,7 @@ struct DoubleChannel {
     at[C] = state.sums.den;
     at[2 * C] = state.max;
   }
-  template <class Params>
-  WKV_HD State<double> first_state(const Params& params) const {
+  WKV_HD State<double> first_state(const SequenceParams& params) const {
     if (params.state == nullptr) return {{0, 0}, kEmptyMax};
     return or_empty(load(params.state, b, params.C, c));
   }
@@ -120,8 +119,8 @@ struct DoubleChannel {
 };
 
 // Calls function(channel) for each thread that has one.
-template <class Params, class Team, class Function>
-WKV_HD void for_double_channels(const Params& params, BlockIndex block, int threads, Team& team,
+template <class Team, class Function>
+WKV_HD void for_double_channels(const SequenceParams& params, BlockIndex block, int threads, Team& team,
                                 const Function& function) {
   team.last_phase([&](PlainThread& thread) {
     const int64_t b = params.chunking.first_batch + block.y, c = static_cast<int64_t>(block.x) * threads + thread.index;
@@ -131,7 +130,7 @@ WKV_HD void for_double_channels(const Params& params, BlockIndex block, int thre
 
 template <>
 struct Forward<double> {
-  using Params = ForwardParams;
+  using Params = SequenceParams;
   using Thread = PlainThread;
 
   template <class Team>
@@ -140,13 +139,13 @@ struct Forward<double> {
       const auto& [b, c, scale] = channel;
       const int64_t T = params.T, C = params.C;
       State<double> state = channel.first_state(params);
-      double* const y = static_cast<double*>(params.y) + b * T * C + c;
+      double* const y = static_cast<double*>(params.outputs[0]) + b * T * C + c;
 #pragma unroll 1
       for (int64_t t = 0; t < T; ++t) {
         if (params.checkpoints != nullptr && t > 0 && t % checkpoint_interval(DType::float64) == 0) {
           DoubleChannel::store(params.checkpoints, checkpoint_row(DType::float64, T, b, t), C, c, state);
         }
-        const double k = key_logit(channel.at(params.k, t)), v = channel.at(params.v, t);
+        const double k = key_logit(channel.at(params.inputs[0], t)), v = channel.at(params.inputs[1], t);
         const Sums<double> now = mix(state.sums, scale.weights(scale.at(state.max, k)).read, v);
         y[t * C] = now.num / now.den;
         state = channel.advance(state, k, v);
@@ -163,7 +162,7 @@ struct Forward<double> {
 // each of these once more, to be walked back.
 template <>
 struct Backward<double> {
-  using Params = BackwardParams;
+  using Params = SequenceParams;
   using Thread = PlainThread;
 
   template <class Team>
@@ -173,8 +172,8 @@ struct Backward<double> {
       const int64_t T = params.T, C = params.C;
       constexpr int64_t kInterval = checkpoint_interval(DType::float64);
       State<double>* const saved = reinterpret_cast<State<double>*>(shared) + thread * kDoubleSegments;
-      double* const gk = static_cast<double*>(params.gk) + b * T * C + c;
-      double* const gv = static_cast<double*>(params.gv) + b * T * C + c;
+      double* const gk = static_cast<double*>(params.outputs[0]) + b * T * C + c;
+      double* const gv = static_cast<double*>(params.outputs[1]) + b * T * C + c;
       Sums<double> adjoint{0, 0}, partials{0, 0};
       if (params.gstate_out != nullptr) adjoint = DoubleChannel::load(params.gstate_out, b, C, c).sums;
 #pragma unroll 1
@@ -186,7 +185,7 @@ struct Backward<double> {
 #pragma unroll 1
         for (int64_t t = begin; t < end; ++t) {
           if ((t - begin) % kSubchunkSteps == 0) saved[(t - begin) / kSubchunkSteps] = state;
-          state = channel.advance(state, key_logit(channel.at(params.k, t)), channel.at(params.v, t));
+          state = channel.advance(state, key_logit(channel.at(params.inputs[0], t)), channel.at(params.inputs[1], t));
         }
 #pragma unroll 1
         for (int64_t first = begin + (end - 1 - begin) / kSubchunkSteps * kSubchunkSteps; first >= begin;
@@ -198,20 +197,20 @@ struct Backward<double> {
 #pragma unroll
           for (int step = 0; step < kSubchunkSteps; ++step) {
             if (step >= count) continue;
-            const double k = key_logit(channel.at(params.k, first + step));
+            const double k = key_logit(channel.at(params.inputs[0], first + step));
             sums[step] = state.sums;
             leads[step] = scale.at(state.max, k);
-            state = channel.advance(state, k, channel.at(params.v, first + step));
+            state = channel.advance(state, k, channel.at(params.inputs[1], first + step));
           }
 #pragma unroll
           for (int step = kSubchunkSteps - 1; step >= 0; --step) {
             if (step >= count) continue;
             const int64_t t = first + step;
-            const double v = channel.at(params.v, t);
+            const double v = channel.at(params.inputs[1], t);
             const auto weights = scale.weights(leads[step]);
             StepGradients<double> of_step;
             advance_adjoint(sums[step], weights.advance, v, adjoint, of_step);
-            read_adjoint(sums[step], weights.read, v, channel.at(params.gy, t), adjoint, of_step);
+            read_adjoint(sums[step], weights.read, v, channel.at(params.inputs[2], t), adjoint, of_step);
             gk[t * C] = of_step.gk;
             gv[t * C] = of_step.gv;
             partials = {partials.num + of_step.g_log_decay, partials.den + of_step.gu};
@@ -223,7 +222,7 @@ struct Backward<double> {
       parts[C] = partials.den;
       // The gradient of max follows from the others for consumers that respect the state's gauge.
       const Sums<double> first = channel.first_state(params).sums;
-      DoubleChannel::store(params.gstate, b, C, c,
+      DoubleChannel::store(params.state_out, b, C, c,
                            {adjoint, first.num * adjoint.num + first.den * adjoint.den});
     });
   }

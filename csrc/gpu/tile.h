@@ -122,9 +122,9 @@ struct SharedChannels {
       const bool is_u = i >= kTileChannels;
       const int column = i % kTileChannels;
       float value = 0;
-      if (column < columns) {
-        value = is_u ? load_parameter<float>(parameters.u, parameters.u_dtype, c + column)
-                     : load_parameter<float>(parameters.w, parameters.w_dtype, c + column);
+      if (kFullTilesOnly || column < columns) {
+        value = load_parameter<float>(is_u ? parameters.u : parameters.w,
+                                      is_u ? parameters.u_dtype : parameters.w_dtype, c + column);
       }
       if (!is_u) {
         value = log_decay_of(value);
@@ -137,28 +137,35 @@ struct SharedChannels {
   WKV_HD Pair decay(int lane) const { return rows.get(1, lane); }
   WKV_HD Pair bonus(int lane) const { return rows.get(2, lane); }
   // Log2 of what is left of a state after so many steps.
-  WKV_HD Pair decay_log2(int lane, int64_t steps) const {
-    return Pair(static_cast<double>(steps)) * (log_decay(lane) * Pair(kLog2E));
+  WKV_HD Pair decay_log2(int lane, int steps) const {
+    const float count = static_cast<float>(steps);
+    return Pair(count, count) * (log_decay(lane) * Pair(kLog2E));
   }
 };
 
 // ---- states in memory, of the channels of a lane, of which `count` exist; of any alignment ----
 
-WKV_HD Pair load_some(const float* source, int count) {
-  return {count > 0 ? source[0] : 0.0f, count > 1 ? source[1] : 0.0f};
-}
-WKV_HD void store_some(float* target, Pair value, int count) {
-  if (count > 0) target[0] = value.x;
-  if (count > 1) target[1] = value.y;
-}
-WKV_HD State<Pair> load_state(const float* state, int64_t C, int count) {
-  return {{load_some(state, count), load_some(state + C, count)}, load_some(state + 2 * C, count)};
-}
-WKV_HD void store_state(float* state, int64_t C, int count, State<Pair> value) {
-  store_some(state, value.sums.num, count);
-  store_some(state + C, value.sums.den, count);
-  store_some(state + 2 * C, value.max, count);
-}
+// A row of them; its address is a multiple of a pair's where C is even.
+struct ChannelRow {
+  float* first;
+  int count;
+  bool is_aligned;
+
+  WKV_HD Pair load(int64_t offset) const {
+    float* const at = first + offset;
+    if (kFullTilesOnly || (is_aligned && count > 1)) return *reinterpret_cast<const FloatPair*>(at);
+    return {count > 0 ? at[0] : 0.0f, count > 1 ? at[1] : 0.0f};
+  }
+  WKV_HD void store(int64_t offset, Pair value) const {
+    float* const at = first + offset;
+    if (kFullTilesOnly || (is_aligned && count > 1)) {
+      *reinterpret_cast<FloatPair*>(at) = {value.x, value.y};
+      return;
+    }
+    if (count > 0) at[0] = value.x;
+    if (count > 1) at[1] = value.y;
+  }
+};
 
 // den == 0 means empty, whatever the other two say.
 template <class Real>
@@ -272,6 +279,15 @@ struct Column {
   WKV_HD Pair get(int step) const { return unpack(at(step)); }
   WKV_HD void set(int step, Pair value) const { at(step) = pack<Element>({value.x, value.y}); }
 };
+
+// For arrays over steps of which not all are written: where a block takes several tiles, the compiler would keep registers
+// for what the tile before left in the others.
+template <class Value>
+WKV_HD void clear_unless_full(int count, Value (&values)[kSubchunkSteps]) {
+  if (kFullTilesOnly || count == kSubchunkSteps) return;
+#pragma unroll
+  for (int step = 0; step < kSubchunkSteps; ++step) values[step] = Value{};
+}
 
 // Calls function(step) for the first `count` steps of a subchunk, all unrolled, so that arrays over them can be
 // registers; a whole subchunk, which is the rule, asks nothing at each step.

@@ -13,6 +13,13 @@ enum class Operation { forward, backward };
 inline constexpr int kWarpThreads = 32;
 inline constexpr int kTileChannels = 2 * kWarpThreads;
 
+// Rows of a tile's channels in float32, in shared memory: of the channels log-decay, decay and bonus, of a state or a
+// message num, den and exponent.
+inline constexpr int kRowBytes = 4 * kTileChannels;
+inline constexpr int kChannelRows = 3;
+inline constexpr int kStateBytes = 3 * kRowBytes;
+inline constexpr int kTicketBytes = 16;
+
 // Steps that a thread walks at once. Counted: a subchunk's beginning and end weigh twice as much with 8. Its sums stay
 // in registers, 64 forward and 96 backward; those of 32 steps would not.
 inline constexpr int kSubchunkSteps = 16;

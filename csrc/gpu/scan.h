@@ -1,0 +1,276 @@
+// The scan over time that forward and backward share: forward from the first step to the last, backward the other way
+// round. A block takes the tiles of its chunk in the order of the scan:
+//
+//   stage      the tile comes to shared memory while the block takes its ticket
+//   range      keys go to registers; the warps agree on one reference, or that there is none
+//   walk       each thread walks its subchunk from nothing                                             (the pass's own)
+//   look back  each warp sums up the warps before it; the last one publishes the tile's sum, the chunk is told what it
+//              starts from, and hands on what comes after it
+//   correct    what comes in, decayed step by step, is added to what the thread has                    (the pass's own)
+//   unstage    outputs, in the places of the first inputs, go to memory
+//
+// "Before" and "last" are in the order of the scan.
+#pragma once
+
+#include "keys.h"
+#include "lookback.h"
+
+namespace wkv {
+
+// A tile of a chunk, the same for all threads.
+struct Tile {
+  int64_t t;
+  int rows;
+  bool ends_scan, ends_chunk;
+
+  WKV_HD int steps_of(int warp) const { return clamp_count(rows - warp * kSubchunkSteps, kSubchunkSteps); }
+  WKV_HD int last_warp() const { return (rows - 1) / kSubchunkSteps; }
+};
+
+// The channels and the shared memory of a block.
+template <class Element, int kInputs>
+struct ScanBlock {
+  static constexpr DType kType = ElementTraits<Element>::dtype;
+  static constexpr int kSubchunk = kSubchunkSteps * kTileChannels;
+  // Rows of 64 floats that a warp's part of a tile has room for.
+  static constexpr int kWarpRows = kSubchunk * static_cast<int>(sizeof(Element)) / kRowBytes;
+
+  const SequenceParams& params;
+  int64_t b, c, column;
+  int columns, warps;
+  Element* tiles;
+  SharedChannels channels;
+  Rows64 kept;
+  uint32_t* ticket;
+
+  WKV_HD ScanBlock(const SequenceParams& params, BlockIndex index, int threads, char* shared)
+      : params(params),
+        b(params.chunking.first_batch + index.y),
+        c(static_cast<int64_t>(index.x) * kTileChannels),
+        column(b * params.chunking.channel_tiles + index.x),
+        columns(kFullTilesOnly ? kTileChannels : clamp_count(params.C - c, kTileChannels)),
+        warps(threads / kWarpThreads),
+        tiles(reinterpret_cast<Element*>(shared)) {
+    channels = {{reinterpret_cast<Pair*>(tiles + kInputs * warps * kSubchunk)}};
+    ticket = reinterpret_cast<uint32_t*>(channels.rows.first + kChannelRows * kWarpThreads);
+    kept = {reinterpret_cast<Pair*>(ticket + kTicketBytes / 4)};
+  }
+
+  WKV_HD int channels_of(TileThread thread) const { return clamp_count(columns - 2 * thread.lane(), 2); }
+  WKV_HD int64_t channel_of(TileThread thread) const { return c + 2 * thread.lane(); }
+
+  // The i-th input: a warp's part, and a lane's column in it.
+  WKV_HD Element* subchunk(int i, int warp) const { return tiles + (i * warps + warp) * kSubchunk; }
+  WKV_HD Column<Element> column_of(int i, TileThread thread) const {
+    return {subchunk(i, thread.warp()) + 2 * thread.lane()};
+  }
+  // Rows of 64 floats in its place, when it is of no use any more.
+  WKV_HD Rows64 rows_of(int i, int warp, int row) const {
+    return {reinterpret_cast<Pair*>(subchunk(i, warp)) + row * kWarpThreads};
+  }
+  // In k, from when keys are in registers until the walk is over.
+  WKV_HD Rows64 highest_of(int warp) const { return rows_of(0, warp, 0); }
+  // In the last input, behind the walk: what each warp sums up to, and what the tile starts from.
+  WKV_HD Rows64 own_of(int warp) const { return rows_of(kInputs - 1, warp, 0); }
+  WKV_HD Rows64 carry() const { return rows_of(kInputs - 1, 0, 3); }
+
+  // Of values [rows, values_of_row, C], of the channels of a thread.
+  WKV_HD ChannelRow row_of(const void* values, int64_t row, int values_of_row, TileThread thread) const {
+    float* const first = const_cast<float*>(static_cast<const float*>(values)) + row * values_of_row * params.C;
+    return {first + channel_of(thread), channels_of(thread), params.C % 2 == 0};
+  }
+  WKV_HD ChannelRow checkpoint_at(int64_t t, TileThread thread) const {
+    return row_of(params.checkpoints, checkpoint_row(kType, params.T, b, t), 3, thread);
+  }
+  WKV_HD State<Pair> load_state(ChannelRow row) const {
+    return {{row.load(0), row.load(params.C)}, row.load(2 * params.C)};
+  }
+  WKV_HD void store_state(ChannelRow row, State<Pair> value) const {
+    row.store(0, value.sums.num);
+    row.store(params.C, value.sums.den);
+    row.store(2 * params.C, value.max);
+  }
+  WKV_HD State<Pair> first_state(TileThread thread) const {
+    if (params.state == nullptr) return {{Pair(0), Pair(0)}, Pair(kEmptyMax)};
+    return or_empty(load_state(row_of(params.state, b, 3, thread)));
+  }
+  WKV_HD RunningScale<Pair> running_scale(TileThread thread) const {
+    return wkv::running_scale(params.parameters, channel_of(thread), channels_of(thread), channels, thread.lane());
+  }
+};
+
+// What lives in registers from one phase to the next.
+template <class Element>
+struct ScanThread : TileThread {
+  Keys<Element> keys;
+  Pair reference;  // the tile's
+  Scaled own;      // what the thread's steps sum up to; of the last warp, then what the tile does
+  Scaled before;   // what the warps before it sum up to
+};
+
+template <class Pass>
+struct Scan {
+  using Params = SequenceParams;
+  using Thread = typename Pass::Thread;
+  using Block = typename Pass::Block;
+  using Element = typename Pass::Element;
+
+  WKV_HD static Tile tile_at(const Params& params, int tile_steps, uint32_t position, int i) {
+    const Chunking& chunking = params.chunking;
+    const int64_t chunk = Pass::kReverse ? chunking.chunks - 1 - position : position;
+    const int64_t first = chunk * (chunking.chunk_tiles * tile_steps);
+    if (kFullTilesOnly) return {first, tile_steps, false, true};
+    const int64_t end = chunk + 1 < chunking.chunks ? first + chunking.chunk_tiles * tile_steps : params.T;
+    // Tiles begin at multiples of their steps.
+    const int64_t last = Pass::kReverse ? (end - 1) / tile_steps * tile_steps : first;
+    const int64_t t = Pass::kReverse ? last - i * tile_steps : first + i * tile_steps;
+    const int rows = clamp_count(end - t, tile_steps);
+    return {t, rows, Pass::kReverse ? t == 0 : t + rows == params.T, Pass::kReverse ? t == first : t + rows == end};
+  }
+
+  WKV_HD static void stage_tile(const Block& block, const Tile& tile, const Thread& thread) {
+    const int warp = thread.warp();
+#pragma unroll
+    for (int i = 0; i < Pass::kInputs; ++i) {
+      stage<Element>(block.subchunk(i, warp),
+                     rows_from<Element>(block.params.inputs[i], block.b, tile.t + warp * kSubchunkSteps, block.c),
+                     tile.steps_of(warp), block.columns, thread.lane());
+    }
+  }
+
+  WKV_HD static void unstage_tile(const Block& block, const Tile& tile, const Thread& thread) {
+    const auto& params = block.params;
+    const int warp = thread.warp();
+#pragma unroll
+    for (int i = 0; i < Pass::kOutputs; ++i) {
+      unstage<Element>(rows_from<Element>(params.outputs[i], params.T, params.C, block.b,
+                                          tile.t + warp * kSubchunkSteps, block.c),
+                       block.subchunk(i, warp), tile.steps_of(warp), block.columns, thread.lane());
+    }
+  }
+
+  // Of the warps before the thread's own, and of the last warp the tile's sum.
+  WKV_HD static void sum_up(const Block& block, const Tile& tile, bool fit, Thread& thread) {
+    const int lane = thread.lane(), warp = thread.warp(), last = Pass::kReverse ? 0 : tile.last_warp();
+    const int first = Pass::kReverse ? block.warps - 1 : 0, direction = Pass::kReverse ? -1 : 1;
+    const Pair decay_log2 = block.channels.decay_log2(lane, kSubchunkSteps);
+    const Pair own_decay_log2 = block.channels.decay_log2(lane, tile.steps_of(warp));
+    Scaled& before = thread.before;
+    if (kFullTilesOnly || fit) {
+      const Pair decay = exp2(decay_log2);
+      before = {{Pair(0), Pair(0)}, Pass::kReverse ? -thread.reference : thread.reference};
+#pragma unroll 1
+      for (int i = first; i != warp; i += direction) {
+        const Sums<Pair> own = block.own_of(i).get_sums(lane);
+        before.sums = {decay * before.sums.num + own.num, decay * before.sums.den + own.den};
+      }
+      if (warp != last) return;
+      const Pair past = kFullTilesOnly ? decay : exp2(own_decay_log2);
+      thread.own = {{past * before.sums.num + thread.own.sums.num, past * before.sums.den + thread.own.sums.den},
+                    before.exponent};
+    } else {
+      before = empty_scaled();
+#pragma unroll 1
+      for (int i = first; i != warp; i += direction) before = join(before, decay_log2, block.own_of(i).get_scaled(lane));
+      if (warp != last) return;
+      thread.own = join(before, own_decay_log2, thread.own);
+    }
+    if (Pass::kReverse) thread.own = Pass::normalised(thread.own);
+  }
+
+  // By the last warp: joins what the predecessors published, or the one state that is known, and the tile's own sum.
+  WKV_HD static void hand_on(const Block& block, const LookBack& look_back, const Tile& tile, bool waits,
+                             Thread& thread) {
+    const int lane = thread.lane();
+    const int count = waits ? look_back.predecessors() : 1;
+    const Pair chunk_decay = block.channels.decay_log2(lane, block.params.chunking.chunk_tiles * block.warps * kSubchunkSteps);
+    Scaled sum = (waits ? Pass::message(block, 0) : block.carry()).get_scaled(lane);
+#pragma unroll 1
+    for (int i = 1;; ++i) {
+      const bool is_own = i >= count;
+      if (is_own) block.carry().set_scaled(lane, sum);
+      const Scaled next = is_own ? thread.own : Pass::message(block, i).get_scaled(lane);
+      sum = join(sum, is_own ? block.channels.decay_log2(lane, tile.rows) : chunk_decay, next);
+      if (is_own) break;
+    }
+    sum = Pass::normalised(sum);
+    if (tile.ends_chunk && look_back.has_successor && (look_back.is_anchor || look_back.position == 0)) {
+      look_back.publish(lane, sum);
+    }
+    Pass::keep(block, tile, sum, thread);
+  }
+
+  template <class Team>
+  WKV_HD static void run(const Params& params, BlockIndex index, int threads, Team& team, char* shared) {
+    const Block block(params, index, threads, shared);
+    const int tile_steps = block.warps * kSubchunkSteps;
+    // The chunk that is most likely the block's. Where tickets are taken in another order than blocks start, rows come again.
+    uint32_t position = index.z;
+    team.phase([&](Thread& thread) {
+      if (thread.index == 0) *block.ticket = take_position(params.chunking, block.column);
+      stage_tile(block, tile_at(params, tile_steps, position, 0), thread);
+      block.channels.load(params.parameters, block.c, block.columns, thread.index, threads);
+      Pass::begin(thread);
+    });
+    bool is_staged = kFullTilesOnly || *block.ticket == position;
+    position = *block.ticket;
+    for (int i = 0;; ++i) {
+      const Tile tile = tile_at(params, tile_steps, position, i);
+      if (!is_staged) {
+        team.phase([&](Thread&) { wait_for_copies(); });
+        team.warp_phase([&](Thread& thread) { stage_tile(block, tile, thread); });
+      }
+      is_staged = false;
+      const LookBack look_back(params.chunking, block.column, position);
+      const bool waits = kFullTilesOnly || (i == 0 && position > 0);
+      team.warp_phase([&](Thread&) { wait_for_copies(); });
+      team.warp_phase([&](Thread& thread) {
+        thread.keys.load(block.column_of(0, thread), tile.steps_of(thread.warp()));
+        Pass::range(block, tile, thread);
+      });
+      team.phase([&](Thread& thread) {
+        block.highest_of(thread.warp()).set(0, thread.lane(), thread.keys.highest);
+      });
+      const bool fit = team.agree([&](Thread& thread) {
+        const int lane = thread.lane();
+        thread.reference = reference_of(block.highest_of(0), Block::kWarpRows, block.warps, lane);
+        return tile_fits(thread.reference, thread.keys.lowest, block.channels.bonus(lane));
+      });
+      Pass::walk(block, tile, fit, team);
+      team.phase([&](Thread& thread) {
+        block.own_of(thread.warp()).set_scaled(thread.lane(), thread.own);
+        if (thread.warp() == 0 && !waits) {
+          const Scaled carry = i == 0 ? Pass::first(block, thread) : Pass::kept(block, thread);
+          block.carry().set_scaled(thread.lane(), carry);
+        }
+      });
+      team.phase([&](Thread& thread) {
+        const int lane = thread.lane(), last = Pass::kReverse ? 0 : tile.last_warp();
+        sum_up(block, tile, fit, thread);
+        if (!waits) return;
+        if (thread.warp() == last && look_back.has_successor && !look_back.is_anchor) look_back.publish(lane, thread.own);
+#pragma unroll 1
+        for (int i = thread.warp(); i < look_back.predecessors(); i += block.warps) {
+          Pass::message(block, i).set_scaled(lane, look_back.await(i, lane));
+        }
+      });
+      team.phase([&](Thread& thread) {
+        const int last = Pass::kReverse ? 0 : tile.last_warp();
+        if (thread.warp() == last) hand_on(block, look_back, tile, waits, thread);
+      });
+      team.warp_phase([&](Thread& thread) {
+        if (kFullTilesOnly || tile.steps_of(thread.warp()) > 0) Pass::correct(block, tile, fit, thread);
+        if (tile.ends_chunk) Pass::leave(block, thread);
+      });
+      if (!Pass::kFinishes && tile.ends_chunk) {
+        team.last_phase([&](Thread& thread) { unstage_tile(block, tile, thread); });
+        return;
+      }
+      team.phase([&](Thread& thread) { unstage_tile(block, tile, thread); });
+      if (kFullTilesOnly || tile.ends_chunk) break;
+    }
+    team.last_phase([&](Thread& thread) { Pass::finish(block, position, thread); });
+  }
+};
+
+}  // namespace wkv
