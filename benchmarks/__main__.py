@@ -18,8 +18,6 @@ from benchmarks.stage import CANNOT_RUN
 EVERYWHERE = ("cpu", "cuda")
 BENCHMARKS = {
     "op": EVERYWHERE,
-    "crossover": ("cuda",),
-    "choices": ("cuda",),
     "counters": ("cuda",),
     "latency": EVERYWHERE,
     "attention": EVERYWHERE,

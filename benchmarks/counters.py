@@ -4,6 +4,7 @@ Under Nsight Compute (ncu), which runs every kernel several times, with its cach
 """
 
 import csv
+import re
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,8 @@ METRICS = {
     "l1tex__data_bank_conflicts_pipe_lsu.sum": "bank conflicts",
 }
 NO_PERMISSION = "ERR_NVGPUCTRPERM"
+# As in csrc/gpu/kernels.def, and the type of the elements.
+OURS = re.compile(r"wkv_kernel<(?:wkv::)?(Forward|Backward|Reduce|Step)<(?:wkv::)?(\w+)>")
 
 
 def run(device: Device, record: Record) -> None:
@@ -67,12 +70,17 @@ def read(lines: Iterable[str]) -> Iterable[Row]:
     """A row for every kernel of ncu's table, which has a line for every metric of each, among other lines."""
     rows: dict[str, Row] = {}
     for line in csv.DictReader(line for line in lines if line.startswith('"')):
-        where = {"launch": line["ID"], "kernel": line["Kernel Name"]}
+        where = {"launch": line["ID"], "kernel": _name(line["Kernel Name"])}
         where |= {"grid": line["Grid Size"], "block": line["Block Size"]}
         row = rows.setdefault(line["ID"], where)
         name, unit, value = METRICS[line["Metric Name"]], line["Metric Unit"], line["Metric Value"].replace(",", "")
         row[f"{name}, {unit}" if name in ("time", "read", "written") else name] = _number(value)
     return rows.values()
+
+
+def _name(kernel: str) -> str:
+    ours = OURS.search(kernel)
+    return f"{ours[1].lower()} {ours[2].lower()}" if ours else kernel
 
 
 def _number(text: str) -> float | str:
@@ -102,7 +110,7 @@ def launch_all(scale: str) -> None:
             with device.default():
                 problem = Problem(shape, dtype)
                 state = empty_state(shape[0], shape[2])
-            function, (w, u, k, v) = function_of(backend, None), (x.detach() for x in problem.leaves)
+            function, (w, u, k, v) = function_of(backend), (x.detach() for x in problem.leaves)
             for counted in (False, True):
                 if counted and device.is_gpu:
                     torch.cuda.profiler.start()

@@ -38,8 +38,8 @@ PROCESSES = 6  # of the tests that share the GPU
 PROGRAM = ROOT / "build" / "sanitized"
 SANITIZERS = {"memcheck": 40, "racecheck": 60, "initcheck": 40, "synccheck": 40}
 # Of the benchmarks those that tell of a kernel, each with the seconds that it may take.
-BENCHMARKS = {"op": 120, "counters": 60, "choices": 75, "peers": 90, "latency": 60, "crossover": 75}
-OF_A_GPU_ALONE = ("counters", "choices", "crossover")
+BENCHMARKS = {"op": 120, "counters": 60, "peers": 90, "latency": 60}
+OF_A_GPU_ALONE = ("counters",)
 
 WHETHER_IT_LOADS = "import sys, rwkv_kernels; sys.exit({{i.name: i.reason for i in rwkv_kernels.backends()}}[{!r}])"
 

@@ -39,7 +39,7 @@ def _measure(benchmark: BenchmarkFixture, call: Callable[[], object]) -> None:
 @DTYPES
 @ALL_SHAPES
 def test_forward(benchmark: BenchmarkFixture, backend: str, dtype: torch.dtype, shape: Shape) -> None:
-    problem, function = _problem(shape, dtype), function_of(backend, None)
+    problem, function = _problem(shape, dtype), function_of(backend)
     problem.check(function)
     _measure(benchmark, lambda: problem.forward(function))
 
@@ -49,7 +49,7 @@ def test_forward(benchmark: BenchmarkFixture, backend: str, dtype: torch.dtype, 
 @ALL_SHAPES
 def test_backward(benchmark: BenchmarkFixture, backend: str, dtype: torch.dtype, shape: Shape) -> None:
     problem = _problem(shape, dtype)
-    _measure(benchmark, problem.prepare_backward(function_of(backend, None)))
+    _measure(benchmark, problem.prepare_backward(function_of(backend)))
 
 
 @BACKENDS

@@ -1,4 +1,4 @@
-"""The operator by itself: time, bandwidth and memory of every backend and schedule, forward and backward."""
+"""The operator by itself: time, bandwidth and memory of every backend, forward and backward."""
 
 import statistics
 from collections import defaultdict
@@ -10,7 +10,6 @@ from torch import Tensor
 
 import rwkv_kernels
 from benchmarks.device import Call, Device, quartiles, timed
-from benchmarks.plans import SCHEDULES, forced_plan, plan_here
 from benchmarks.problem import Function, Problem, Shape
 from benchmarks.records import Record, Row
 
@@ -59,39 +58,36 @@ def backends(device: Device) -> list[str]:
     ]
 
 
-def schedules(backend: str) -> list[str | None]:
-    return [None, *SCHEDULES] if backend == "cuda" else [None]
-
-
-def function_of(backend: str, schedule: str | None) -> Function:
+def function_of(backend: str) -> Function:
     def function(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with forced_plan(schedule=schedule):
-            return rwkv_kernels.wkv(w, u, k, v, backend=backend)
+        return rwkv_kernels.wkv(w, u, k, v, backend=backend)
 
     return function
 
 
-def calls_of(problem: Problem, backend: str, schedule: str | None) -> dict[str, Callable[[], object]]:
+def calls_of(problem: Problem, backend: str) -> dict[str, Callable[[], object]]:
     """Forward, forward that keeps what backward needs, and backward, each to be timed by itself."""
-    function = function_of(backend, schedule)
-    gradients = problem.prepare_backward(function)
-
-    def backward() -> object:
-        with forced_plan(schedule=schedule):
-            return gradients()
-
+    function = function_of(backend)
     return {
         "forward": lambda: problem.forward(function),
         WITH_CHECKPOINTS: lambda: function(*problem.leaves),
-        "backward": backward,
+        "backward": problem.prepare_backward(function),
     }
 
 
-def planned(backend: str, operation: str, dtype: torch.dtype, shape: Shape, schedule: str | None) -> dict[str, object]:
+def planned(backend: str, operation: str, dtype: torch.dtype, shape: Shape) -> dict[str, object]:
     """The plan as the planner tells it, nothing for a backend without one."""
     if backend != "cuda":
         return {}
-    return plan_here(operation.split()[0], dtype, *shape, schedule=schedule)
+    from rwkv_kernels import _introspection  # of an in-place build alone, and nobody else needs it
+
+    properties = torch.cuda.get_device_properties(0)
+    limits: _introspection.DeviceLimits = {
+        "multiprocessors": properties.multi_processor_count,
+        "shared_per_block": properties.shared_memory_per_block_optin,
+        "shared_per_multiprocessor": properties.shared_memory_per_multiprocessor,
+    }
+    return dict(_introspection.plan_cuda(operation.split()[0], name_of(dtype), *shape, limits))
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -103,20 +99,17 @@ def written(shape: Shape) -> str:
 
 
 def run(device: Device, record: Record) -> None:
-    """Every shape, dtype, backend and schedule, checked against float64 before it is timed; then memory against T."""
+    """Every shape, dtype and backend, checked against float64 before it is timed; then memory against T."""
     cases = [Case(shape, dtype) for shape in SHAPES[device.scale] for dtype in DTYPES[device.scale]]
     for _ in range(ROUNDS[device.scale]):
         for case in list(cases):
             with record.attempt(f"{case.shape} {case.dtype}"):
                 case.measure(device)
-                keys = ["shape", "dtype", "operation", "backend", "schedule"]
+                keys = ["shape", "dtype", "operation", "backend"]
                 record.add(TITLE, keys, [row for each in cases for row in each.rows()])
                 continue
             cases.remove(case)
     _measure_memory(device, record)
-
-
-Variant = tuple[str, str | None]  # backend and schedule
 
 
 @dataclass
@@ -125,9 +118,9 @@ class Case:
 
     shape: Shape
     dtype: torch.dtype
-    errors: dict[Variant, float] = field(default_factory=dict)
-    extra: dict[Variant, dict[str, float]] = field(default_factory=dict)
-    seconds: dict[tuple[str, Variant], list[float]] = field(default_factory=lambda: defaultdict(list))
+    errors: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
     triad: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     triad_bytes: int = 0
 
@@ -135,26 +128,23 @@ class Case:
         """A round of runs, and before the first one what there is to know besides time."""
         with device.default():
             problem = Problem(self.shape, self.dtype)
-        variants = [(backend, schedule) for backend in backends(device) for schedule in schedules(backend)]
+        names = backends(device)
         if not self.errors:
-            for variant in variants:
-                with forced_plan(schedule=variant[1]):  # in backward, too
-                    self.errors[variant] = problem.check(function_of(*variant))
-            self.extra = {variant: _extra_bytes(device, self.shape, self.dtype, *variant) for variant in variants}
-        prepared = {variant: calls_of(problem, *variant) for variant in variants}
+            self.errors = {backend: problem.check(function_of(backend)) for backend in names}
+            self.extra = {backend: _extra_bytes(device, self.shape, self.dtype, backend) for backend in names}
+        prepared = {backend: calls_of(problem, backend) for backend in names}
         self.triad_bytes, triad = device.triad()
         for operation in ("forward", WITH_CHECKPOINTS, "backward"):
-            calls = {str(variant): prepared[variant][operation] for variant in variants}
+            calls = {backend: prepared[backend][operation] for backend in names}
             *seconds, of_triad = device.alternate({**calls, "triad": triad}).values()
             self.triad[operation] += of_triad
-            for variant, samples in zip(variants, seconds, strict=True):
-                self.seconds[operation, variant] += samples
+            for backend, samples in zip(names, seconds, strict=True):
+                self.seconds[operation, backend] += samples
 
     def rows(self) -> Iterator[Row]:
-        """A row for every operation and variant."""
+        """A row for every operation and backend."""
         B, T, C = self.shape
-        for (operation, variant), samples in self.seconds.items():
-            backend, schedule = variant
+        for (operation, backend), samples in self.seconds.items():
             bandwidth = self.triad_bytes / statistics.median(self.triad[operation])
             tensors = TENSORS[operation.split()[0]]
             achieved = tensors * B * T * C * self.dtype.itemsize / statistics.median(samples)
@@ -163,29 +153,23 @@ class Case:
                 "dtype": name_of(self.dtype),
                 "operation": operation,
                 "backend": backend,
-                "schedule": schedule or "auto",
                 **timed(samples, "µs"),
                 "GB/s": achieved / 1e9,
                 "of triad": achieved / bandwidth,
-                "extra bytes/element": self.extra[variant].get(operation, "-"),
-                "error": self.errors[variant],
-                "_plan": planned(backend, operation, self.dtype, self.shape, schedule),
+                "extra bytes/element": self.extra[backend].get(operation, "-"),
+                "error": self.errors[backend],
+                "_plan": planned(backend, operation, self.dtype, self.shape),
                 "_triad_quartiles": quartiles(self.triad[operation]),
             }
 
 
-def _extra_bytes(
-    device: Device, shape: Shape, dtype: torch.dtype, backend: str, schedule: str | None
-) -> dict[str, float]:
+def _extra_bytes(device: Device, shape: Shape, dtype: torch.dtype, backend: str) -> dict[str, float]:
     """Memory beyond inputs, outputs and gradients: of forward alone, and of forward and backward together."""
     elements = shape[0] * shape[1] * shape[2]
     if not device.is_gpu and elements < LEAST_ELEMENTS_TOLD:
         return {}
     outputs = {"forward": 1, "backward": 3}  # y; y, gk and gv
-    peaks = {
-        operation: device.peak_bytes(prepare_operation, shape, dtype, backend, schedule, operation)
-        for operation in TENSORS
-    }
+    peaks = {operation: device.peak_bytes(prepare_operation, shape, dtype, backend, operation) for operation in TENSORS}
     return {
         operation: peak / elements - outputs[operation] * dtype.itemsize
         for operation, peak in peaks.items()
@@ -193,15 +177,11 @@ def _extra_bytes(
     }
 
 
-def prepare_operation(shape: Shape, dtype: torch.dtype, backend: str, schedule: str | None, operation: str) -> Call:
+def prepare_operation(shape: Shape, dtype: torch.dtype, backend: str, operation: str) -> Call:
     """Forward without gradients, or as "backward" both."""
-    problem, function = Problem(shape, dtype), function_of(backend, schedule)
-
-    def forward_and_backward() -> object:
-        with forced_plan(schedule=schedule):
-            return problem.forward_and_backward(function)
-
-    return forward_and_backward if operation == "backward" else lambda: problem.forward(function)
+    problem, function = Problem(shape, dtype), function_of(backend)
+    call = problem.forward_and_backward if operation == "backward" else problem.forward
+    return lambda: call(function)
 
 
 def _measure_memory(device: Device, record: Record) -> None:
@@ -212,7 +192,7 @@ def _measure_memory(device: Device, record: Record) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             held = []
             for T in steps:
-                peak = device.peak_bytes(prepare_operation, (1, T, CHANNELS), dtype, backend, None, "backward")
+                peak = device.peak_bytes(prepare_operation, (1, T, CHANNELS), dtype, backend, "backward")
                 if peak is None:
                     print("this system does not tell a process's peak memory")
                     return

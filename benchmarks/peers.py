@@ -102,7 +102,7 @@ def load(device: Device, files: dict[str, Path]) -> dict[str, Function]:
 
 def run(device: Device, record: Record, files: dict[str, Path]) -> None:
     """A row for every shape, dtype, operation and implementation, ours first."""
-    ours = {f"rwkv_kernels, {backend}": function_of(backend, None) for backend in backends(device)}
+    ours = {f"rwkv_kernels, {backend}": function_of(backend) for backend in backends(device)}
     others = load(device, files)
     rows: list[Row] = []
     for shape in SHAPES[device.scale]:

@@ -147,7 +147,7 @@ def _train(record: Record) -> Figure:
 
 
 def _op(record: Record) -> Figure:
-    figure = _bars(record.tables[0].rows, lambda row: f"{row['backend']}, {row['schedule']}", "of triad")
+    figure = _bars(record.tables[0].rows, lambda row: str(row["backend"]), "of triad")
     for axis in figure.axes:
         axis.axvline(1, color="#888888", linewidth=0.8)
         axis.set_xlabel("minimal bytes over time, as a part of a triad's bandwidth")
@@ -183,31 +183,10 @@ def _bars(rows: list[Row], series: Callable[[Row], str], column: str) -> Figure:
     return figure
 
 
-def _crossover(record: Record) -> Figure:
-    rows = record.tables[0].rows
-    sweeps = [(sweep, operation) for sweep in _unique(rows, "sweep") for operation in _unique(rows, "operation")]
-    figure, axes = _panels(len(sweeps), 4)
-    for axis, (sweep, operation) in zip(axes, sweeps, strict=True):
-        panel = [row for row in rows if (row["sweep"], row["operation"]) == (sweep, operation)]
-        for schedule in _unique(panel, "schedule"):
-            own = [row for row in panel if row["schedule"] == schedule]
-            axis.plot([row["shape"] for row in own], [row["µs"] for row in own], "o-", label=schedule)
-        chosen = [row for row in panel if row["chosen"]]
-        shapes, times = [row["shape"] for row in chosen], [row["µs"] for row in chosen]
-        axis.plot(shapes, times, "o", fillstyle="none", markersize=10, color="black", label="chosen")
-        axis.set_yscale("log")
-        axis.tick_params(axis="x", rotation=60, labelsize=7)
-        axis.set_title(f"{operation}, over {sweep}")
-        axis.set_ylabel("µs")
-        axis.legend()
-    return figure
-
-
 FIGURES: dict[str, Callable[[Record], Figure]] = {
     "attention": _attention,
     "decode": _decode,
     "train": _train,
     "op": _op,
     "peers": _peers,
-    "crossover": _crossover,
 }

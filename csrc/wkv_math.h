@@ -241,23 +241,4 @@ struct TileRange {
   }
 };
 
-// What a span of keys says of its logits before the state that it starts from is known.
-template <class Real>
-struct KeyRange {
-  Real highest, lowest;
-
-  WKV_HD static KeyRange none() { return {Real(kEmptyMax), Real(-kEmptyMax)}; }
-  WKV_HD void add(Real k) {
-    highest = larger(k, highest);
-    lowest = smaller(k, lowest);
-  }
-  // For a walk from a state of this max, `decay` being the log-decay over the whole span: after each step the running
-  // max is at least that step's key, and at least what is left of the max at the end.
-  WKV_HD TileRange<Real> entered(Real max, Real decay) const {
-    return {larger(max, highest), larger(max + decay, highest + decay), larger(max + decay, lowest)};
-  }
-  // For a sum that starts empty and is read at its end only.
-  WKV_HD TileRange<Real> summed(Real decay) const { return entered(highest, decay); }
-};
-
 }  // namespace wkv

@@ -2,19 +2,18 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 import rwkv_kernels
-from benchmarks import attention, beside, choices, crossover, footprint, latency, op, peers, plans, plots, records
+from benchmarks import attention, beside, footprint, latency, op, peers, plots, records
 from benchmarks.__main__ import main
 from benchmarks.device import Device, powers_of_two, timed
-from benchmarks.plans import SCHEDULES
 from benchmarks.problem import Problem
 from benchmarks.records import Record, Row
 
@@ -36,76 +35,44 @@ def test_a_wrong_result_is_seen_before_it_is_timed(wrong: str) -> None:
         return y
 
     problem = Problem((2, 70, 33), torch.float32)
-    assert problem.check(op.function_of("cpu", None)) < 1e-5
+    assert problem.check(op.function_of("cpu")) < 1e-5
     with pytest.raises(AssertionError, match="of the largest element"):
         problem.check(function)
 
 
-class OfACall(NamedTuple):
-    forward: str | None
-    backward: str | None
-
-
 @pytest.fixture
-def schedules_in_force(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[OfACall]]:
-    """The CPU's kernel under the name "cuda", with the plans for an H100; yields what each call was forced to."""
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's kernel under the name "cuda", on what says of itself that it is an H100."""
     wkv = rwkv_kernels.wkv
-    in_force: list[str | None] = [None]
-    calls: list[OfACall] = []
-
-    def observed(*given: Tensor, backend: str) -> Tensor:
-        y, forward = wkv(*given, backend="cpu"), in_force[-1]
-        if y.requires_grad:
-            y.register_hook(lambda gy: calls.append(OfACall(forward, in_force[-1])))
-        return y
-
-    monkeypatch.setattr(plans, "gpu_limits", lambda: None)
-    monkeypatch.setattr(plans, "_force", lambda schedule=None, **_: in_force.append(schedule))
-    monkeypatch.setattr(op, "backends", lambda device: ["cuda"])
-    monkeypatch.setattr(rwkv_kernels, "wkv", observed)
-    monkeypatch.setattr(choices, "wkv", observed)
+    limits = {
+        "multi_processor_count": 132,
+        "shared_memory_per_block_optin": 232448,
+        "shared_memory_per_multiprocessor": 233472,
+    }
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**limits))
+    monkeypatch.setattr(op, "backends", lambda device: ["cpu", "cuda"])
+    monkeypatch.setattr(rwkv_kernels, "wkv", lambda *given, backend: wkv(*given, backend="cpu"))
 
     def called_here(prepare: Callable[..., Callable[[], object]], *arguments: object) -> None:
         prepare(*arguments)()
 
     monkeypatch.setattr(footprint, "peak_bytes", called_here)  # another process would not know of this
-    yield calls
-    assert in_force[-1] is None
 
 
-def test_every_schedule_is_measured_and_drawn(schedules_in_force: list[OfACall], tmp_path: Path) -> None:
+def test_every_backend_is_measured_with_its_plan_and_drawn(a_gpu: None, tmp_path: Path) -> None:
     record = Record("op", tmp_path)
     op.run(SMOKE, record)
     rows = record.tables[0].rows
-    assert {row["schedule"] for row in rows} == {"auto", "serial", "chunked", "single_pass"}
-    assert {row["_plan"]["schedule"] for row in rows} == {"serial", "chunked", "single_pass"}
-    assert {call.forward for call in schedules_in_force} == {None, *SCHEDULES}
-    assert all(call.forward == call.backward for call in schedules_in_force)
+    for dtype in ("float32", "bfloat16"):
+        for operation in ("forward", op.WITH_CHECKPOINTS, "backward"):
+            chosen = [row for row in rows if (row["dtype"], row["operation"]) == (dtype, operation)]
+            assert [(row["shape"], row["backend"]) for row in chosen] == [
+                (shape, backend) for shape in ("2, 130, 64", "2, 1, 64") for backend in ("cpu", "cuda")
+            ]
+            plans = [row["_plan"].get("chunks") for row in chosen]
+            assert plans == [None, 3 if operation == "backward" else 2, None, 1]
     assert not record.failures
-
-    record = Record("crossover", tmp_path)
-    crossover.run(SMOKE, record)
-    rows = record.tables[0].rows
-    assert len(rows) == 4 * len(SCHEDULES) and {row["schedule"] for row in rows if row["chosen"]} == {
-        "serial",
-        "single_pass",
-    }
-    for first in range(0, len(rows), len(SCHEDULES)):
-        together = rows[first : first + len(SCHEDULES)]
-        assert len([row for row in together if row["chosen"]]) == 1
-        assert min(row["of the fastest"] for row in together) == 1
-    assert not record.failures
-
-    record = Record("choices", tmp_path)
-    choices.run(SMOKE, record)
-    rows = record.tables[0].rows
-    assert len(rows) == 2 * (len(choices.CHOICES["forward"]) + len(choices.CHOICES["backward"]))
-    for row in rows:
-        asked = dict(part.split() for part in row["choice"].split(", ")) if row["choice"] != "the planner's" else {}
-        assert all(str(row["_plan"][name]) == value for name, value in asked.items())
-    assert {call.backward for call in schedules_in_force[-7:]} == {None, "single_pass"}
-    assert not record.failures
-    assert plots.draw(tmp_path) == [tmp_path / "crossover.png", tmp_path / "op.png"]
+    assert plots.draw(tmp_path) == [tmp_path / "op.png"]
 
 
 def test_a_failing_case_is_noted_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,5 +242,5 @@ def test_a_peer_may_be_wrong_but_not_we(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_benchmark_runs_where_it_can(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["crossover", "--device", "cpu"])
-    assert "crossover runs on cuda, not on cpu" in capsys.readouterr().err
+        main(["counters", "--device", "cpu"])
+    assert "counters runs on cuda, not on cpu" in capsys.readouterr().err

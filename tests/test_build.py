@@ -164,33 +164,60 @@ def test_the_report_is_of_launches_that_each_architecture_can_hold() -> None:
     assert tuple(kernel_report.DEVICES) == cuda_toolkit.ARCHITECTURES
     for architecture, device in kernel_report.DEVICES.items():
         for kernel, block in kernel_report.blocks(device).items():
-            # With no more registers than the compiler may give to a thread of such a block.
-            fit = device.blocks_that_fit(block.threads, min(255, 65536 // block.threads), block.shared_bytes)
-            assert fit >= 1, (architecture, kernel, block)
+            least = kernel_report.LEAST_BLOCKS.get(kernel, {}).get(architecture, 1)
+            # With no more registers than a compiler that is asked for so many blocks gives to a thread.
+            warps = -(-least * block.threads // 32 // 4) * 4  # four schedulers have registers of their own
+            registers = min(255, 65536 // (32 * warps) // 8 * 8)
+            fit = device.blocks_that_fit(block.threads, registers, block.shared_bytes)
+            assert fit >= least, (architecture, kernel, block)
 
 
 def test_a_kernel_that_is_not_as_it_shall_be_is_complained_of() -> None:
     pytest.importorskip("rwkv_kernels._introspection", reason="rwkv_kernels._introspection is not built")
     import kernel_report
-    from kernel_report import CODE_LIMITS, DTYPES, LIMITED, NAMES, Kernel
+    from kernel_report import CODE_LIMITS, LIMITED, Kernel
 
-    short = sass.Code(["FADD"])
-    good = [Kernel(name, dtype, 32, 0, None, short) for name in NAMES.values() for dtype in DTYPES.values()]
+    launched = kernel_report.blocks(kernel_report.DEVICES[LIMITED])
+    good = [Kernel(*key, 32, 0, sass.Code(["FADD"])) for key in launched]
     assert not list(kernel_report.complaints({LIMITED: good}))
 
     def complaint(changed: Kernel | None) -> str:
-        others = [kernel for kernel in good if (kernel.name, kernel.dtype) != ("forward_single_pass", "float32")]
+        others = [kernel for kernel in good if (kernel.name, kernel.dtype) != ("backward", "float32")]
         (found,) = kernel_report.complaints({LIMITED: [*others, changed] if changed else others})
         return found
 
-    name = "forward_single_pass float32 for 9.0"
-    kernel = Kernel("forward_single_pass", "float32", 32, 8, None, short)
-    assert complaint(kernel) == f"{name}: a stack frame of 8 bytes"
+    name = "backward float32 for 9.0"
+    kernel = Kernel("backward", "float32", 32, 0, sass.Code(["FADD"]))
+    assert complaint(replace(kernel, stack_bytes=8)) == f"{name}: a stack frame of 8 bytes"
+    assert complaint(replace(kernel, registers=176)) == f"{name}: 176 registers leave room for 2 blocks, fewer than 3"
     assert complaint(None) == f"{name}: launched and not compiled"
-    elements = kernel_report.blocks(kernel_report.DEVICES[LIMITED])["forward_single_pass", "float32"].elements
-    limit = CODE_LIMITS["forward_single_pass", "float32"]
-    long = sass.Code(["FADD"] * (elements * limit + elements))
-    assert complaint(replace(kernel, stack_bytes=0, code_of_full_tile=long)).startswith(f"{name}: {limit + 1}.0 instr")
+    elements = launched["backward", "float32"].elements
+    assert elements == 32
+    instructions, _ = CODE_LIMITS["backward", "float32"]
+    long = sass.Code(["FADD"] * (elements * instructions + elements))
+    assert complaint(replace(kernel, code=long)).startswith(f"{name}: {instructions + 1}.0 instructions per element")
+    special = sass.Code(["MUFU.EX2"] * (elements * 3))
+    assert complaint(replace(kernel, code=special)).startswith(
+        f"{name}: 3.0 MUFU per element of a full tile, more than"
+    )
+
+
+@pytest.mark.parametrize(
+    ("mangled", "expected"),
+    [
+        ("_ZN3wkv52_GLOBAL__N__0_10_kernels_cu_011wkv_kernelINS_7ForwardIfEEEEvNT_6ParamsE", ("forward", "float32")),
+        ("_ZN3wkv11wkv_kernelINS_8BackwardINS_8Bfloat16EEEEEvNT_6ParamsE", ("backward", "bfloat16")),
+        ("_ZN3wkv11wkv_kernelINS_6ReduceIdEEEEvNT_6ParamsE", ("reduce", "float64")),
+        ("_ZN3wkv11wkv_kernelINS_4StepINS_4HalfEEEEEvNT_6ParamsE", ("step", "float16")),
+    ],
+)
+def test_kernels_are_known_by_their_mangled_names(mangled: str, expected: tuple[str, str]) -> None:
+    pytest.importorskip("rwkv_kernels._introspection", reason="rwkv_kernels._introspection is not built")
+    import kernel_report
+
+    assert kernel_report.identity(mangled) == expected
+    with pytest.raises(SystemExit, match="which kernel is"):
+        kernel_report.identity("_ZN3wkv5otherEv")
 
 
 STUB = Path(__file__).parent.parent / "rwkv_kernels" / "_introspection.pyi"

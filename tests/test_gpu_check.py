@@ -79,16 +79,16 @@ def test_a_stage_at_its_limit_is_interrupted_and_keeps_what_it_has(
 ) -> None:
     """The benchmark in it saves after every case and ends by itself."""
     code = (
-        "import sys, time, torch; from pathlib import Path; from benchmarks import __main__ as main, crossover\n"
-        "def case(device, sweep, shape):\n    if shape[0] > 1: time.sleep(60)\n    return [{'shape': str(shape)}]\n"
-        "crossover._rows = case; main.BENCHMARKS['crossover'] = main.EVERYWHERE\n"
-        f"sys.exit(main.main(['crossover', '--device', 'cpu', '--smoke', '--results', {str(tmp_path)!r}]))"
+        "import sys, time, torch; from benchmarks import __main__ as main, op\n"
+        "def measure(case, device):\n    if case.shape[1] == 1: time.sleep(60)\n    case.errors['cpu'] = 0.0\n"
+        "op.Case.measure = measure; op.Case.rows = lambda case: [{'shape': str(case.shape)} for _ in case.errors]\n"
+        f"sys.exit(main.main(['op', '--device', 'cpu', '--smoke', '--results', {str(tmp_path)!r}]))"
     )
-    assert stage.run(_python("crossover", code, limit=8))["outcome"] == "failed to end within 8 s"
-    record = json.loads((tmp_path / "crossover.json").read_text())
-    assert record["tables"][0]["rows"] == [{"shape": "(1, 70, 64)"}]
+    assert stage.run(_python("op", code, limit=8))["outcome"] == "failed to end within 8 s"
+    record = json.loads((tmp_path / "op.json").read_text())
+    assert record["tables"][0]["rows"] == [{"shape": "(2, 130, 64)"}] * 2
     assert record["failures"] == ["interrupted: what it had measured until then is kept"]
-    assert "| (1, 70, 64) |" in capfd.readouterr().out
+    assert "| (2, 130, 64) |" in capfd.readouterr().out
 
 
 def _is_gone(number: str) -> bool:
@@ -150,7 +150,7 @@ def test_the_stages_for_a_gpu_come_by_importance_and_name_what_they_need(
     tests = ["first_light", "first_light_triton", "stress", "tests"]
     assert list(stages) == [
         *("build", "first_light", "first_light_triton", "stress", "op", "counters"),
-        *(*sanitized, "tests", "choices", "peers", "latency", "crossover"),
+        *(*sanitized, "tests", "peers", "latency"),
     ]
     assert stages["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
     assert "-lineinfo" in stages["build"].environment["NVCC_APPEND_FLAGS"]
@@ -173,10 +173,11 @@ def test_a_build_made_elsewhere_is_taken_if_it_loads() -> None:
 NCU = """==PROF== Connected to process 1234 (python3)
 "ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device","CC",\
 "Section Name","Metric Name","Metric Unit","Metric Value"
-"0","1234","python3","host","void wkv_kernel<Forward<float>>(Forward<float>::Arguments)","1","7","(128, 1, 1)",\
-"(12, 8, 1)","0","9.0","Command line profiler metrics","gpu__time_duration.sum","ns","1,234.50"
-"0","1234","python3","host","void wkv_kernel<Forward<float>>(Forward<float>::Arguments)","1","7","(128, 1, 1)",\
-"(12, 8, 1)","0","9.0","Command line profiler metrics","launch__registers_per_thread","register/thread","90"
+"0","1234","python3","host","void wkv::<unnamed>::wkv_kernel<wkv::Forward<wkv::Bfloat16>>(T1::Params)","1","7",\
+"(128, 1, 1)","(12, 8, 1)","0","9.0","Command line profiler metrics","gpu__time_duration.sum","ns","1,234.50"
+"0","1234","python3","host","void wkv::<unnamed>::wkv_kernel<wkv::Forward<wkv::Bfloat16>>(T1::Params)","1","7",\
+"(128, 1, 1)","(12, 8, 1)","0","9.0","Command line profiler metrics","launch__registers_per_thread",\
+"register/thread","90"
 "1","1234","python3","host","step","1","7","(256, 1, 1)","(3, 1, 1)","0","9.0","Command line profiler metrics",\
 "gpu__time_duration.sum","ns","n/a"
 ==PROF== Disconnected from process 1234
@@ -185,9 +186,9 @@ NCU = """==PROF== Connected to process 1234 (python3)
 
 def test_what_ncu_has_counted_is_a_row_for_every_kernel() -> None:
     forward, step = counters.read(NCU.splitlines())
-    assert forward["kernel"].startswith("void wkv_kernel<Forward<float>>") and forward["grid"] == "(12, 8, 1)"
+    assert forward["kernel"] == "forward bfloat16" and forward["grid"] == "(12, 8, 1)"
     assert forward["time, ns"] == 1234.5 and forward["registers"] == 90
-    assert step["launch"] == "1" and step["time, ns"] == "n/a"
+    assert (step["launch"], step["kernel"]) == ("1", "step") and step["time, ns"] == "n/a"
 
 
 @pytest.mark.parametrize(

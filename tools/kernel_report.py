@@ -1,7 +1,8 @@
 """What the compiler makes of the CUDA kernels: `make kernel-report` writes docs/kernel-report.md; no GPU is needed.
 
-Registers and occupancy for every architecture; for two of them memory accesses, and the instructions for each element
-of a full tile. Fails if a kernel has a stack frame, which is where registers are spilled to, or more code than it may.
+Registers and occupancy for every architecture; for two of them the instructions for each element of a full tile, and
+memory accesses. Fails if a kernel has a stack frame, which is where registers are spilled to, if fewer of its blocks
+fit on a multiprocessor than shall, or if it has more code than it may.
 
 `make kernel-check` fails for the same reasons and writes nothing. Either takes LIBRARY=librwkv_kernels_cuda13.so, whose
 machine code is then read instead of compiled again, which is four fifths of the time.
@@ -9,12 +10,11 @@ machine code is then read instead of compiled again, which is four fifths of the
 
 import argparse
 import importlib.util
-import itertools
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -26,19 +26,23 @@ import sass
 from rwkv_kernels import _introspection
 
 ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "csrc" / "cuda" / "wkv_kernels.cu"
+SOURCE = ROOT / "csrc" / "cuda" / "kernels.cu"
 REPORT = ROOT / "docs" / "kernel-report.md"
 
 COMPILERS = 2  # at a time
 
 # Of these the report counts instructions.
-DISASSEMBLED = ("8.0", "9.0")
+COUNTED = ("8.0", "9.0")
 # Of this one the instructions are limited.
 LIMITED = "9.0"
 
-# What a block is like does not depend on much more than the dtype.
+# A sequence that has whole tiles: blocks are the same for every such problem.
 PROBLEM = (8, 1024, 768)
-SCHEDULES = ("chunked", "single_pass")
+
+# Launches that need no plan: csrc/gpu/tuning.h, csrc/gpu/op.h.
+TILE_CHANNELS = 64
+REDUCE_THREADS, REDUCE_SHARED_BYTES = 1024, 1024 * 2 * 8
+STEP_THREADS = 128
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Device:
     reserved_bytes: int = 1024  # of shared memory for each block
     registers: int = 65536
 
-    def limits(self) -> dict[str, int]:
+    def limits(self) -> "_introspection.DeviceLimits":
         """What a plan asks of a device."""
         return {
             "multiprocessors": self.multiprocessors,
@@ -90,14 +94,13 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel; the names are those of the launches."""
+    """A compiled kernel, by its name in kernels.def and the type of what it reads; code is that for full tiles."""
 
     name: str
     dtype: str
     registers: int
     stack_bytes: int
     code: sass.Code | None
-    code_of_full_tile: sass.Code | None
 
 
 Codes = dict[tuple[str, str], sass.Code]
@@ -105,40 +108,39 @@ Codes = dict[tuple[str, str], sass.Code]
 
 @dataclass(frozen=True)
 class Block:
-    """How the operators launch a kernel, and how much of the problem one thread has of a full tile."""
+    """How the operators launch a kernel, and how many elements of a full tile one thread has, if there are tiles."""
 
     threads: int
     shared_bytes: int
-    elements: int
+    elements: int = 0
 
 
-NAMES = {
-    ("Forward", "0"): "summarise_states",
-    ("Forward", "1"): "forward",
-    ("Forward", "2"): "forward_single_pass",
-    ("CarryStates", None): "carry_states",
-    ("Backward", "0"): "summarise_adjoints",
-    ("Backward", "1"): "backward",
-    ("Backward", "2"): "backward_single_pass",
-    ("CarryAdjoints", None): "carry_adjoints",
-    ("Reduce", None): "reduce",
-    ("Clear", None): "clear",
-    ("Step", None): "step",
-}
-WALKS = ("forward", "backward", "summarise")
-# Instructions of a full tile for each of its elements, all code of a kernel for 9.0: what a block does besides walking
-# shall stay small.
-CODE_LIMITS = {
-    ("forward_single_pass", "bfloat16"): 48,
-    ("forward_single_pass", "float32"): 45,
-    ("backward_single_pass", "bfloat16"): 100,
-    ("backward_single_pass", "float32"): 98,
-}
+NAMES = ("forward", "backward", "reduce", "step")
 DTYPES = {"f": "float32", "NS_4HalfE": "float16", "NS_8Bfloat16E": "bfloat16", "d": "float64"}
 RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)")
-MANGLED = re.compile(
-    r"wkv_kernelINS_\d+(Clear|[A-Z][A-Za-z]*(?=I))(?:I(f|d|NS_4HalfE|NS_8Bfloat16E)(?:LNS_4PassE([012])E)?E)?"
-)
+MANGLED = re.compile(r"wkv_kernelINS_\d+(Forward|Backward|Reduce|Step)I(f|d|NS_4HalfE|NS_8Bfloat16E)EE")
+
+# Instructions and MUFU, which compute exponentials and quotients, of the code for a full tile on 9.0, for each of a
+# thread's elements: what a block does besides walking shall stay small.
+CODE_LIMITS = {
+    ("forward", "bfloat16"): (30, 2.3),
+    ("forward", "float32"): (28, 2.3),
+    ("backward", "bfloat16"): (60, 2.5),
+    ("backward", "float32"): (58, 2.5),
+}
+
+# Blocks of a kernel that shall fit on a multiprocessor: one works while another waits. Shared memory or registers allow
+# no more in most places; a T4 has 64 KB and 1024 threads.
+_FORWARD = dict.fromkeys(DEVICES, 2)
+_BACKWARD_16_BITS = {**dict.fromkeys(DEVICES, 3), "7.5": 2}
+LEAST_BLOCKS = {
+    ("forward", "float32"): _FORWARD,
+    ("forward", "float16"): _FORWARD,
+    ("forward", "bfloat16"): _FORWARD,
+    ("backward", "float32"): {"7.5": 1, "8.0": 2, "8.6": 2, "8.9": 2, "9.0": 3, "10.0": 3, "12.0": 2},
+    ("backward", "float16"): _BACKWARD_16_BITS,
+    ("backward", "bfloat16"): _BACKWARD_16_BITS,
+}
 
 
 def identity(mangled: str) -> tuple[str, str]:
@@ -146,8 +148,7 @@ def identity(mangled: str) -> tuple[str, str]:
     match = MANGLED.search(mangled)
     if match is None:
         sys.exit(f"kernel report: which kernel is {mangled}?")
-    program, element, flag = match.groups()
-    return NAMES[program, flag], DTYPES[element or "f"]
+    return match[1].lower(), DTYPES[match[2]]
 
 
 # ---- machine code: compiled here, or out of a library ----
@@ -171,7 +172,7 @@ class Tools:
         return cubin
 
     def full_tiles(self, architecture: str) -> Codes:
-        """The code for full tiles that share an exponent, and no other."""
+        """The code for full tiles whose keys share an exponent, and no other."""
         return self.disassemble(self.compile(architecture, "-DWKV_FULL_TILES_ONLY"))
 
     def extract(self, library: Path) -> dict[str, Path]:
@@ -202,24 +203,19 @@ def _output(*command: str | Path, cwd: Path | None = None) -> str:
     return result.stdout
 
 
-def kernels(tools: Tools, library: Path | None, disassembled: Iterable[str]) -> dict[str, list[Kernel]]:
-    """Every kernel, by architecture; code is counted for some architectures, that of full tiles for one more."""
-    disassembled = tuple(disassembled)
+def kernels(tools: Tools, library: Path | None, counted: tuple[str, ...]) -> dict[str, list[Kernel]]:
+    """Every kernel, by architecture, for some of them with the code for full tiles."""
     with ThreadPoolExecutor(COMPILERS) as pool:
-        full_tiles = {name: pool.submit(tools.full_tiles, name) for name in dict.fromkeys((*disassembled, LIMITED))}
+        full_tiles = {name: pool.submit(tools.full_tiles, name) for name in counted}
         cubins = (
             tools.extract(library) if library else dict(zip(DEVICES, pool.map(tools.compile, DEVICES), strict=True))
         )
         if missing := DEVICES.keys() - cubins.keys():
             sys.exit(f"kernel report: {library} has no code for {', '.join(sorted(missing))}")
         resources = dict(zip(DEVICES, pool.map(tools.resources, map(cubins.__getitem__, DEVICES)), strict=True))
-        codes = dict(zip(disassembled, pool.map(tools.disassemble, map(cubins.__getitem__, disassembled)), strict=True))
-        full = {name: future.result() for name, future in full_tiles.items()}
+        codes = {name: future.result() for name, future in full_tiles.items()}
     return {
-        name: [
-            Kernel(*key, *used, codes.get(name, {}).get(key), full.get(name, {}).get(key))
-            for key, used in found.items()
-        ]
+        name: [Kernel(*key, *used, codes.get(name, {}).get(key)) for key, used in found.items()]
         for name, found in resources.items()
     }
 
@@ -229,70 +225,68 @@ def kernels(tools: Tools, library: Path | None, disassembled: Iterable[str]) -> 
 
 def blocks(device: Device) -> dict[tuple[str, str], Block]:
     """The blocks that the operators launch on a device, by kernel and dtype."""
-    sizes = [f"{name}_{axis}_stride" for name in ("k", "v", "gy") for axis in ("batch", "time")]
-    sizes += ["k_stride", "v_stride", "r_stride", *(f"state_{axis}_stride" for axis in ("batch", "row", "channel"))]
-    nowhere: dict[str, int | str] = {**dict.fromkeys(sizes, 0), "w_dtype": "float32", "u_dtype": "float32"}
     found = {}
     for dtype in DTYPES.values():
-        schedules = SCHEDULES if dtype != "float64" else SCHEDULES[:1]
-        for operation, schedule in itertools.product(("forward", "backward", "step"), schedules):
-            tile = 0
-            if operation != "step":
-                plan = _introspection.plan_cuda(operation, dtype, *PROBLEM, device.limits(), schedule=schedule)
-                tile = plan["tile_steps"] * -(-PROBLEM[2] // plan["channel_tiles"])
-            for launch in _introspection.cuda_launches(
-                operation, dtype, *PROBLEM, nowhere, device.limits(), schedule=schedule
-            ):
-                threads = launch["block"][0]
-                found[launch["kernel"], dtype] = Block(threads, launch["shared_bytes"], tile // threads)
+        for operation in ("forward", "backward"):
+            plan = _introspection.plan_cuda(operation, dtype, *PROBLEM, device.limits())
+            elements = plan["tile_steps"] * TILE_CHANNELS // plan["threads"]
+            found[operation, dtype] = Block(plan["threads"], plan["shared_bytes"], elements)
+        found["step", dtype] = Block(STEP_THREADS, 0)
+    for dtype in ("float32", "float64"):  # of the parts of gradients, which are as wide as states
+        found["reduce", dtype] = Block(REDUCE_THREADS, REDUCE_SHARED_BYTES)
     return found
 
 
 COLUMNS = ("kernel", "dtype", "registers", "stack", "shared", "threads", "blocks")
-CODE_COLUMNS = ("kernel", "dtype", "instructions", "MUFU", "instructions / element", "MUFU / element", "accesses")
+CODE_COLUMNS = ("kernel", "dtype", "instructions", "instructions / element", "MUFU / element", "accesses")
 
 PREFACE = """# What the compiler makes of the CUDA kernels
 
 `make kernel-report`, nvcc {version}. Bytes are of a thread's stack frame, where spilled registers would be, and of a
-block's shared memory; blocks are those that fit on a multiprocessor. Threads and shared memory are those of the
-launches for B, T, C = {problem} on the GPU that is named for the architecture.
+block's shared memory; blocks are those that fit on a multiprocessor of the GPU that is named for the architecture.
+Threads and shared memory are those of the launches for B, T, C = {problem}.
 
-Accesses are counted in the code, which has full and partial spans, the shared exponent and the running maximum. For
-"per element" the kernels are compiled once more for full tiles that share an exponent, and all instructions of that
-code, the block's beginning and end and one turn of each loop included, are divided by a thread's elements of a tile.
+For {counted} the kernels are compiled once more for full tiles whose keys share an exponent alone, and the
+instructions and memory accesses of that code are counted. "Per element" divides all of it, the block's beginning and
+end and one turn of each loop included, by a thread's elements of a tile.
 """
 
 
 def report(compiled: dict[str, list[Kernel]], version: str) -> str:
     """All tables as Markdown."""
-    parts = [PREFACE.format(version=version, problem=", ".join(map(str, PROBLEM)))]
+    problem, counted = ", ".join(map(str, PROBLEM)), " and ".join(COUNTED)
+    parts = [PREFACE.format(version=version, problem=problem, counted=counted)]
+    dtypes = list(DTYPES.values())
     for architecture, found in compiled.items():
-        ordered = sorted(found, key=lambda kernel: (list(NAMES.values()).index(kernel.name), kernel.dtype))
+        ordered = sorted(found, key=lambda kernel: (NAMES.index(kernel.name), dtypes.index(kernel.dtype)))
         device = DEVICES[architecture]
         launched = blocks(device)
         blocks_of = [(kernel, launched[kernel.name, kernel.dtype]) for kernel in ordered]
-        rows = [_resource_row(kernel, block, device) for kernel, block in blocks_of]
         parts.append(f"## {architecture}\n\n{device.name}, {device.multiprocessors} multiprocessors.\n")
-        parts.append(f"{_markdown(COLUMNS, rows)}\n")
-        if architecture in DISASSEMBLED:
+        parts.append(f"{_markdown(COLUMNS, [_resource_row(kernel, block, device) for kernel, block in blocks_of])}\n")
+        if architecture in COUNTED:
             rows = [_code_row(kernel, kernel.code, block) for kernel, block in blocks_of if kernel.code is not None]
             parts.append(f"{_markdown(CODE_COLUMNS, rows)}\n")
     return "\n".join(parts)
 
 
+def _fitting(kernel: Kernel, block: Block, device: Device) -> int:
+    return device.blocks_that_fit(block.threads, kernel.registers, block.shared_bytes)
+
+
 def _resource_row(kernel: Kernel, block: Block, device: Device) -> tuple[object, ...]:
-    fit = device.blocks_that_fit(block.threads, kernel.registers, block.shared_bytes)
-    resources = (kernel.registers, kernel.stack_bytes, block.shared_bytes, block.threads, fit)
-    return (kernel.name, kernel.dtype, *resources)
+    fit = _fitting(kernel, block, device)
+    return (kernel.name, kernel.dtype, kernel.registers, kernel.stack_bytes, block.shared_bytes, block.threads, fit)
 
 
 def _code_row(kernel: Kernel, code: sass.Code, block: Block) -> tuple[object, ...]:
-    full = kernel.code_of_full_tile
-    per_element: tuple[object, object] = ("", "")
-    if full is not None and kernel.name.startswith(WALKS):
-        per_element = (f"{full.instructions / block.elements:.1f}", f"{full.mufu / block.elements:.1f}")
+    per_element = (f"{count / block.elements:.1f}" if block.elements else "-" for count in _counts(code))
     accesses = (f"{count} {access.instruction}.{8 * access.width}" for access, count in sorted(code.accesses.items()))
-    return (kernel.name, kernel.dtype, code.instructions, code.mufu, *per_element, ", ".join(accesses))
+    return (kernel.name, kernel.dtype, code.instructions, *per_element, ", ".join(accesses))
+
+
+def _counts(code: sass.Code) -> tuple[int, int]:
+    return code.instructions, code.mufu
 
 
 def _markdown(names: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
@@ -300,27 +294,28 @@ def _markdown(names: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def _compiled_as(name: str, dtype: str) -> tuple[str, str]:
-    """Kernels that see states alone are the same for every dtype whose states are float32."""
-    return (name, dtype if name.startswith((*WALKS, "step")) or dtype == "float64" else "float32")
-
-
 def complaints(compiled: dict[str, list[Kernel]]) -> Iterator[str]:
-    """Kernels that keep values in local memory, those of more code than they may have, and those that are not there."""
+    """Kernels that keep values in local memory, leave room for too few blocks, have too much code, or are not there."""
     for architecture, found in compiled.items():
-        launched = blocks(DEVICES[architecture])
-        for name, dtype in {_compiled_as(*key) for key in launched} - {(kernel.name, kernel.dtype) for kernel in found}:
+        device = DEVICES[architecture]
+        launched = blocks(device)
+        for name, dtype in launched.keys() - {(kernel.name, kernel.dtype) for kernel in found}:
             yield f"{name} {dtype} for {architecture}: launched and not compiled"
         for kernel in found:
+            key = (kernel.name, kernel.dtype)
             name = f"{kernel.name} {kernel.dtype} for {architecture}"
             if kernel.stack_bytes:
                 yield f"{name}: a stack frame of {kernel.stack_bytes} bytes"
-            limit = CODE_LIMITS.get((kernel.name, kernel.dtype))
-            if architecture == LIMITED and limit is not None:
-                assert kernel.code_of_full_tile is not None
-                length = kernel.code_of_full_tile.instructions / launched[kernel.name, kernel.dtype].elements
-                if length > limit:
-                    yield f"{name}: {length:.1f} instructions per element of a full tile, more than {limit}"
+            fit, least = _fitting(kernel, launched[key], device), LEAST_BLOCKS.get(key, {}).get(architecture, 1)
+            if fit < least:
+                yield f"{name}: {kernel.registers} registers leave room for {fit} blocks, fewer than {least}"
+            if architecture == LIMITED and key in CODE_LIMITS:
+                assert kernel.code is not None
+                limits = zip(("instructions", "MUFU"), _counts(kernel.code), CODE_LIMITS[key], strict=True)
+                for what, count, limit in limits:
+                    per_element = count / launched[key].elements
+                    if per_element > limit:
+                        yield f"{name}: {per_element:.1f} {what} per element of a full tile, more than {limit}"
 
 
 def summary(architecture: str, found: list[Kernel]) -> str:
@@ -367,7 +362,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         tools = Tools(toolkit, find_nvdisasm(), find_cuobjdump(), Path(folder))
-        compiled = kernels(tools, arguments.library, () if arguments.check else DISASSEMBLED)
+        compiled = kernels(tools, arguments.library, (LIMITED,) if arguments.check else COUNTED)
     for architecture, found in compiled.items():
         print(summary(architecture, found))
     if not arguments.check:

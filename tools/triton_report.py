@@ -213,7 +213,8 @@ groups of steps, for each element of a group.
 
 ## Beside the CUDA kernels
 
-Instructions / MUFU for each element, {COMPARED}; those of CUDA are from [kernel-report.md](kernel-report.md).
+Instructions / MUFU for each element, {COMPARED}; those of CUDA are from [kernel-report.md](kernel-report.md), of
+kernels that sum up chunks and walk them at once.
 
 """
 VARIANTS = f"""## Variants
@@ -228,7 +229,7 @@ def _cuda_counts() -> dict[tuple[str, str], str]:
     """Those of docs/kernel-report.md, which the same verb writes first, by kernel and dtype."""
     architecture = f"{COMPARED[3:-1]}.{COMPARED[-1]}"
     section = CUDA_REPORT.read_text().split(f"## {architecture}\n")[1].split("\n## ")[0]
-    pattern = r"^\| (\w+) \| (\w+) \| \d+ \| \d+ \| ([\d.]+) \| ([\d.]+) \|"
+    pattern = r"^\| (\w+) \| (\w+) \| \d+ \| (\d+\.\d) \| (\d+\.\d) \|"
     return {(name, dtype): f"{a} / {b}" for name, dtype, a, b in re.findall(pattern, section, re.MULTILINE)}
 
 
@@ -255,9 +256,9 @@ def _comparison(compiled: Sequence[Row]) -> str:
     lines = []
     for kernel, dtype in itertools.product(WALKS, DTYPES.values()):
         ours = (counts[kernel, dtype, channels] for channels in widths(32))
-        lines.append((kernel, dtype, *ours, cuda[kernel, dtype], cuda.get((f"{kernel}_single_pass", dtype), "")))
+        lines.append((kernel, dtype, *ours, cuda.get((kernel, dtype), "")))
     columns = (f"Triton, {channels} channels" for channels in widths(32))
-    return _table(("kernel", "dtype", *columns, "CUDA", "CUDA, single pass"), lines)
+    return _table(("kernel", "dtype", *columns, "CUDA"), lines)
 
 
 def _variant_lines() -> list[tuple[str, int]]:

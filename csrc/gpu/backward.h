@@ -26,14 +26,17 @@ struct BackwardPass {
   struct Thread : ScanThread<Element> {
     Step steps[kSubchunkSteps];
     Scaled start;          // warp 0: the state before the tile
-    Scaled after;          // warp 0: the adjoint before the tile
+    Scaled after;          // warp 0: the adjoint before the tile, for the next one
     Sums<Pair> decayed;    // states, each weighted by what is left of what comes from behind at its step
     Pair max_after;        // of keys that spread: the maximum that sums behind the subchunk are relative to
     Pair g_log_decay;      // without what comes from behind
     Sums<Pair> partials;   // of the gradients of the log-decay and u, over all tiles
   };
 
-  WKV_HD static void begin(Thread& thread) { thread.partials = {Pair(0), Pair(0)}; }
+  WKV_HD static void begin(Thread& thread) {
+    thread.partials = {Pair(0), Pair(0)};
+    thread.after = empty_scaled();
+  }
   WKV_HD static Scaled normalised(Scaled adjoint) { return normalised_adjoint(adjoint); }
   // States of the warps, when keys are in registers; two messages of each, when states are of no use any more; and the
   // parts of a chunk's gradients.
@@ -42,13 +45,16 @@ struct BackwardPass {
   WKV_HD static Rows64 partials_of(const Block& block, int warp) { return block.rows_of(2, warp, 6); }
   static_assert(Block::kWarpRows >= 8 && kAnchor <= 2 * kBackwardWarps);
 
+  WKV_HD static Scaled load_start(const Block& block, const Tile& tile, const Thread& thread) {
+    if (kFullTilesOnly || tile.t > 0) return block.load_checkpoint(tile.t, thread);
+    return normalised_state(scaled(block.first_state(thread)));
+  }
+
   // The state before the tile takes part in its reference.
   WKV_HD static void range(const Block& block, const Tile& tile, Thread& thread) {
     thread.start = empty_scaled();
     if (thread.warp() != 0) return;
-    const State<Pair> start = tile.t == 0 ? block.first_state(thread)
-                                          : block.load_state(block.checkpoint_at(tile.t, thread));
-    thread.start = normalised_state(scaled(start));
+    thread.start = load_start(block, tile, thread);
     thread.keys.highest = larger(thread.keys.highest, thread.start.exponent);
   }
 
@@ -57,13 +63,20 @@ struct BackwardPass {
     const auto& params = block.params;
     if (params.gstate_out == nullptr) return empty_scaled();
     const Sums<Pair> given = block.load_state(block.row_of(params.gstate_out, block.b, 3, thread)).sums;
-    const Pair max = block.load_state(block.checkpoint_at(params.T, thread)).max;
-    const auto is_empty = max <= Pair(kEmptyMax / 2);
+    const Pair max = state_of(block.load_checkpoint(params.T, thread)).max;
+    // An empty state's gradient is nobody's.
+    const auto is_empty = max == Pair(kEmptyMax);
     const Sums<Pair> adjoint{select(is_empty, Pair(0), given.num), select(is_empty, Pair(0), given.den)};
     return normalised_adjoint(scaled_by_exp(adjoint, -select(is_empty, Pair(0), max)));
   }
+  // In k as well, from when keys are in registers until the walk back is over; while a tile comes, in registers.
+  WKV_HD static Rows64 parked(const Block& block) { return block.rows_of(0, 0, 4); }
   WKV_HD static void keep(const Block&, const Tile&, Scaled after, Thread& thread) { thread.after = after; }
-  WKV_HD static Scaled kept(const Block&, const Thread& thread) { return thread.after; }
+  WKV_HD static void park(const Block& block, Thread& thread) {
+    if (thread.warp() == 0) parked(block).set_scaled(thread.lane(), thread.after);
+    thread.after = empty_scaled();
+  }
+  WKV_HD static Scaled kept(const Block& block, const Thread& thread) { return parked(block).get_scaled(thread.lane()); }
 
   template <class Team>
   WKV_HD static void walk(const Block& block, const Tile& tile, bool fit, Team& team) {
@@ -157,7 +170,7 @@ struct BackwardPass {
     const int lane = thread.lane(), steps = tile.steps_of(thread.warp());
     const Column<Element> v = block.column_of(1, thread), gy = block.column_of(2, thread);
     const auto scale = block.running_scale(thread);
-    Scaled before = thread.warp() == 0 ? thread.start : state_after(block, 0).get_scaled(lane);
+    Scaled before = thread.warp() == 0 ? load_start(block, tile, thread) : state_after(block, 0).get_scaled(lane);
 #pragma unroll 1
     for (int warp = 1; warp < thread.warp(); ++warp) {
       before = join(before, block.channels.decay_log2(lane, kSubchunkSteps), state_after(block, warp).get_scaled(lane));

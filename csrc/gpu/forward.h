@@ -70,10 +70,10 @@ struct ForwardPass {
     if (!tile.ends_chunk) block.kept.set_scaled(thread.lane(), after);
     if (kFullTilesOnly || !tile.ends_scan) return;
     const auto& params = block.params;
-    const State<Pair> state = state_of(after);
-    block.store_state(block.row_of(params.state_out, block.b, 3, thread), state);
-    if (params.checkpoints != nullptr) block.store_state(block.checkpoint_at(params.T, thread), state);
+    block.store_state(block.row_of(params.state_out, block.b, 3, thread), state_of(after));
+    if (params.checkpoints != nullptr) block.store_checkpoint(params.T, thread, after);
   }
+  WKV_HD static void park(const Block&, const Thread&) {}
   WKV_HD static Scaled kept(const Block& block, const Thread& thread) { return block.kept.get_scaled(thread.lane()); }
 
   WKV_HD static void correct(const Block& block, const Tile& tile, bool fit, Thread& thread) {
@@ -90,7 +90,7 @@ struct ForwardPass {
     }
     const int64_t t = tile.t + begin;
     if (block.params.checkpoints != nullptr && t > 0 && static_cast<uint64_t>(t) % checkpoint_interval(Block::kType) == 0) {
-      block.store_state(block.checkpoint_at(t, thread), {in.sums, natural(in.exponent)});
+      block.store_checkpoint(t, thread, in);
     }
     const Column<Element> y = block.column_of(0, thread);
     if (!adds) {

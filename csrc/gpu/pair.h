@@ -57,7 +57,7 @@ struct Scaled {
 // Of sums that are zero: so low that they have no say in a common exponent, and finite.
 inline constexpr double kEmptyExponent = -1e30;
 
-// 2^x of a whole x <= 0, 0 below the smallest normal float.
+// 2^x of a whole x < 128, 0 below the smallest normal float.
 WKV_HD Pair power_of_two(Pair x) {
   const auto one = [](float x) {
     // 2^23 + an integer has the integer in its lowest bits.
@@ -79,7 +79,7 @@ WKV_HD Scaled empty_scaled() { return {{Pair(0), Pair(0)}, Pair(kEmptyExponent)}
 // Brings `magnitude`, which is positive, to [1, 2) by a power of two.
 WKV_HD Scaled normalised(Scaled value, Pair magnitude) {
   const Pair exponent = whole_log2(magnitude);
-  return {exp2(smaller(-exponent, Pair(126))) * value.sums,
+  return {power_of_two(-exponent) * value.sums,
           select(magnitude == Pair(0), Pair(kEmptyExponent), value.exponent + exponent)};
 }
 // A state's weights are positive. NaN counts as a magnitude of 2^128.

@@ -90,6 +90,14 @@ struct ScanBlock {
     row.store(params.C, value.sums.den);
     row.store(2 * params.C, value.max);
   }
+  // Checkpoints are for the backward kernel alone, and have the exponent where a state has max.
+  WKV_HD Scaled load_checkpoint(int64_t t, TileThread thread) const {
+    const State<Pair> stored = load_state(checkpoint_at(t, thread));
+    return {stored.sums, stored.max};
+  }
+  WKV_HD void store_checkpoint(int64_t t, TileThread thread, Scaled state) const {
+    store_state(checkpoint_at(t, thread), {state.sums, state.exponent});
+  }
   WKV_HD State<Pair> first_state(TileThread thread) const {
     if (params.state == nullptr) return {{Pair(0), Pair(0)}, Pair(kEmptyMax)};
     return or_empty(load_state(row_of(params.state, b, 3, thread)));
@@ -133,7 +141,7 @@ struct Scan {
 #pragma unroll
     for (int i = 0; i < Pass::kInputs; ++i) {
       stage<Element>(block.subchunk(i, warp),
-                     rows_from<Element>(block.params.inputs[i], block.b, tile.t + warp * kSubchunkSteps, block.c),
+                     rows_from<Element>(block.params.inputs[i], block.b, block.c), tile.t + warp * kSubchunkSteps,
                      tile.steps_of(warp), block.columns, thread.lane());
     }
   }
@@ -143,9 +151,9 @@ struct Scan {
     const int warp = thread.warp();
 #pragma unroll
     for (int i = 0; i < Pass::kOutputs; ++i) {
-      unstage<Element>(rows_from<Element>(params.outputs[i], params.T, params.C, block.b,
-                                          tile.t + warp * kSubchunkSteps, block.c),
-                       block.subchunk(i, warp), tile.steps_of(warp), block.columns, thread.lane());
+      unstage<Element>(rows_from<Element>(params.outputs[i], params.T, params.C, block.b, block.c),
+                       tile.t + warp * kSubchunkSteps, block.subchunk(i, warp), tile.steps_of(warp), block.columns,
+                       thread.lane());
     }
   }
 
@@ -230,6 +238,7 @@ struct Scan {
       });
       team.phase([&](Thread& thread) {
         block.highest_of(thread.warp()).set(0, thread.lane(), thread.keys.highest);
+        Pass::park(block, thread);
       });
       const bool fit = team.agree([&](Thread& thread) {
         const int lane = thread.lane();

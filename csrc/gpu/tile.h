@@ -126,11 +126,14 @@ struct SharedChannels {
         value = load_parameter<float>(is_u ? parameters.u : parameters.w,
                                       is_u ? parameters.u_dtype : parameters.w_dtype, c + column);
       }
-      if (!is_u) {
-        value = log_decay_of(value);
-        values[column] = value;
+      // e^u, or -e^w and then e^-e^w.
+#pragma unroll 1
+      for (int power = is_u ? 1 : 0; power < 2; ++power) {
+        if (power == 0) value = smaller(float(kLargestRawDecay), value);
+        value = std::exp(value);
+        if (power == 0) values[column] = value = -value;
       }
-      values[kTileChannels + i] = std::exp(value);
+      values[kTileChannels + i] = value;
     }
   }
   WKV_HD Pair log_decay(int lane) const { return rows.get(0, lane); }
@@ -176,7 +179,7 @@ WKV_HD State<Real> or_empty(State<Real> given) {
 
 // ---- staging ----
 
-// A sequence from one time and one channel on.
+// A sequence from one channel on.
 template <class Element>
 struct Rows {
   Element* data;
@@ -184,13 +187,12 @@ struct Rows {
 };
 
 template <class Element>
-WKV_HD Rows<const Element> rows_from(const Sequence& sequence, int64_t b, int64_t t, int64_t c) {
-  return {static_cast<const Element*>(sequence.data) + b * sequence.batch_stride + t * sequence.time_stride + c,
-          sequence.time_stride};
+WKV_HD Rows<const Element> rows_from(const Sequence& sequence, int64_t b, int64_t c) {
+  return {static_cast<const Element*>(sequence.data) + b * sequence.batch_stride + c, sequence.time_stride};
 }
 template <class Element>
-WKV_HD Rows<Element> rows_from(void* contiguous, int64_t T, int64_t C, int64_t b, int64_t t, int64_t c) {
-  return {static_cast<Element*>(contiguous) + (b * T + t) * C + c, C};
+WKV_HD Rows<Element> rows_from(void* contiguous, int64_t T, int64_t C, int64_t b, int64_t c) {
+  return {static_cast<Element*>(contiguous) + b * T * C + c, C};
 }
 
 // How the lanes of a warp share a subchunk's rows of 16-byte vectors: each has one column and every so-many-th row.
@@ -211,10 +213,10 @@ struct VectorShare {
     return (address | stride) % sizeof(Vector) == 0 ? columns - columns % kPerVector : 0;
   }
 
-  // Calls move(in memory, in shared memory) for the vectors of this lane; `steps` rows exist.
+  // Calls move(in memory, in shared memory) for the vectors of this lane, from time t on; `steps` rows exist.
   template <class Memory, class Move>
-  WKV_HD void for_vectors(Rows<Memory> rows, Element* subchunk, int steps, const Move& move) const {
-    Memory* at = rows.data + first_row * rows.stride + column;
+  WKV_HD void for_vectors(Rows<Memory> rows, int64_t t, Element* subchunk, int steps, const Move& move) const {
+    Memory* at = rows.data + (t + first_row) * rows.stride + column;
     Element* shared = subchunk + first_row * kTileChannels + column;
     const auto take_turn = [&] {
       move(at, shared);
@@ -234,34 +236,34 @@ struct VectorShare {
 // A lane's part of bringing rows, steps × columns, to shared memory; columns that do not exist become zero, so that no
 // result depends on what shared memory held.
 template <class Element>
-WKV_HD void stage(Element* subchunk, Rows<const Element> source, int steps, int columns, int lane) {
+WKV_HD void stage(Element* subchunk, Rows<const Element> source, int64_t t, int steps, int columns, int lane) {
   const VectorShare<Element> share(lane);
   const int vectored = share.vectored(source, columns);
   if (share.column < vectored) {
-    share.for_vectors(source, subchunk, steps, [](const Element* from, Element* to) { copy_async(to, from); });
+    share.for_vectors(source, t, subchunk, steps, [](const Element* from, Element* to) { copy_async(to, from); });
   }
   if (kFullTilesOnly || vectored == kTileChannels) return;
   for (int row = 0; row < steps; ++row) {
     for (int column = vectored + lane; column < kTileChannels; column += kWarpThreads) {
-      subchunk[row * kTileChannels + column] = column < columns ? source.data[row * source.stride + column] : Element();
+      subchunk[row * kTileChannels + column] = column < columns ? source.data[(t + row) * source.stride + column] : Element();
     }
   }
 }
 
 // The way back.
 template <class Element>
-WKV_HD void unstage(Rows<Element> target, Element* subchunk, int steps, int columns, int lane) {
+WKV_HD void unstage(Rows<Element> target, int64_t t, Element* subchunk, int steps, int columns, int lane) {
   const VectorShare<Element> share(lane);
   const int vectored = share.vectored({target.data, target.stride}, columns);
   if (share.column < vectored) {
-    share.for_vectors(target, subchunk, steps, [](Element* to, const Element* from) {
+    share.for_vectors(target, t, subchunk, steps, [](Element* to, const Element* from) {
       *reinterpret_cast<Vector*>(to) = *reinterpret_cast<const Vector*>(from);
     });
   }
   if (kFullTilesOnly || vectored == columns) return;
   for (int row = 0; row < steps; ++row) {
     for (int column = vectored + lane; column < columns; column += kWarpThreads) {
-      target.data[row * target.stride + column] = subchunk[row * kTileChannels + column];
+      target.data[(t + row) * target.stride + column] = subchunk[row * kTileChannels + column];
     }
   }
 }
