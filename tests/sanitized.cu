@@ -238,17 +238,16 @@ class Kernels {
     const Output<Real> checkpoints(p.B * wkv::checkpoint_count(kType, p.T) * 3 * p.C);
     for (const bool checkpoint : {false, true}) {
       const Planned planned(*this, Operation::forward, limits);
-      const wkv::ForwardParams params = {.parameters = parameters(),
-                                         .B = p.B,
-                                         .T = p.T,
-                                         .C = p.C,
-                                         .k = sequence(k),
-                                         .v = sequence(v),
-                                         .state = state.memory.get(),
-                                         .y = y.memory.get(),
-                                         .state_out = state_out.memory.get(),
-                                         .checkpoints = checkpoint ? checkpoints.memory.get() : nullptr,
-                                         .chunking = planned.chunking()};
+      const wkv::SequenceParams params = {.parameters = parameters(),
+                                          .B = p.B,
+                                          .T = p.T,
+                                          .C = p.C,
+                                          .inputs = {sequence(k), sequence(v)},
+                                          .state = state.memory.get(),
+                                          .outputs = {y.memory.get()},
+                                          .checkpoints = checkpoint ? checkpoints.memory.get() : nullptr,
+                                          .state_out = state_out.memory.get(),
+                                          .chunking = planned.chunking()};
       device.run(Launches{planned.launch(Kernel::forward, params)});
     }
     const Values final_state = state_out.values();
@@ -267,19 +266,16 @@ class Kernels {
     const Output<Element> gk(p.B * p.T * p.C), gv(p.B * p.T * p.C);
     const Output<Real> gw(p.C), gu(p.C), gstate(p.B * 3 * p.C);
     const Planned planned(*this, Operation::backward, limits);
-    const wkv::BackwardParams params = {.parameters = parameters(),
+    const wkv::SequenceParams params = {.parameters = parameters(),
                                         .B = p.B,
                                         .T = p.T,
                                         .C = p.C,
-                                        .k = sequence(k),
-                                        .v = sequence(v),
-                                        .gy = sequence(gy),
+                                        .inputs = {sequence(k), sequence(v), sequence(gy)},
                                         .state = state.memory.get(),
+                                        .outputs = {gk.memory.get(), gv.memory.get()},
                                         .checkpoints = checkpoints.memory.get(),
+                                        .state_out = gstate.memory.get(),
                                         .gstate_out = gstate_out.memory.get(),
-                                        .gk = gk.memory.get(),
-                                        .gv = gv.memory.get(),
-                                        .gstate = gstate.memory.get(),
                                         .partials = planned.partials(),
                                         .chunking = planned.chunking()};
     const wkv::ReduceParams reduce = {.parameters = parameters(),
@@ -407,8 +403,7 @@ class Kernels {
               .tickets = plan.chunks > 1 ? reinterpret_cast<uint32_t*>(tickets) : nullptr,
               .messages = exchange()};
     }
-    template <class Params>
-    wkv::Launch launch(Kernel kernel, const Params& params) const {
+    wkv::Launch launch(Kernel kernel, const wkv::SequenceParams& params) const {
       return {.kernel = kernel,
               .dtype = kType,
               .grid = {static_cast<unsigned>(plan.channel_tiles), static_cast<unsigned>(B),
