@@ -257,7 +257,7 @@ struct BackwardPass {
     Sums<Pair> total = partials_of(block, 0).get_sums(lane);
 #pragma unroll 1
     for (int warp = 1; warp < block.warps; ++warp) total = total + partials_of(block, warp).get_sums(lane);
-    const ChannelRow partials = block.row_of(params.partials, block.b * params.chunking.chunks + position, 2, thread);
+    const ChannelRow partials = block.row_of(params.partials, static_cast<int64_t>(block.b) * params.chunking.chunks + position, 2, thread);
     partials.store(0, total.num);
     partials.store(params.C, total.den);
     if (kFullTilesOnly || position + 1 < params.chunking.chunks) return;

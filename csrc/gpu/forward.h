@@ -88,8 +88,8 @@ struct ForwardPass {
     } else {
       in = begin == 0 ? carry : join(carry, decay_log2, thread.before);
     }
-    const int64_t t = tile.t + begin;
-    if (block.params.checkpoints != nullptr && t > 0 && static_cast<uint64_t>(t) % checkpoint_interval(Block::kType) == 0) {
+    const int t = tile.t + begin;
+    if (block.params.checkpoints != nullptr && t > 0 && (t & (checkpoint_interval(Block::kType) - 1)) == 0) {
       block.store_checkpoint(t, thread, in);
     }
     const Column<Element> y = block.column_of(0, thread);

@@ -47,6 +47,18 @@ inline void state_after_no_steps(const std::optional<Tensor>& state, const Tenso
 // an operator that writes no element counts once.
 inline void count_version(Tensor tensor) { set_zero(torch::stable::narrow(tensor, 0, 0, 0)); }
 
+// Kernels count sequences, steps and channels in 32 bits.
+inline void check_sizes(const Arguments& arguments) {
+  constexpr int64_t kMost = 2147483647 - 4096;
+  for (const auto& [name, size] : {std::pair{"B", arguments.B}, {"T", arguments.T}, {"C", arguments.C}}) {
+    require(size <= kMost, "wkv: ", name, ": expected at most ", kMost, " on a GPU, got ", size);
+  }
+}
+inline Sequence gpu_sequence(Tensor& tensor) {
+  if (tensor.size(1) > 1 && tensor.stride(1) > 4294967295) tensor = torch::stable::contiguous(tensor);
+  return sequence_of(tensor);
+}
+
 // w and u as the kernels take them, contiguous. Owns the copies until the launch.
 struct ContiguousParameters {
   Tensor w, u;
@@ -79,7 +91,7 @@ void launch_plan(Launcher& launcher, Kernel kernel, DType dtype, const Plan& pla
   params.chunking = {.first_batch = 0,
                      .chunks = plan.chunks,
                      .chunk_tiles = static_cast<int32_t>(plan.chunk_tiles),
-                     .channel_tiles = static_cast<int32_t>(plan.channel_tiles),
+                     .channel_tiles = static_cast<uint32_t>(plan.channel_tiles),
                      .anchor = static_cast<int32_t>(plan.anchor),
                      .tickets = nullptr,
                      .messages = exchange};
@@ -88,8 +100,8 @@ void launch_plan(Launcher& launcher, Kernel kernel, DType dtype, const Plan& pla
     const int64_t columns = params.B * plan.channel_tiles;
     params.chunking.tickets = reinterpret_cast<uint32_t*>(exchange + columns * (plan.chunks - 1) * kStateBytes);
   }
-  int64_t& first = params.chunking.first_batch;
-  for (; first < params.B; first += kMaxGridYZ) {
+  for (int64_t first = 0; first < params.B; first += kMaxGridYZ) {
+    params.chunking.first_batch = static_cast<uint32_t>(first);
     launcher.launch({kernel,
                      dtype,
                      // Blocks start chunk by chunk: a device takes them in this order.
@@ -112,7 +124,8 @@ inline unsigned blocks_for(int64_t count, int of_block) {
 template <class Launcher>
 std::tuple<Tensor, Tensor, Tensor> gpu_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
                                                const std::optional<Tensor>& state, bool checkpoint) {
-  const Arguments arguments(w, u, k, v, state);
+  Arguments arguments(w, u, k, v, state);
+  check_sizes(arguments);
   const auto& [dtype, B, T, C] = std::tie(arguments.dtype, arguments.B, arguments.T, arguments.C);
   Launcher launcher(arguments.device);
   const Tensor y = launcher.empty({B, T, C}, dtype);
@@ -130,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> gpu_forward(const Tensor& w, const Tensor& u,
                                  .B = B,
                                  .T = T,
                                  .C = C,
-                                 .inputs = {sequence_of(arguments.k), sequence_of(arguments.v)},
+                                 .inputs = {gpu_sequence(arguments.k), gpu_sequence(arguments.v)},
                                  .state = data_or_null(arguments.state),
                                  .outputs = {y.mutable_data_ptr()},
                                  .checkpoints = checkpoint ? checkpoints.mutable_data_ptr() : nullptr,
@@ -144,8 +157,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gpu_backward(const Tensor& w,
                                                                 const Tensor& v, const std::optional<Tensor>& state,
                                                                 const Tensor& checkpoints, const Tensor& gy,
                                                                 const std::optional<Tensor>& gstate_out) {
-  const Arguments arguments(w, u, k, v, state);
-  const GradientArguments gradients(arguments, checkpoints, gy, gstate_out);
+  Arguments arguments(w, u, k, v, state);
+  check_sizes(arguments);
+  GradientArguments gradients(arguments, checkpoints, gy, gstate_out);
   const auto& [dtype, B, T, C] = std::tie(arguments.dtype, arguments.B, arguments.T, arguments.C);
   Launcher launcher(arguments.device);
   const Tensor gw = launcher.empty({C}, arguments.w_dtype), gu = launcher.empty({C}, arguments.u_dtype);
@@ -166,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gpu_backward(const Tensor& w,
       .B = B,
       .T = T,
       .C = C,
-      .inputs = {sequence_of(arguments.k), sequence_of(arguments.v), sequence_of(gradients.gy)},
+      .inputs = {gpu_sequence(arguments.k), gpu_sequence(arguments.v), gpu_sequence(gradients.gy)},
       .state = data_or_null(arguments.state),
       .outputs = {gk.mutable_data_ptr(), gv.mutable_data_ptr()},
       .checkpoints = gradients.checkpoints.mutable_data_ptr(),

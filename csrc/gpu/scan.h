@@ -19,12 +19,11 @@ namespace wkv {
 
 // A tile of a chunk, the same for all threads.
 struct Tile {
-  int64_t t;
-  int rows;
+  int t, rows;
   bool ends_scan, ends_chunk;
 
   WKV_HD int steps_of(int warp) const { return clamp_count(rows - warp * kSubchunkSteps, kSubchunkSteps); }
-  WKV_HD int last_warp() const { return (rows - 1) / kSubchunkSteps; }
+  WKV_HD int last_warp() const { return static_cast<unsigned>(rows - 1) / kSubchunkSteps; }
 };
 
 // The channels and the shared memory of a block.
@@ -36,7 +35,8 @@ struct ScanBlock {
   static constexpr int kWarpRows = kSubchunk * static_cast<int>(sizeof(Element)) / kRowBytes;
 
   const SequenceParams& params;
-  int64_t b, c, column;
+  uint32_t b, c;
+  int64_t column;
   int columns, warps;
   Element* tiles;
   SharedChannels channels;
@@ -46,10 +46,10 @@ struct ScanBlock {
   WKV_HD ScanBlock(const SequenceParams& params, BlockIndex index, int threads, char* shared)
       : params(params),
         b(params.chunking.first_batch + index.y),
-        c(static_cast<int64_t>(index.x) * kTileChannels),
-        column(b * params.chunking.channel_tiles + index.x),
+        c(index.x * kTileChannels),
+        column(static_cast<uint64_t>(b) * params.chunking.channel_tiles + index.x),
         columns(kFullTilesOnly ? kTileChannels : clamp_count(params.C - c, kTileChannels)),
-        warps(threads / kWarpThreads),
+        warps(static_cast<unsigned>(threads) / kWarpThreads),
         tiles(reinterpret_cast<Element*>(shared)) {
     channels = {{reinterpret_cast<Pair*>(tiles + kInputs * warps * kSubchunk)}};
     ticket = reinterpret_cast<uint32_t*>(channels.rows.first + kChannelRows * kWarpThreads);
@@ -57,7 +57,7 @@ struct ScanBlock {
   }
 
   WKV_HD int channels_of(TileThread thread) const { return clamp_count(columns - 2 * thread.lane(), 2); }
-  WKV_HD int64_t channel_of(TileThread thread) const { return c + 2 * thread.lane(); }
+  WKV_HD uint32_t channel_of(TileThread thread) const { return c + 2 * thread.lane(); }
 
   // The i-th input: a warp's part, and a lane's column in it.
   WKV_HD Element* subchunk(int i, int warp) const { return tiles + (i * warps + warp) * kSubchunk; }
@@ -125,15 +125,17 @@ struct Scan {
 
   WKV_HD static Tile tile_at(const Params& params, int tile_steps, uint32_t position, int i) {
     const Chunking& chunking = params.chunking;
-    const int64_t chunk = Pass::kReverse ? chunking.chunks - 1 - position : position;
-    const int64_t first = chunk * (chunking.chunk_tiles * tile_steps);
+    const int T = static_cast<int>(params.T), chunk_steps = chunking.chunk_tiles * tile_steps;
+    const int chunk = static_cast<int>(Pass::kReverse ? chunking.chunks - 1 - position : position);
+    const int first = chunk * chunk_steps;
     if (kFullTilesOnly) return {first, tile_steps, false, true};
-    const int64_t end = chunk + 1 < chunking.chunks ? first + chunking.chunk_tiles * tile_steps : params.T;
-    // Tiles begin at multiples of their steps.
-    const int64_t last = Pass::kReverse ? (end - 1) / tile_steps * tile_steps : first;
-    const int64_t t = Pass::kReverse ? last - i * tile_steps : first + i * tile_steps;
-    const int rows = clamp_count(end - t, tile_steps);
-    return {t, rows, Pass::kReverse ? t == 0 : t + rows == params.T, Pass::kReverse ? t == first : t + rows == end};
+    const int end = T - first > chunk_steps ? first + chunk_steps : T;
+    // Tiles begin at multiples of their steps, which in the reverse scan are a constant.
+    constexpr unsigned kReverseSteps = kBackwardWarps * kSubchunkSteps;
+    const int last = Pass::kReverse ? (end - 1u) / kReverseSteps * kReverseSteps : first;
+    const int t = Pass::kReverse ? last - i * tile_steps : first + i * tile_steps;
+    const int rows = end - t < tile_steps ? end - t : tile_steps;
+    return {t, rows, Pass::kReverse ? t == 0 : t + rows == T, Pass::kReverse ? t == first : t + rows == end};
   }
 
   WKV_HD static void stage_tile(const Block& block, const Tile& tile, const Thread& thread) {

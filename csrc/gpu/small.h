@@ -123,7 +123,7 @@ template <class Team, class Function>
 WKV_HD void for_double_channels(const SequenceParams& params, BlockIndex block, int threads, Team& team,
                                 const Function& function) {
   team.last_phase([&](PlainThread& thread) {
-    const int64_t b = params.chunking.first_batch + block.y, c = static_cast<int64_t>(block.x) * threads + thread.index;
+    const int64_t b = int64_t{params.chunking.first_batch} + block.y, c = static_cast<int64_t>(block.x) * threads + thread.index;
     if (c < params.C) function(DoubleChannel{b, c, {load_channel<double>(params.parameters, c)}}, thread.index);
   });
 }

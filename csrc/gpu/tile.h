@@ -86,8 +86,9 @@ WKV_HD Channel<Real> load_channel(const ChannelParameters& parameters, int64_t c
 struct TileThread {
   int index;
 
-  WKV_HD int lane() const { return index % kWarpThreads; }
-  WKV_HD int warp() const { return index / kWarpThreads; }
+  // Unsigned, so that they are a mask and a shift.
+  WKV_HD int lane() const { return static_cast<unsigned>(index) % kWarpThreads; }
+  WKV_HD int warp() const { return static_cast<unsigned>(index) / kWarpThreads; }
 };
 
 // A lane's pairs of a row of 64 floats in shared memory, for several rows.
@@ -115,14 +116,14 @@ struct SharedChannels {
   Rows64 rows;
 
   // Those that do not exist have parameters of zero.
-  WKV_HD void load(const ChannelParameters& parameters, int64_t c, int columns, int thread, int threads) const {
+  WKV_HD void load(const ChannelParameters& parameters, uint32_t c, int columns, unsigned thread, int threads) const {
     float* const values = reinterpret_cast<float*>(rows.first);
 #pragma unroll 1
-    for (int i = thread; i < 2 * kTileChannels; i += threads) {
+    for (unsigned i = thread; i < 2 * kTileChannels; i += threads) {
       const bool is_u = i >= kTileChannels;
-      const int column = i % kTileChannels;
+      const unsigned column = i % kTileChannels;
       float value = 0;
-      if (kFullTilesOnly || column < columns) {
+      if (kFullTilesOnly || static_cast<int>(column) < columns) {
         value = load_parameter<float>(is_u ? parameters.u : parameters.w,
                                       is_u ? parameters.u_dtype : parameters.w_dtype, c + column);
       }
@@ -183,16 +184,20 @@ WKV_HD State<Real> or_empty(State<Real> given) {
 template <class Element>
 struct Rows {
   Element* data;
-  int64_t stride;
+  uint32_t stride;  // in elements; op.h sees to it that 32 bits suffice for it and for T
+
+  // One instruction, as a product of 32-bit numbers.
+  WKV_HD Element* at(int t) const { return data + static_cast<uint64_t>(static_cast<uint32_t>(t)) * stride; }
 };
 
 template <class Element>
-WKV_HD Rows<const Element> rows_from(const Sequence& sequence, int64_t b, int64_t c) {
-  return {static_cast<const Element*>(sequence.data) + b * sequence.batch_stride + c, sequence.time_stride};
+WKV_HD Rows<const Element> rows_from(const Sequence& sequence, uint32_t b, uint32_t c) {
+  return {static_cast<const Element*>(sequence.data) + b * sequence.batch_stride + c,
+          static_cast<uint32_t>(sequence.time_stride)};
 }
 template <class Element>
-WKV_HD Rows<Element> rows_from(void* contiguous, int64_t T, int64_t C, int64_t b, int64_t c) {
-  return {static_cast<Element*>(contiguous) + b * T * C + c, C};
+WKV_HD Rows<Element> rows_from(void* contiguous, int64_t T, int64_t C, uint32_t b, uint32_t c) {
+  return {static_cast<Element*>(contiguous) + b * (T * C) + c, static_cast<uint32_t>(C)};
 }
 
 // How the lanes of a warp share a subchunk's rows of 16-byte vectors: each has one column and every so-many-th row.
@@ -203,32 +208,31 @@ struct VectorShare {
   static constexpr int kRowStep = kWarpThreads / kVectorsOfRow;
   int column, first_row;
 
-  WKV_HD explicit VectorShare(int lane) : column(lane % kVectorsOfRow * kPerVector), first_row(lane / kVectorsOfRow) {}
+  WKV_HD explicit VectorShare(unsigned lane)
+      : column(lane % kVectorsOfRow * kPerVector), first_row(lane / kVectorsOfRow) {}
 
   // Of `columns`, so many are moved by vectors: none where an address is not a multiple of 16.
   WKV_HD static int vectored(Rows<const Element> rows, int columns) {
     if (kFullTilesOnly) return kTileChannels;
     const auto address = reinterpret_cast<uintptr_t>(rows.data);
-    const auto stride = static_cast<uintptr_t>(rows.stride * static_cast<int64_t>(sizeof(Element)));
+    const uint64_t stride = rows.stride * uint64_t{sizeof(Element)};
     return (address | stride) % sizeof(Vector) == 0 ? columns - columns % kPerVector : 0;
   }
 
   // Calls move(in memory, in shared memory) for the vectors of this lane, from time t on; `steps` rows exist.
   template <class Memory, class Move>
-  WKV_HD void for_vectors(Rows<Memory> rows, int64_t t, Element* subchunk, int steps, const Move& move) const {
-    Memory* at = rows.data + (t + first_row) * rows.stride + column;
-    Element* shared = subchunk + first_row * kTileChannels + column;
-    const auto take_turn = [&] {
-      move(at, shared);
-      at += kRowStep * rows.stride;
-      shared += kRowStep * kTileChannels;
-    };
+  WKV_HD void for_vectors(Rows<Memory> rows, int t, Element* subchunk, int steps, const Move& move) const {
+    const Rows<Memory> from_column{rows.data + column, rows.stride};
+    Element* const shared = subchunk + column;
     if (kFullTilesOnly || steps == kSubchunkSteps) {
-#pragma unroll 4
-      for (int turn = 0; turn < kSubchunkSteps / kRowStep; ++turn) take_turn();
+#pragma unroll
+      for (int turn = 0; turn < kSubchunkSteps / kRowStep; ++turn) {
+        const int row = turn * kRowStep + first_row;
+        move(from_column.at(t + row), shared + row * kTileChannels);
+      }
     } else {
 #pragma unroll 1
-      for (int row = first_row; row < steps; row += kRowStep) take_turn();
+      for (int row = first_row; row < steps; row += kRowStep) move(from_column.at(t + row), shared + row * kTileChannels);
     }
   }
 };
@@ -236,7 +240,7 @@ struct VectorShare {
 // A lane's part of bringing rows, steps × columns, to shared memory; columns that do not exist become zero, so that no
 // result depends on what shared memory held.
 template <class Element>
-WKV_HD void stage(Element* subchunk, Rows<const Element> source, int64_t t, int steps, int columns, int lane) {
+WKV_HD void stage(Element* subchunk, Rows<const Element> source, int t, int steps, int columns, int lane) {
   const VectorShare<Element> share(lane);
   const int vectored = share.vectored(source, columns);
   if (share.column < vectored) {
@@ -245,14 +249,14 @@ WKV_HD void stage(Element* subchunk, Rows<const Element> source, int64_t t, int 
   if (kFullTilesOnly || vectored == kTileChannels) return;
   for (int row = 0; row < steps; ++row) {
     for (int column = vectored + lane; column < kTileChannels; column += kWarpThreads) {
-      subchunk[row * kTileChannels + column] = column < columns ? source.data[(t + row) * source.stride + column] : Element();
+      subchunk[row * kTileChannels + column] = column < columns ? source.at(t + row)[column] : Element();
     }
   }
 }
 
 // The way back.
 template <class Element>
-WKV_HD void unstage(Rows<Element> target, int64_t t, Element* subchunk, int steps, int columns, int lane) {
+WKV_HD void unstage(Rows<Element> target, int t, Element* subchunk, int steps, int columns, int lane) {
   const VectorShare<Element> share(lane);
   const int vectored = share.vectored({target.data, target.stride}, columns);
   if (share.column < vectored) {
@@ -263,7 +267,7 @@ WKV_HD void unstage(Rows<Element> target, int64_t t, Element* subchunk, int step
   if (kFullTilesOnly || vectored == columns) return;
   for (int row = 0; row < steps; ++row) {
     for (int column = vectored + lane; column < columns; column += kWarpThreads) {
-      target.data[(t + row) * target.stride + column] = subchunk[row * kTileChannels + column];
+      target.at(t + row)[column] = subchunk[row * kTileChannels + column];
     }
   }
 }
