@@ -1,8 +1,9 @@
-// The GPU's operators on CPU tensors: the host path of csrc/gpu/op.h with a launcher whose launches run on the host. They
-// are run by an emulation of a block's threads, which take turns in any order, or by a function that a test gives.
+// The GPU's operators on CPU tensors: the host path of csrc/gpu/op.h with a launcher whose launches run on the host.
+// They are run by an emulation of a block's threads, which take turns in any order, or by a function that a test gives.
 //
 // Outputs and workspaces begin as NaN, between guards. Shared memory and registers of the emulation begin as NaN, too;
-// blocks run one after the other. A barrier can be dropped, to see that its absence is noticed.
+// blocks run one after the other. A barrier of those blocks that start last of their columns can be dropped, to see
+// that its absence is noticed.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -32,12 +33,15 @@ using Runner = int (*)(const char* kernel, const char* dtype, const unsigned* gr
 
 struct {
   DeviceLimits limits;
-  int order;
+  int order, block_order;
   uint64_t seed;
   const char* unsynchronised;  // the kernel whose barrier is dropped, or null
   int dropped_barrier;
   Runner runner;  // or null for the emulation
 } settings;
+
+// Of the block that ran last of each kernel.
+int barriers_of_last_block[4];
 
 // ---- memory between guards ----
 
@@ -77,12 +81,21 @@ bool guards_hold(const Allocation& allocation) {
   const char* const behind = allocation.begin() + (allocation.count + kGuard) * size;
   for (int64_t i = 0; i < kGuard * size; ++i) {
     // All elements of the guards are the same.
-    if (allocation.begin()[i] != allocation.begin()[i % size] || behind[i] != allocation.begin()[i % size]) return false;
+    if (allocation.begin()[i] != allocation.begin()[i % size] || behind[i] != allocation.begin()[i % size])
+      return false;
   }
   return true;
 }
 
 // ---- the emulation ----
+
+std::vector<int64_t> turns(int64_t count, int order, std::mt19937_64& random) {
+  std::vector<int64_t> result(count);
+  std::iota(result.begin(), result.end(), 0);
+  if (order == kReversed) std::reverse(result.begin(), result.end());
+  if (order == kShuffled) std::shuffle(result.begin(), result.end(), random);
+  return result;
+}
 
 template <class Thread>
 class HostTeam {
@@ -94,6 +107,7 @@ class HostTeam {
     std::memset(static_cast<void*>(threads_.data()), 0xff, count * sizeof(Thread));
     for (int i = 0; i < count; ++i) threads_[i].index = i;
   }
+  int barriers() const { return barriers_; }
 
   template <class Phase>
   void phase(const Phase& function) {
@@ -125,22 +139,16 @@ class HostTeam {
     bool synchronises;  // the warp
   };
 
-  std::vector<int> turns(int count) {
-    std::vector<int> order(count);
-    std::iota(order.begin(), order.end(), 0);
-    if (settings.order == kReversed) std::reverse(order.begin(), order.end());
-    if (settings.order == kShuffled) std::shuffle(order.begin(), order.end(), random_);
-    return order;
-  }
   // Warp by warp, up to a barrier of the block.
   void run_pending() {
-    const int count = static_cast<int>(threads_.size());
-    for (const int warp : turns((count + kWarpThreads - 1) / kWarpThreads)) {
-      const int first = warp * kWarpThreads;
+    const auto in_turn = [this](int64_t count) { return turns(count, settings.order, random_); };
+    const auto count = static_cast<int64_t>(threads_.size());
+    for (const int64_t warp : in_turn((count + kWarpThreads - 1) / kWarpThreads)) {
+      const int64_t first = warp * kWarpThreads;
       for (size_t begin = 0, end; begin < pending_.size(); begin = end) {
         end = begin + 1;
         while (end < pending_.size() && !pending_[end - 1].synchronises) ++end;
-        for (const int lane : turns(std::min(kWarpThreads, count - first))) {
+        for (const int64_t lane : in_turn(std::min<int64_t>(kWarpThreads, count - first))) {
           for (size_t step = begin; step < end; ++step) pending_[step].function(threads_[first + lane]);
         }
       }
@@ -157,24 +165,24 @@ class HostTeam {
 template <class Kernel>
 void emulate(const Launch& launch) {
   const auto& params = *static_cast<const typename Kernel::Params*>(launch.params);
-  const bool drops = settings.unsynchronised != nullptr && std::strcmp(settings.unsynchronised, name_of(launch.kernel)) == 0;
+  const bool drops =
+      settings.unsynchronised != nullptr && std::strcmp(settings.unsynchronised, name_of(launch.kernel)) == 0;
   struct alignas(128) Line {
     char bytes[128];
   };
   std::vector<Line> shared(launch.shared_bytes / sizeof(Line) + 1);
   std::mt19937_64 random(settings.seed);
   const auto& [columns, sequences, chunks] = launch.grid;
-  std::vector<int64_t> blocks(int64_t{columns} * sequences * chunks);
-  std::iota(blocks.begin(), blocks.end(), 0);
+  std::vector<unsigned> started(int64_t{columns} * sequences);
   // Tickets make any order right.
-  if (settings.order == kReversed) std::reverse(blocks.begin(), blocks.end());
-  if (settings.order == kShuffled) std::shuffle(blocks.begin(), blocks.end(), random);
-  for (const int64_t i : blocks) {
+  for (const int64_t i : turns(int64_t{columns} * sequences * chunks, settings.block_order, random)) {
+    const bool is_last = ++started[i % (int64_t{columns} * sequences)] == chunks;
     std::memset(static_cast<void*>(shared.data()), 0xff, shared.size() * sizeof(Line));
-    HostTeam<typename Kernel::Thread> team(launch.threads, drops ? settings.dropped_barrier : -1, random);
+    HostTeam<typename Kernel::Thread> team(launch.threads, drops && is_last ? settings.dropped_barrier : -1, random);
     const BlockIndex block = {static_cast<unsigned>(i % columns), static_cast<unsigned>(i / columns % sequences),
                               static_cast<unsigned>(i / columns / sequences)};
     Kernel::run(params, block, launch.threads, team, shared.data()->bytes);
+    barriers_of_last_block[static_cast<int>(launch.kernel)] = team.barriers();
   }
 }
 
@@ -216,11 +224,20 @@ WKV_LIBRARY_IMPL(WKV_NAMESPACE, CPU, m) {
 WKV_EXPORTED void set_limits(int64_t multiprocessors, int64_t shared_per_block, int64_t shared_per_multiprocessor) {
   wkv::settings.limits = {multiprocessors, shared_per_block, shared_per_multiprocessor};
 }
-WKV_EXPORTED void set_emulation(int order, uint64_t seed, const char* unsynchronised, int dropped_barrier) {
+WKV_EXPORTED void set_emulation(int order, int block_order, uint64_t seed, const char* unsynchronised,
+                                int dropped_barrier) {
   wkv::settings.order = order;
+  wkv::settings.block_order = block_order;
   wkv::settings.seed = seed;
   wkv::settings.unsynchronised = unsynchronised;
   wkv::settings.dropped_barrier = dropped_barrier;
+}
+// Of a kernel by its name; -1 where there is none.
+WKV_EXPORTED int barriers_of_last_block(const char* kernel) {
+  for (int i = 0; i < 4; ++i) {
+    if (std::strcmp(kernel, name_of(static_cast<wkv::Kernel>(i))) == 0) return wkv::barriers_of_last_block[i];
+  }
+  return -1;
 }
 WKV_EXPORTED void set_runner(wkv::Runner runner) { wkv::settings.runner = runner; }
 

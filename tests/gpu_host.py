@@ -1,8 +1,8 @@
 """The GPU's operators without a GPU: their host path on CPU tensors, and their kernels on the CPU.
 
-gpu_host.cpp is the launcher that takes a GPU's place; the checks, allocations, plans and launches are the operators' own.
-Two executors run a launch: `Emulator` the kernels' phases, compiled by the host compiler; `PtxRunner` the PTX that nvcc
-makes of the kernels, by the program that RWKV_KERNELS_PTX_RUNNER names.
+gpu_host.cpp is the launcher that takes a GPU's place; the checks, allocations, plans and launches are the operators'
+own. Two executors run a launch: `Emulator` the kernels' phases, compiled by the host compiler; `PtxRunner` the PTX that
+nvcc makes of the kernels, by the program that RWKV_KERNELS_PTX_RUNNER names.
 """
 
 import ctypes
@@ -58,7 +58,16 @@ def library() -> ctypes.CDLL:
     source = ROOT / "tests" / "gpu_host.cpp"
     compiler = os.environ.get("CXX", "c++")
     torch_folder = Path(torch.__file__).parent
-    flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    flags = [
+        "-std=c++20",
+        "-O2",
+        "-shared",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        "-Wno-psabi",
+    ]
     macros = ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-DWKV_NAMESPACE={NAMESPACE}"]
     folders = [f"-I{ROOT / 'csrc'}", f"-isystem{torch_folder / 'include'}"]
     command = [compiler, *flags, *macros, *folders, str(source), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
@@ -82,7 +91,7 @@ def library() -> ctypes.CDLL:
     torch.ops.load_library(str(compiled))
     loaded = ctypes.CDLL(str(compiled))
     loaded.set_limits.argtypes = [ctypes.c_int64] * 3
-    loaded.set_emulation.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_int]
+    loaded.set_emulation.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_int]
     loaded.allocation.argtypes = [ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)]
     loaded.allocation.restype = ctypes.c_void_p
     loaded.allocation_count.restype = loaded.overruns.restype = ctypes.c_int64
@@ -101,19 +110,26 @@ class Executor(Protocol):
 
 @dataclass
 class Emulator:
-    """Threads in order, reversed or shuffled; without one barrier of a kernel, if that is given."""
+    """Threads in order, reversed or shuffled, and blocks as well if nothing else is said of them.
+
+    Without one barrier of a kernel, if that is given, in the blocks that start last of their columns: by its number,
+    the barriers of a block being counted from 0.
+    """
 
     order: str = "forward"
     seed: int = 0
     dropped_barrier: tuple[str, int] | None = None
     limits: Limits = field(default_factory=lambda: H100)
+    block_order: str | None = None
 
     def prepare(self, given: tuple[Any, ...]) -> None:
         kernel, barrier = self.dropped_barrier or (None, -1)
         self._kernel = kernel.encode() if kernel else None  # lives as long as the setting
-        order = ("forward", "reversed", "shuffled").index(self.order)
+        orders = [
+            ("forward", "reversed", "shuffled").index(order) for order in (self.order, self.block_order or self.order)
+        ]
         library().set_runner(None)
-        library().set_emulation(order, self.seed, self._kernel, barrier)
+        library().set_emulation(*orders, self.seed, self._kernel, barrier)
 
     def finish(self) -> None:
         pass
@@ -143,8 +159,8 @@ _translated: dict[tuple[Path, str, bool], Any] = {}
 class PtxRunner:
     """The PTX for one architecture; `order` is that in which blocks start and threads are switched.
 
-    Of `resident` blocks at a time, if that is given. With `counted`, that gathers how often all threads together executed
-    each operation of a kernel.
+    Of `resident` blocks at a time, if that is given. With `counted`, that gathers how often all threads together
+    executed each operation of a kernel.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-// The CUDA kernels without torch, for compute-sanitizer: every kernel, dtype and schedule, on a few shapes with tails.
+// The CUDA kernels without torch, for compute-sanitizer: every kernel and dtype, on a few shapes with tails, planned
+// for this device and for smaller ones.
 //
 // Each call's y, final state and gradients are compared with a plain loop in double on the host. Outputs start as NaN,
 // so that an element that nothing wrote is seen; workspaces start as cudaMalloc left them, so that initcheck sees a
@@ -14,14 +15,16 @@
 #include <string>
 #include <vector>
 
-#include "cuda/lanes.h"
-#include "cuda/wkv_kernels.h"
+#include "cuda/kernels.h"
+#include "gpu/tile.h"
 
 namespace {
 
 using wkv::DType;
+using wkv::Kernel;
 using wkv::Operation;
 using Values = std::vector<double>;
+using Launches = std::vector<wkv::Launch>;
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -110,7 +113,10 @@ class Device {
           "shared memory");
   }
 
-  void run(const std::vector<wkv::Launch>& work) {
+  cudaStream_t stream() const { return stream_; }
+
+  // What was put on the stream and these launches, to their end.
+  void run(const Launches& work) {
     if (beside_a_hog_) {
       // All multiprocessors but one.
       const dim3 grid(static_cast<unsigned>(limits.multiprocessors) - 1), block(32);
@@ -119,7 +125,7 @@ class Device {
                              static_cast<size_t>(limits.shared_per_block), other_),
             "hog");
     }
-    check(wkv::launch(work, stream_), "launch");
+    for (const wkv::Launch& launch : work) check(wkv::launch(launch, stream_), "launch");
     check(cudaStreamSynchronize(stream_), "kernel");
     ++launches;
     done_before_the_hog += beside_a_hog_ && cudaStreamQuery(other_) == cudaErrorNotReady;
@@ -226,27 +232,23 @@ class Kernels {
   }
 
   // A plan for `limits`, which may be those of a smaller device.
-  void run(const char* schedule, const wkv::DeviceLimits& limits) {
-    const std::string name = std::string(schedule) + " for " + std::to_string(limits.multiprocessors);
+  void run(const std::string& name, const wkv::DeviceLimits& limits) {
     const Output<Element> y(p.B * p.T * p.C);
     const Output<Real> state_out(p.B * 3 * p.C);
     const Output<Real> checkpoints(p.B * wkv::checkpoint_count(kType, p.T) * 3 * p.C);
-    const wkv::PlanRequest request = {.schedule = schedule};
     for (const bool checkpoint : {false, true}) {
-      const wkv::Plan plan = make_plan(Operation::forward, kType, p.B, p.T, p.C, limits, request);
-      const Memory workspace(plan.workspace_bytes);
-      const wkv::ForwardArguments arguments = {.parameters = parameters(),
-                                               .B = p.B,
-                                               .T = p.T,
-                                               .C = p.C,
-                                               .k = sequence(k),
-                                               .v = sequence(v),
-                                               .state = state.memory.get(),
-                                               .y = y.memory.get(),
-                                               .state_out = state_out.memory.get(),
-                                               .checkpoints = checkpoint ? checkpoints.memory.get() : nullptr};
-      device.run(forward_launches(plan, arguments, workspace.get()));
-      rings += plan.buffers == 2;
+      const Planned planned(*this, Operation::forward, limits);
+      const wkv::SequenceParams params = {.parameters = parameters(),
+                                          .B = p.B,
+                                          .T = p.T,
+                                          .C = p.C,
+                                          .inputs = {sequence(k), sequence(v)},
+                                          .state = state.memory.get(),
+                                          .outputs = {y.memory.get()},
+                                          .checkpoints = checkpoint ? checkpoints.memory.get() : nullptr,
+                                          .state_out = state_out.memory.get(),
+                                          .chunking = planned.chunking()};
+      device.run(Launches{planned.launch(Kernel::forward, params)});
     }
     const Values final_state = state_out.values();
     Values max_out, comparable;
@@ -263,22 +265,34 @@ class Kernels {
 
     const Output<Element> gk(p.B * p.T * p.C), gv(p.B * p.T * p.C);
     const Output<Real> gw(p.C), gu(p.C), gstate(p.B * 3 * p.C);
-    const wkv::Plan plan = make_plan(Operation::backward, kType, p.B, p.T, p.C, limits, request);
-    const Memory workspace(plan.workspace_bytes);
-    const wkv::BackwardArguments arguments = {.parameters = parameters(),
-                                              .B = p.B,
-                                              .T = p.T,
-                                              .C = p.C,
-                                              .k = sequence(k),
-                                              .v = sequence(v),
-                                              .gy = sequence(gy),
-                                              .state = state.memory.get(),
-                                              .checkpoints = checkpoints.memory.get(),
-                                              .gstate_out = gstate_out.memory.get(),
-                                              .gk = gk.memory.get(),
-                                              .gv = gv.memory.get(),
-                                              .gstate = gstate.memory.get()};
-    device.run(backward_launches(plan, arguments, gw.memory.get(), gu.memory.get(), workspace.get()));
+    const Planned planned(*this, Operation::backward, limits);
+    const wkv::SequenceParams params = {.parameters = parameters(),
+                                        .B = p.B,
+                                        .T = p.T,
+                                        .C = p.C,
+                                        .inputs = {sequence(k), sequence(v), sequence(gy)},
+                                        .state = state.memory.get(),
+                                        .outputs = {gk.memory.get(), gv.memory.get()},
+                                        .checkpoints = checkpoints.memory.get(),
+                                        .state_out = gstate.memory.get(),
+                                        .gstate_out = gstate_out.memory.get(),
+                                        .partials = planned.partials(),
+                                        .chunking = planned.chunking()};
+    const wkv::ReduceParams reduce = {.parameters = parameters(),
+                                      .C = p.C,
+                                      .partials = planned.partials(),
+                                      .rows = p.B * planned.plan.chunks,
+                                      .gw = gw.memory.get(),
+                                      .gu = gu.memory.get()};
+    constexpr int kThreads = wkv::kReduceLanes * wkv::kReduceGroups;
+    device.run(Launches{planned.launch(Kernel::backward, params),
+                        {.kernel = Kernel::reduce,
+                         .dtype = kType,
+                         .grid = {blocks_for(p.C, wkv::kReduceLanes), 1, 1},
+                         .threads = kThreads,
+                         .shared_bytes = kThreads * 2 * static_cast<int>(sizeof(double)),
+                         .params = &reduce,
+                         .params_bytes = sizeof reduce}});
     // A gradient of k is made of terms of the size of gy v, even where they cancel.
     const double terms = 4;
     compare(name + " gk", gk.values(), expected.gk, kAllowed + kElement, terms);
@@ -294,20 +308,27 @@ class Kernels {
       const Input<Real> moved(in.state);
       const Output<Element> y(p.B * p.C);
       const int64_t stride = p.T * p.C;
-      device.run(step_launches(kType, {.parameters = parameters(),
-                                       .B = p.B,
-                                       .C = p.C,
-                                       .k = k.memory.get(),
-                                       .v = v.memory.get(),
-                                       .r = gated ? r.memory.get() : nullptr,
-                                       .k_stride = stride,
-                                       .v_stride = stride,
-                                       .r_stride = p.C,
-                                       .y = y.memory.get(),
-                                       .state = moved.memory.get(),
-                                       .state_batch_stride = 3 * p.C,
-                                       .state_row_stride = p.C,
-                                       .state_channel_stride = 1}));
+      const wkv::StepParams params = {.parameters = parameters(),
+                                      .B = p.B,
+                                      .C = p.C,
+                                      .k = k.memory.get(),
+                                      .v = v.memory.get(),
+                                      .r = gated ? r.memory.get() : nullptr,
+                                      .k_stride = stride,
+                                      .v_stride = stride,
+                                      .r_stride = p.C,
+                                      .y = y.memory.get(),
+                                      .state = moved.memory.get(),
+                                      .state_batch_stride = 3 * p.C,
+                                      .state_row_stride = p.C,
+                                      .state_channel_stride = 1};
+      device.run(Launches{{.kernel = Kernel::step,
+                           .dtype = kType,
+                           .grid = {blocks_for(p.B * p.C, wkv::kPlainThreads), 1, 1},
+                           .threads = wkv::kPlainThreads,
+                           .shared_bytes = 0,
+                           .params = &params,
+                           .params_bytes = sizeof params}});
       Inputs first = in;
       Values expected;
       first.k = first.v = {};
@@ -321,7 +342,7 @@ class Kernels {
     }
   }
 
-  int rings = 0;
+  int plans_of_chunks = 0, plans_of_several_tiles = 0;
 
  private:
   static constexpr double kAllowed = 300 * kUnit;
@@ -353,6 +374,51 @@ class Kernels {
     return in;
   }
 
+  // A plan, its memory, and its launch, as csrc/gpu/op.h makes them of tensors.
+  struct Planned {
+    wkv::Plan plan;
+    int64_t B, partial_bytes;
+    Memory workspace;
+
+    Planned(Kernels& kernels, Operation operation, const wkv::DeviceLimits& limits)
+        : plan(make_plan(operation, kType, kernels.p.B, kernels.p.T, kernels.p.C, limits)),
+          B(kernels.p.B),
+          partial_bytes((plan.partial_bytes + 7) / 8 * 8),
+          workspace(partial_bytes + plan.exchange_bytes) {
+      kernels.plans_of_chunks += plan.chunks > 1;
+      kernels.plans_of_several_tiles += plan.chunks > 1 && plan.chunk_tiles > 1;
+      if (plan.chunks == 1) return;
+      check(cudaMemsetAsync(exchange(), 0xff, static_cast<size_t>(plan.exchange_bytes), kernels.device.stream()),
+            "cudaMemsetAsync");
+    }
+    void* partials() const { return workspace.get(); }
+    char* exchange() const { return static_cast<char*>(workspace.get()) + partial_bytes; }
+    wkv::Chunking chunking() const {
+      char* const tickets = exchange() + B * plan.channel_tiles * (plan.chunks - 1) * wkv::kStateBytes;
+      return {.first_batch = 0,
+              .chunks = plan.chunks,
+              .chunk_tiles = static_cast<int32_t>(plan.chunk_tiles),
+              .channel_tiles = static_cast<int32_t>(plan.channel_tiles),
+              .anchor = static_cast<int32_t>(plan.anchor),
+              .tickets = plan.chunks > 1 ? reinterpret_cast<uint32_t*>(tickets) : nullptr,
+              .messages = exchange()};
+    }
+    wkv::Launch launch(Kernel kernel, const wkv::SequenceParams& params) const {
+      return {.kernel = kernel,
+              .dtype = kType,
+              .grid = {static_cast<unsigned>(plan.channel_tiles), static_cast<unsigned>(B),
+                       static_cast<unsigned>(plan.chunks)},
+              .threads = plan.threads,
+              .shared_bytes = plan.shared_bytes,
+              .params = &params,
+              .params_bytes = sizeof params};
+    }
+  };
+
+  static unsigned blocks_for(int64_t count, int of_block) {
+    return static_cast<unsigned>((count + of_block - 1) / of_block);
+  }
+
   wkv::ChannelParameters parameters() const { return {w.memory.get(), u.memory.get(), kParameters, kParameters}; }
   wkv::Sequence sequence(const Input<Element>& tensor) const { return {tensor.memory.get(), p.T * p.C, p.C}; }
 
@@ -365,22 +431,26 @@ class Kernels {
 
 template <class Element>
 void run_all(const char* dtype, Device& device) {
-  // For a device of one multiprocessor a few channels are many: it gets rings of tiles, and groups of one chunk.
-  wkv::DeviceLimits small = device.limits;
-  small.multiprocessors = 1;
-  int rings = 0;
-  // Rows that vectors can move, rows that they cannot, and one step.
-  for (const Problem& p : {Problem{2, 200, 128}, Problem{3, 131, 77}, Problem{1, 1, 5}}) {
+  // On one multiprocessor a few columns are many, and chunks may have several tiles; with little shared memory forward
+  // has tiles of one warp.
+  wkv::DeviceLimits one = device.limits, small = device.limits;
+  one.multiprocessors = small.multiprocessors = 1;
+  small.shared_per_multiprocessor = 1;
+  int plans_of_chunks = 0, plans_of_several_tiles = 0;
+  // Rows that vectors can move, rows that they cannot, and one step; more chunks than from an anchor to the next; and
+  // more sequences.
+  for (const Problem& p :
+       {Problem{2, 200, 128}, Problem{3, 131, 77}, Problem{1, 1, 5}, Problem{1, 1300, 64}, Problem{16, 260, 20}}) {
     Kernels<Element> kernels(p, device);
-    for (const wkv::DeviceLimits& limits : {device.limits, small}) {
-      kernels.run("serial", limits);
-      kernels.run("chunked", limits);
-      if (sizeof(Element) < 8) kernels.run("single_pass", limits);
-    }
+    kernels.run("this device", device.limits);
+    kernels.run("one multiprocessor", one);
+    kernels.run("small tiles", small);
     kernels.step();
-    rings += kernels.rings;
+    plans_of_chunks += kernels.plans_of_chunks;
+    plans_of_several_tiles += kernels.plans_of_several_tiles;
   }
-  std::printf("%s: done, %d forward plans with a ring\n", dtype, rings);
+  std::printf("%s: done, %d plans with several chunks, %d of them of several tiles\n", dtype, plans_of_chunks,
+              plans_of_several_tiles);
   std::fflush(stdout);
 }
 

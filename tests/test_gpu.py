@@ -1,4 +1,4 @@
-"""What only a GPU can show: schedules, streams, graphs, devices, exhausted memory and very large tensors.
+"""What only a GPU can show: many blocks at once, streams, graphs, devices, exhausted memory and very large tensors.
 
 The CPU's kernel in float64, which test_operator.py compares with the oracle, takes its place where that is too slow.
 """
@@ -7,7 +7,7 @@ import itertools
 import random
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +15,12 @@ from problems import (
     DTYPES,
     Problem,
     Tensors,
+    assert_close,
     assert_solves,
     assert_tensor_close,
     dtypes_of,
     largest_logit,
+    log_denominator,
     make,
     solve,
     tolerance,
@@ -28,18 +30,6 @@ from torch import Tensor
 
 import benchmarks.problem
 import rwkv_kernels
-from benchmarks.plans import SCHEDULES, forced_plan, plan_here
-
-
-@pytest.fixture(params=[None, *SCHEDULES], ids=lambda name: name or "auto")
-def schedule(request: pytest.FixtureRequest, gpu_backend: str) -> Iterator[str | None]:
-    """The plan's own choice, and each schedule by force."""
-    if gpu_backend != "cuda" and request.param is not None:
-        pytest.skip(f"{gpu_backend} has no schedules to choose from")
-    if request.param == "single_pass" and request.node.callspec.params.get("dtype") == torch.float64:
-        pytest.skip("float64 has no single pass")
-    with forced_plan(schedule=request.param):
-        yield request.param
 
 
 def _assert_bitwise(found: dict[str, Tensor], expected: dict[str, Tensor], what: object = "") -> None:
@@ -50,23 +40,40 @@ def _assert_bitwise(found: dict[str, Tensor], expected: dict[str, Tensor], what:
 # ---- first light: every kernel once, in seconds, before anything else ----
 
 FIRST = Problem(B=2, T=200, C=72, with_state=True)
+# Of one tile, of a few, and of more than from one anchor to the next.
+FIRST_LENGTHS = (50, 200, 2100)
 
 
+@pytest.mark.parametrize("T", FIRST_LENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_first_light_of_every_schedule(dtype: torch.dtype, schedule: str | None, gpu_backend: str) -> None:
-    assert_solves(make(FIRST, dtype), gpu_backend)
+def test_first_light(dtype: torch.dtype, T: int, gpu_backend: str) -> None:
+    assert_solves(make(replace(FIRST, T=T), dtype), gpu_backend, "cpu")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_first_light_of_a_ring(dtype: torch.dtype, gpu_backend: str) -> None:
-    """Which a problem as small as this gets by force only, and backward never."""
-    if gpu_backend != "cuda":
-        pytest.skip(f"{gpu_backend} has no rings")
-    tensors = make(FIRST, dtype)
-    with forced_plan(schedule="serial", spans=1, buffers=2):
-        y = _outputs(tensors, gpu_backend)
-    exact = _outputs(tensors.changed(Tensor.cpu).exact(), "reference")
-    assert_tensor_close("y", y.cpu(), exact, tolerance(dtype, FIRST.T, largest_logit(tensors)))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_first_light_of_a_full_device(dtype: torch.dtype, gpu_backend: str) -> None:
+    """So many sequences that chunks have several tiles, on a GPU of any size: the same four, again and again."""
+    times = torch.cuda.get_device_properties(0).multi_processor_count
+    few = make(Problem(B=4, T=600, C=200, with_state=True), dtype)
+    many = few.changed(lambda x: x.repeat(times, 1, 1) if x.dim() == 3 else x)
+    _, final = rwkv_kernels.wkv(*many.inputs, return_state=True, backend=gpu_backend)
+    scale = log_denominator(final.double())
+    found = {}
+    for name, value in solve(many, gpu_backend, scale).items():
+        if name in ("gw", "gu"):
+            found[name] = value / times
+            continue
+        repeated = value.unflatten(0, (times, 4))
+        assert (repeated == repeated[:1]).all(), name
+        found[name] = repeated[0]
+    on_cpu = few.changed(Tensor.cpu)
+    exact = solve(on_cpu.exact(), "cpu", scale[:4].cpu())
+    assert_close({name: x.cpu() for name, x in found.items()}, exact, on_cpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_first_light_of_keys_that_spread(dtype: torch.dtype, gpu_backend: str) -> None:
+    assert_solves(make(replace(FIRST, T=2100, k_scale=20.0), dtype), gpu_backend, "cpu")
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -85,15 +92,14 @@ def test_first_light_of_a_step(dtype: torch.dtype, gated: bool, gpu_backend: str
         assert_tensor_close(name, found, expected, tolerance(found.dtype, 1, largest_logit(tensors)))
 
 
-# ---- schedules ----
+# ---- tiles and chunks ----
 
 EDGES = [
-    # More chunks than a group of them, on an H100.
     Problem(B=9, T=2100, C=33, with_state=True),
     *(
         Problem(B=B, T=T, C=C, with_state=with_state)
         for (B, C, with_state), T in itertools.product(
-            [(1, 1, True), (2, 33, False), (1, 100, True)], [1, 16, 63, 65, 200]
+            [(1, 1, True), (2, 33, False), (1, 100, True)], [1, 16, 63, 65, 200, 1024, 1025]
         )
     ),
 ]
@@ -101,9 +107,7 @@ EDGES = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("problem", EDGES, ids=lambda p: f"{p.B}-{p.T}-{p.C}")
-def test_edges_of_tiles_and_chunks(
-    problem: Problem, dtype: torch.dtype, schedule: str | None, gpu_backend: str
-) -> None:
+def test_edges_of_tiles_and_chunks(problem: Problem, dtype: torch.dtype, gpu_backend: str) -> None:
     tensors = make(problem, dtype)
     assert_solves(tensors, gpu_backend, "cpu")
     w, u, k, v, _ = tensors.inputs
@@ -115,42 +119,6 @@ def test_edges_of_tiles_and_chunks(
     torch.testing.assert_close(gated, (k[:, 0].double().sigmoid() * v[:, 0]).to(dtype))
 
 
-@pytest.mark.parametrize("schedule_by_name", SCHEDULES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("B", "T", "C"), [(2, 600, 70), (1, 2100, 33)])
-def test_every_plan_equals_the_cpu(
-    B: int, T: int, C: int, dtype: torch.dtype, schedule_by_name: str, gpu_backend: str
-) -> None:
-    if gpu_backend != "cuda":
-        pytest.skip(f"{gpu_backend} has no plans to choose from")
-    tensors = make(Problem(B=B, T=T, C=C, with_state=True), dtype)
-    expected = _outputs(tensors, gpu_backend)
-    ran: list[tuple[str, int | None, int | None]] = []
-    for spans, chunk_len in itertools.product([None, 1, 2, 4, 8, 16, 32], [None, 16, 32, 64, 128, 256, 512, 1024]):
-        choice = {"schedule": schedule_by_name, "spans": spans, "chunk_len": chunk_len}
-        possible = [operation for operation in ("forward", "backward") if _has_plan(operation, dtype, B, T, C, choice)]
-        with forced_plan(**choice):
-            if possible == ["forward", "backward"]:
-                assert_solves(tensors, gpu_backend, "cpu")
-            elif possible == ["forward"]:
-                # Within what torch allows two ways to compute the same.
-                torch.testing.assert_close(_outputs(tensors, gpu_backend), expected)
-        ran += [(operation, spans, chunk_len) for operation in possible]
-    assert {("forward", None, None), ("backward", None, None), ("forward", 1, None)} <= set(ran), ran
-
-
-def _has_plan(operation: str, dtype: torch.dtype, B: int, T: int, C: int, choice: dict[str, Any]) -> bool:
-    try:
-        plan_here(operation, dtype, B, T, C, **choice)
-    except ValueError:
-        return False
-    return True
-
-
-def _outputs(tensors: Tensors, backend: str) -> Tensor:
-    return rwkv_kernels.wkv(*tensors.inputs, backend=backend)
-
-
 # ---- shapes ----
 
 
@@ -159,21 +127,17 @@ def _outputs(tensors: Tensors, backend: str) -> Tensor:
 def test_a_random_large_problem_equals_the_cpu(seed: int, gpu_backend: str) -> None:
     draw = random.Random(seed)
     dtype = draw.choice(dtypes_of(gpu_backend))
-    schedule = draw.choice([None, *SCHEDULES]) if gpu_backend == "cuda" else None
-    if schedule == "single_pass" and dtype == torch.float64:
-        schedule = "chunked"
-    with forced_plan(schedule=schedule):
-        assert_solves(make(random_problem(draw, 5000, 1000), dtype, seed), gpu_backend, "cpu")
+    assert_solves(make(random_problem(draw, 5000, 1000), dtype, seed), gpu_backend, "cpu")
 
 
 @pytest.mark.parametrize("C", [1, 3, 31, 63, 65, 257, 1023])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_odd_widths(C: int, dtype: torch.dtype, schedule: str | None, gpu_backend: str) -> None:
+def test_odd_widths(C: int, dtype: torch.dtype, gpu_backend: str) -> None:
     assert_solves(make(Problem(B=3, T=129, C=C, with_state=True), dtype), gpu_backend, "cpu")
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3])
-def test_memory_that_is_not_aligned(offset: int, schedule: str | None, gpu_backend: str) -> None:
+def test_memory_that_is_not_aligned(offset: int, gpu_backend: str) -> None:
     """Vector loads need more than an element's alignment, and a view does not promise it."""
 
     def shifted(x: Tensor) -> Tensor:
@@ -190,7 +154,7 @@ def test_many_sequences_and_many_channels(gpu_backend: str) -> None:
 
 
 @pytest.mark.stress
-def test_a_million_steps(schedule: str | None, gpu_backend: str) -> None:
+def test_a_million_steps(gpu_backend: str) -> None:
     assert_solves(make(Problem(B=1, T=2**20, C=3, log_decay=-1e-4, with_state=True)), gpu_backend, "cpu")
 
 
@@ -233,9 +197,7 @@ LARGER_THAN_THE_DEVICE = [(1, 65536, 2560), (3, 20000, 640)]
 @pytest.mark.stress
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", LARGER_THAN_THE_DEVICE, ids=lambda shape: "-".join(map(str, shape)))
-def test_more_blocks_than_the_device_holds(
-    shape: tuple[int, int, int], dtype: torch.dtype, schedule: str | None, gpu_backend: str
-) -> None:
+def test_more_blocks_than_the_device_holds(shape: tuple[int, int, int], dtype: torch.dtype, gpu_backend: str) -> None:
     """Right, and the same bits in ten runs alone and ten beside matrix products that take the multiprocessors away."""
     large = benchmarks.problem.Problem(shape, dtype)
 
@@ -260,13 +222,13 @@ def test_more_blocks_than_the_device_holds(
 
 
 def _various_tensors() -> list[Tensors]:
-    shapes = [(1, 4000, 64), (4, 300, 100), (1, 1, 768), (2, 65, 33), (8, 700, 128), (1, 9000, 32)]
+    shapes = [(1, 4000, 64), (4, 300, 100), (1, 1, 768), (2, 65, 33), (600, 700, 128), (1, 9000, 32)]
     dtypes = [torch.bfloat16, torch.float32]
     problems = [Problem(B=B, T=T, C=C, with_state=True) for B, T, C in shapes]
     return [make(problem, dtypes[i % 2], seed=i) for i, problem in enumerate(problems)]
 
 
-def test_concurrent_streams_give_bitwise_what_one_gives(schedule: str | None, gpu_backend: str) -> None:
+def test_concurrent_streams_give_bitwise_what_one_gives(gpu_backend: str) -> None:
     tensors = _various_tensors()
     expected = [solve(x, gpu_backend) for x in tensors]
     streams = [torch.cuda.Stream() for _ in tensors]
@@ -281,7 +243,7 @@ def test_concurrent_streams_give_bitwise_what_one_gives(schedule: str | None, gp
             _assert_bitwise(results, expected[i], (run, i))
 
 
-def test_concurrent_threads_give_bitwise_what_one_gives(schedule: str | None, gpu_backend: str) -> None:
+def test_concurrent_threads_give_bitwise_what_one_gives(gpu_backend: str) -> None:
     tensors = _various_tensors()
     expected = [solve(x, gpu_backend) for x in tensors]
     torch.cuda.synchronize()
@@ -303,7 +265,7 @@ def test_concurrent_threads_give_bitwise_what_one_gives(schedule: str | None, gp
     assert not errors, errors[0]
 
 
-def test_work_is_ordered_by_the_current_stream(schedule: str | None, gpu_backend: str) -> None:
+def test_work_is_ordered_by_the_current_stream(gpu_backend: str) -> None:
     """A kernel on another stream would read the inputs before the long wait is over."""
     ready = make(Problem(B=2, T=300, C=64, with_state=True))
     expected = solve(ready, gpu_backend)
@@ -334,10 +296,8 @@ def _capture(call: Callable[[], dict[str, Tensor]]) -> tuple[torch.cuda.CUDAGrap
     return graph, results
 
 
-@pytest.mark.parametrize(("B", "T", "C"), [(2, 300, 64), (1, 5000, 48), (16, 40, 200)])
-def test_a_graph_replays_forward_and_backward_with_new_inputs(
-    B: int, T: int, C: int, schedule: str | None, gpu_backend: str
-) -> None:
+@pytest.mark.parametrize(("B", "T", "C"), [(2, 300, 64), (1, 5000, 48), (16, 40, 200), (600, 300, 64)])
+def test_a_graph_replays_forward_and_backward_with_new_inputs(B: int, T: int, C: int, gpu_backend: str) -> None:
     problem = Problem(B=B, T=T, C=C, with_state=True)
     inputs = make(problem, torch.bfloat16)
     graph, replayed = _capture(lambda: solve(inputs, gpu_backend))

@@ -201,6 +201,9 @@ def test_the_copy_and_the_package_live_in_one_process(kernel: ModuleType) -> Non
     assert set(hub.__all__) | set(rwkv_kernels.__all__) == set(kernel.__all__)
 
 
+INCLUDED = (".h", ".def")
+
+
 def test_kernel_builder_is_told_every_source() -> None:
     """kernel-builder sees the files that build.toml names, and no others."""
     tomllib = pytest.importorskip("tomllib", reason="this Python is older than 3.11")
@@ -208,10 +211,11 @@ def test_kernel_builder_is_told_every_source() -> None:
     shared, of_cuda = configuration["torch"]["src"], configuration["kernel"]["wkv_cuda"]["src"]
     rows = [line.split() for line in (ROOT / "csrc" / "sources.txt").read_text().splitlines()]
     for library, named in (("operators", shared), ("cuda", of_cuda)):
-        named = [path for path in named if path.startswith("csrc/") and not path.endswith(".h")]
+        named = [path for path in named if path.startswith("csrc/") and not path.endswith(INCLUDED)]
         assert named == [source for name, source in rows if name == library]
-    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
-    assert sorted(path for path in shared + of_cuda if path.endswith(".h")) == headers
+    headers = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in INCLUDED}
+    listed = [path for path in shared + of_cuda if path.endswith(INCLUDED)]
+    assert set(listed) == headers and len(listed) == len(headers)
     capabilities = configuration["kernel"]["wkv_cuda"]["cuda-capabilities"]
     assert f'"{",".join(capabilities)}"' in (ROOT / "hub" / "namespace.h").read_text()
 

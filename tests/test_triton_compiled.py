@@ -6,7 +6,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from gpu_programs import load_ptx_runner
+from gpu_host import load_ptx_runner
 from problems import Problem, assert_close, assert_tensor_close, log_denominator, make, solve, tolerance
 from torch import Tensor
 

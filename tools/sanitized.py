@@ -7,8 +7,8 @@ from pathlib import Path
 import cuda_toolkit
 
 ROOT = Path(__file__).parent.parent
-KERNELS = ROOT / "csrc" / "cuda" / "wkv_kernels.cu"
-HOST = [ROOT / "tests" / "sanitized.cu", ROOT / "csrc" / "wkv_plan.cpp", ROOT / "csrc" / "wkv_launch.cpp"]
+KERNELS = ROOT / "csrc" / "cuda" / "kernels.cu"
+PROGRAM = ROOT / "tests" / "sanitized.cu"
 
 
 def build(program: Path, architectures: list[str], kernels: Path) -> None:
@@ -18,7 +18,7 @@ def build(program: Path, architectures: list[str], kernels: Path) -> None:
         raise SystemExit("there is no nvcc")
     program.parent.mkdir(parents=True, exist_ok=True)
     flags = [*cuda_toolkit.nvcc_flags(architectures), "-lineinfo", "--split-compile=0", f"-I{ROOT / 'csrc'}"]
-    subprocess.run([toolkit.nvcc, *flags, *HOST, kernels, "-o", program], check=True)
+    subprocess.run([toolkit.nvcc, *flags, PROGRAM, kernels, "-o", program], check=True)
 
 
 def newest_kernels() -> Path:
@@ -26,7 +26,7 @@ def newest_kernels() -> Path:
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     changed = max(path.stat().st_mtime for path in sources)
     # Those of setup.py with --inplace, which builds for the GPU that is there.
-    made = [path for path in (ROOT / "build").glob("temp*/**/wkv_kernels.o") if path.stat().st_mtime > changed]
+    made = [path for path in (ROOT / "build").glob("temp*/**/kernels.o") if path.stat().st_mtime > changed]
     return max(made, key=lambda path: path.stat().st_mtime, default=KERNELS)
 
 

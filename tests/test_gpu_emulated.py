@@ -1,0 +1,262 @@
+"""The GPU kernels' phases on the host: in any order of threads and blocks, without a GPU or a CUDA toolkit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from problems import DTYPES, PROBLEMS, Problem, assert_solves, log_denominator, make, solve
+from torch import Tensor
+
+import rwkv_kernels
+
+_introspection = pytest.importorskip("rwkv_kernels._introspection", reason="rwkv_kernels._introspection is not built")
+gpu_host = pytest.importorskip("gpu_host")
+emulated_backend = pytest.importorskip("emulated_backend")
+
+HERE = Path(__file__).parent
+
+# So little shared memory that forward has tiles of one warp: even short sequences have many chunks.
+SMALL_TILES = {**gpu_host.ONE_MULTIPROCESSOR, "shared_per_block": 65536, "shared_per_multiprocessor": 1}
+LIMITS = {
+    "H100": gpu_host.H100,
+    "T4": gpu_host.T4,
+    "one_multiprocessor": gpu_host.ONE_MULTIPROCESSOR,
+    "small_tiles": SMALL_TILES,
+}
+
+# Beside those of every backend: of so many sequences that one multiprocessor is given chunks of several tiles, the last
+# of which is not whole.
+SEVERAL_TILES = Problem(B=16, T=522, C=35, with_state=True)
+
+
+def plan_of(operation: str, dtype: torch.dtype, problem: Problem, limits: dict[str, int]) -> dict[str, Any]:
+    given = (operation, gpu_host.name_of(dtype), problem.B, problem.T, problem.C, limits)
+    return _introspection.plan_cuda(*given)  # type: ignore[no-any-return]
+
+
+def _run_suite(**environment: str) -> None:
+    files = [str(HERE / f"test_{name}.py") for name in ("operator", "state", "special_values")]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "emulated_backend", *files, "-k", "emulated"],
+        env={**os.environ, **environment, "PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    assert "skipped" not in result.stdout.splitlines()[-1]
+
+
+def test_the_suite_passes_on_the_emulated_kernels() -> None:
+    _run_suite()
+
+
+def test_the_suite_passes_on_one_multiprocessor() -> None:
+    _run_suite(WKV_TEST_MULTIPROCESSORS="1")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=gpu_host.name_of)
+@pytest.mark.parametrize("limits", LIMITS)
+def test_every_plan_equals_the_oracle(limits: str, dtype: torch.dtype) -> None:
+    with emulated_backend.emulated(gpu_host.Emulator("shuffled", limits=LIMITS[limits])) as backend:
+        for problem in PROBLEMS.values():
+            assert_solves(make(problem, dtype), backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=gpu_host.name_of)
+@pytest.mark.parametrize("limits", ["one_multiprocessor", "small_tiles"])
+def test_chunks_of_several_tiles_equal_the_oracle(limits: str, dtype: torch.dtype) -> None:
+    if dtype != torch.float64:
+        for operation in ("forward", "backward"):
+            plan = plan_of(operation, dtype, SEVERAL_TILES, LIMITS[limits])
+            assert plan["chunk_tiles"] > 1 and plan["chunks"] > 1 and plan["anchor"] == 1
+    with emulated_backend.emulated(gpu_host.Emulator("shuffled", limits=LIMITS[limits])) as backend:
+        assert_solves(make(SEVERAL_TILES, dtype), backend)
+        spread = Problem(B=16, T=522, C=3, k_scale=20.0, with_state=True)
+        assert_solves(make(spread, dtype), backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=gpu_host.name_of)
+@pytest.mark.parametrize("limits", LIMITS)
+def test_the_order_of_threads_and_blocks_changes_no_bit(limits: str, dtype: torch.dtype) -> None:
+    for problem in (Problem(B=2, T=700, C=70, with_state=True), SEVERAL_TILES):
+        tensors = make(problem, dtype)
+        with emulated_backend.emulated(gpu_host.Emulator(limits=LIMITS[limits])) as backend:
+            expected = solve(tensors, backend)
+        for order, seed in [("reversed", 0), ("shuffled", 1), ("shuffled", 2), ("shuffled", 3)]:
+            with emulated_backend.emulated(gpu_host.Emulator(order, seed, limits=LIMITS[limits])) as backend:
+                for name, value in solve(tensors, backend).items():
+                    assert torch.equal(value, expected[name]), (order, seed, name)
+
+
+# More chunks than from one anchor to the next, and not so many columns that each chunk is an anchor.
+OVER_ANCHORS = {
+    "one_sequence": Problem(B=1, T=3000, C=3, log_decay=-1e-3, with_state=True),
+    "many_sequences": Problem(B=44, T=1300, C=3, with_state=True),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=gpu_host.name_of)
+@pytest.mark.parametrize("problem", OVER_ANCHORS)
+@pytest.mark.parametrize("limits", ["H100", "T4"])
+def test_states_are_handed_on_over_many_chunks(limits: str, problem: str, dtype: torch.dtype) -> None:
+    given = OVER_ANCHORS[problem]
+    if dtype != torch.float64:
+        for operation in ("forward", "backward"):
+            plan = plan_of(operation, dtype, given, LIMITS[limits])
+            assert plan["chunk_tiles"] == 1 < plan["anchor"] < plan["chunks"] - 1
+    with emulated_backend.emulated(gpu_host.Emulator("shuffled", limits=LIMITS[limits])) as backend:
+        assert_solves(make(given, dtype), backend)
+
+
+# ---- barriers ----
+
+# Each ends with a barrier, of the warp or of the block. They are those of the block that starts last of its column and
+# waits for others.
+BEGIN = ["take a ticket and stage", "wait for copies"]
+STAGE_AGAIN = ["wait for copies of no use", "stage", "wait for copies"]  # another tile than foreseen, or the next one
+RANGE = ["bring keys to registers", "leave the largest key", "agree on a scale"]
+FORWARD = [*RANGE, "walk", "leave sums"]
+BACKWARD = [*RANGE, "walk", "walk back", "leave sums"]
+LOOK_BACK = ["sum up and await messages", "hand on", "correct"]
+# Where every chunk is an anchor.
+LOOK_BACK_FORWARD = ["sum up and await messages", "hand on one message", "correct"]
+LOOK_BACK_BACKWARD = ["sum up and await one message", "hand on", "correct"]
+GO_ON = ["sum up alone", "hand on alone", "correct"]  # of the tiles of a chunk behind the first one
+
+UNTRIED = {
+    "take a ticket and stage": "without a ticket a block does not know which memory is its own",
+    "unstage": "the emulation would do it when the block has gone on to the next tile, as if it were of that one",
+}
+UNNOTICED = {
+    "wait for copies": "on the host a copy is there at once, and the barrier behind `stage` keeps lanes apart",
+    "stage": "the wait for copies, behind which is a barrier of the same warp, comes next and touches nothing",
+    "wait for copies of no use": "on the host they are there at once, and the barrier before it keeps warps apart",
+    "hand on one message": "forward's one message lies already where what the tile starts from is looked for",
+    "sum up and await one message": "backward's one message is joined by the threads that awaited it",
+    "sum up alone": "the threads that hand on have summed up the tile themselves",
+    "hand on alone": "what the tile starts from is as before, and other barriers come before the next tile asks",
+    "agree on a scale": "the emulation knows what all threads say when all have said it: the barrier is in the vote",
+}
+
+
+class Scenario(NamedTuple):
+    problem: Problem
+    limits: dict[str, int]
+    block_order: str
+    barriers: dict[str, list[str]]  # of each kernel
+
+
+LOOKING_BACK_FAR = Problem(B=1, T=384, C=64, with_state=True)
+SCENARIOS = {
+    "staged_as_foreseen": Scenario(
+        LOOKING_BACK_FAR,
+        gpu_host.H100,
+        "forward",
+        {
+            "forward": [*BEGIN, *FORWARD, *LOOK_BACK],
+            "backward": [*BEGIN, *BACKWARD, *LOOK_BACK, "unstage"],
+            "reduce": ["sum rows"],
+        },
+    ),
+    "staged_again": Scenario(
+        LOOKING_BACK_FAR,
+        gpu_host.H100,
+        "reversed",
+        {
+            "forward": [BEGIN[0], *STAGE_AGAIN, *FORWARD, *LOOK_BACK],
+            "backward": [BEGIN[0], *STAGE_AGAIN, *BACKWARD, *LOOK_BACK, "unstage"],
+        },
+    ),
+    "several_tiles": Scenario(
+        Problem(B=16, T=512, C=64, with_state=True),
+        gpu_host.ONE_MULTIPROCESSOR,
+        "forward",
+        {
+            "forward": [
+                *[*BEGIN, *FORWARD, *LOOK_BACK_FORWARD, "unstage"],
+                *[*STAGE_AGAIN, *FORWARD, *GO_ON],
+            ],
+            "backward": [
+                *[*BEGIN, *BACKWARD, *LOOK_BACK_BACKWARD, "unstage"],
+                *3 * [*STAGE_AGAIN, *BACKWARD, *GO_ON, "unstage"],
+            ],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("scenario", "kernel"),
+    [(scenario, kernel) for scenario, given in SCENARIOS.items() for kernel in given.barriers],
+)
+def test_a_missing_barrier_is_noticed(scenario: str, kernel: str) -> None:
+    problem, limits, block_order, of_kernels = SCENARIOS[scenario]
+    barriers = of_kernels[kernel]
+    tensors = make(problem, torch.bfloat16)
+    w, u, k, v, state = tensors.inputs
+    assert k is not None and v is not None
+    # Elsewhere than the outputs in their 16 bytes, so that other threads bring them than take those away.
+    k, v = (torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x) for x in (k, v))
+    checkpoints = gpu_host.forward(gpu_host.Emulator(limits=limits), w, u, k, v, state, True)[2]
+
+    def run(order: str, dropped: int | None) -> tuple[Tensor, ...]:
+        emulator = gpu_host.Emulator(order, 1, None if dropped is None else (kernel, dropped), limits, block_order)
+        if kernel == "forward":
+            return gpu_host.forward(emulator, w, u, k, v, state, True)  # type: ignore[no-any-return]
+        given = (w, u, k, v, state, checkpoints, tensors.gy, tensors.gstate)
+        return gpu_host.backward(emulator, *given)  # type: ignore[no-any-return]
+
+    def is_noticed(barrier: int) -> bool:
+        found = (run(order, barrier) for order in ("forward", "reversed", "shuffled"))
+        return any(not torch.equal(a, b) for results in found for a, b in zip(results, expected, strict=True))
+
+    expected = run("forward", None)
+    assert gpu_host.library().barriers_of_last_block(kernel.encode()) == len(barriers)
+    tried = [barrier for barrier, name in enumerate(barriers) if name not in UNTRIED]
+    wrong = [barrier for barrier in tried if is_noticed(barrier) != (barriers[barrier] not in UNNOTICED)]
+    assert [f"{barrier}, behind `{barriers[barrier]}`" for barrier in wrong] == []
+
+
+# ---- what goes in ----
+
+
+def test_a_batch_may_be_larger_than_a_grid() -> None:
+    tensors = make(Problem(B=65_540, T=2, C=1, with_state=True))
+    with emulated_backend.emulated(gpu_host.Emulator()) as backend:
+        assert_solves(tensors, backend, exact_backend="cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=gpu_host.name_of)
+@pytest.mark.parametrize("parameter_dtype", DTYPES, ids=gpu_host.name_of)
+def test_parameters_may_have_any_dtype(parameter_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    w, u, k, v, state = make(Problem(B=1, T=20, C=5, with_state=True), dtype).inputs
+    assert w is not None and u is not None and k is not None and v is not None and state is not None
+    w, u = w.to(parameter_dtype), u.to(parameter_dtype)
+    y, _, _ = gpu_host.forward(gpu_host.Emulator(), w, u, k, v, state, False)
+    exact, _ = rwkv_kernels.reference.wkv(*(x.double() for x in (w, u, k, v, state)))
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=4 * torch.finfo(dtype).eps * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=gpu_host.name_of)
+def test_a_step_moves_a_state_of_any_layout_in_place(dtype: torch.dtype, layout: str) -> None:
+    w, u, k, v, state = make(Problem(B=3, T=6, C=70, with_state=True), dtype).inputs
+    assert w is not None and u is not None and k is not None and v is not None and state is not None
+    state[1, 1] = 0  # empty, whatever num and max say
+    exact, after = rwkv_kernels.reference.wkv(*(x.double() for x in (w, u, k, v, state)))
+    moved = {
+        "contiguous": state.clone(),
+        "transposed": state.transpose(0, 2).contiguous().transpose(0, 2),
+        "sliced": torch.stack((state, state), -1)[..., 0],
+    }[layout]
+    for t in range(6):
+        y = gpu_host.step(gpu_host.Emulator(), w, u, k[:, t], v[:, t], moved)
+        torch.testing.assert_close(
+            y.double(), exact[:, t], rtol=0, atol=8 * torch.finfo(dtype).eps * float(exact.abs().max())
+        )
+    torch.testing.assert_close(log_denominator(moved).double(), log_denominator(after), rtol=1e-5, atol=1e-5)
