@@ -47,7 +47,8 @@ struct Bounds<Forward<Element>> {
 };
 template <class Element>
 struct Bounds<Backward<Element>> {
-  static constexpr int threads = kBackwardWarps * kWarpThreads, blocks = kBackwardBlocks;
+  static constexpr int threads = kBackwardWarps * kWarpThreads;
+  static constexpr int blocks = backward_blocks(ElementTraits<Element>::dtype, kCudaArch);
 };
 template <>
 struct Bounds<Forward<double>> {

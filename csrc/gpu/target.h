@@ -22,6 +22,14 @@
 #endif
 
 namespace wkv {
+#if WKV_ON_DEVICE
+inline constexpr int kCudaArch = __CUDA_ARCH__;
+#else
+inline constexpr int kCudaArch = 0;
+#endif
+}  // namespace wkv
+
+namespace wkv {
 
 #if !defined(__CUDACC__)
 void pause_on_host();  // of whoever runs the kernels there

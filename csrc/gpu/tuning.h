@@ -29,10 +29,14 @@ inline constexpr int kSubchunkSteps = 16;
 inline constexpr int kForwardWarps = 8;
 inline constexpr int kForwardBlocks = 2;
 
-// A tile of backward lies between two checkpoints. Three blocks fit if a thread takes 168 registers, and by shared memory
-// on every architecture since Ampere in 16 bits.
+// A tile of backward lies between two checkpoints. Three blocks fit if a thread takes 168 registers; by shared memory they
+// do in 16 bits on every architecture but Turing, and in float32 on those of servers. There float32 spills on Ampere with
+// so few registers, by what nvcc 13.0 says.
 inline constexpr int kBackwardWarps = 4;
-inline constexpr int kBackwardBlocks = 3;
+constexpr int backward_blocks(DType dtype, int cuda_arch) {
+  if (dtype == DType::float32) return cuda_arch >= 900 && cuda_arch < 1200 ? 3 : 2;
+  return cuda_arch < 800 ? 2 : 3;
+}
 static_assert(kBackwardWarps * kSubchunkSteps == checkpoint_interval(DType::float32));
 
 // Every so-many-th chunk publishes the state after it, the others what they alone sum up to: a chunk waits for at most
