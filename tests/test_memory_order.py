@@ -20,10 +20,9 @@ FLAGS = ["-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-pthread", "-Wno-psab
 
 # Barriers that order nothing by themselves: of what kind, and what the kernel says in their line. One that joins them
 # could go; one that no longer is among them is needed by something new.
-BEFORE_ANOTHER_TILE = [("block", "{ wait_for_copies("), ("warp", "{ stage_tile(")]  # others around them would do
-ORDER_NOTHING = {
-    "forward": [*BEFORE_ANOTHER_TILE, ("block", "{ unstage_tile(")],
-    "backward": [*BEFORE_ANOTHER_TILE, ("vote", "team.agree(")],  # threads learn of the vote, and nothing else
+ORDER_NOTHING: dict[str, list[tuple[str, str]]] = {
+    "forward": [],
+    "backward": [("vote", "team.agree(")],  # threads learn of the vote, and nothing else
     "reduce": [],
 }
 KINDS = {"forward": {"block", "warp", "vote"}, "backward": {"block", "warp", "vote"}, "reduce": {"block"}}
@@ -143,13 +142,6 @@ def test_every_barrier_is_needed_but_those_that_order_nothing(kernel: str) -> No
     listed = [barrier for barrier in barriers if barrier.is_one_of(ORDER_NOTHING[kernel])]
     assert len(listed) == len(ORDER_NOTHING[kernel])
     assert unneeded == listed, [f"{barrier.line}: {barrier.text}" for barrier in {*unneeded} ^ {*listed}]
-
-
-def test_of_two_barriers_between_tiles_forward_needs_one() -> None:
-    either = [("block", "{ wait_for_copies("), ("block", "{ unstage_tile(")]
-    lines = [barrier.line for barrier in _barriers("forward") if barrier.is_one_of(either)]
-    assert len(lines) == 2
-    assert _is_reported("without-order", "forward", *lines)
 
 
 @pytest.mark.parametrize("fault", ["plain-stores", "plain-loads", "late-copies", "relaxed-flag"])

@@ -227,7 +227,7 @@ struct BackwardPass {
       factor = decay;
     } else {
       const Scaled in = behind == 0 ? carry : join(carry, decay_log2, thread.before);
-      adjoint = exp2(thread.max_after * Pair(kLog2E) + in.exponent) * in.sums;
+      adjoint = exp2(sum_log2(thread.max_after, in.exponent)) * in.sums;
     }
     const Pair g_log_decay = thread.g_log_decay + thread.decayed.num * adjoint.num + thread.decayed.den * adjoint.den;
     thread.partials.num = thread.partials.num + factor * g_log_decay;
@@ -262,7 +262,7 @@ struct BackwardPass {
     partials.store(params.C, total.den);
     if (kFullTilesOnly || position + 1 < params.chunking.chunks) return;
     const auto [sums, max] = block.first_state(thread);
-    const Sums<Pair> adjoint = exp2(max * Pair(kLog2E) + thread.after.exponent) * thread.after.sums;
+    const Sums<Pair> adjoint = exp2(sum_log2(max, thread.after.exponent)) * thread.after.sums;
     // The gradient of max follows from the others for consumers that respect the state's gauge.
     block.store_state(block.row_of(params.state_out, block.b, 3, thread),
                       {adjoint, sums.num * adjoint.num + sums.den * adjoint.den});

@@ -80,7 +80,7 @@ struct ForwardPass {
     const int lane = thread.lane(), steps = tile.steps_of(thread.warp()), begin = thread.warp() * kSubchunkSteps;
     const Scaled carry = block.carry().get_scaled(lane);
     const Pair decay_log2 = block.channels.decay_log2(lane, begin);
-    const Pair excess = carry.exponent + decay_log2 - thread.reference;
+    const Pair excess = (carry.exponent - thread.reference) + decay_log2;
     const bool adds = kFullTilesOnly || (fit && warp_agrees(all(excess <= Pair(kLargestIncoming))));
     Scaled in;
     if (adds) {
@@ -113,16 +113,18 @@ struct ForwardPass {
                                     const Thread& thread) {
     const auto scale = block.running_scale(thread);
     const auto& [log_decay, u] = scale.channel;
-    Pair past = natural(in.exponent), max(kEmptyMax);
+    const auto [incoming, log_incoming] = state_of(in);
+    const Pair own_log = thread.reference * Pair(1 / kLog2E);
+    Pair past = log_incoming, max(kEmptyMax);
     for_steps(steps, [&](int step) {
-      Pair present = natural(thread.reference);
+      Pair present = own_log;
       if (!fit) {
         const Pair kt = y.get(step), next = scale.next_max(max, kt);
         present = scale.lifts ? next - log_decay : larger(max, u + kt);
         max = next;
       }
       const Weights<Pair> weights = weigh(past, present);
-      const Sums<Pair> sums = weights.past * in.sums + weights.present * thread.read[step];
+      const Sums<Pair> sums = weights.past * incoming + weights.present * thread.read[step];
       y.set(step, sums.num / sums.den);
       past = past + log_decay;
     });

@@ -90,16 +90,24 @@ WKV_HD Scaled normalised_adjoint(Scaled adjoint) {
 
 // Steps and those behind them, `decay` being log2 of what is left over the second ones.
 WKV_HD Scaled join(Scaled first, Pair decay, Scaled second) {
-  const Pair decayed = first.exponent + decay;
-  const Pair exponent = larger(ceil(decayed), second.exponent);
-  return {exp2(decayed - exponent) * first.sums + power_of_two(second.exponent - exponent) * second.sums, exponent};
+  // What is not whole of the decay stays apart: beside an exponent it would be rounded.
+  const Pair whole = ceil(decay), decayed = first.exponent + whole;
+  const Pair exponent = larger(decayed, second.exponent);
+  return {exp2((decayed - exponent) + (decay - whole)) * first.sums + power_of_two(second.exponent - exponent) * second.sums, exponent};
+}
+
+// log2 of e^logarithm · 2^exponent, to the last bit where the two nearly cancel.
+WKV_HD Pair sum_log2(Pair logarithm, Pair exponent) {
+  constexpr float kHigh = static_cast<float>(kLog2E), kLow = static_cast<float>(kLog2E - kHigh);
+  const auto one = [](float a, float b) { return fused(a, kLow, fused(a, kHigh, b)); };
+  return {one(logarithm.x, exponent.x), one(logarithm.y, exponent.y)};
 }
 
 // Sums times e^logarithm.
 WKV_HD Scaled scaled_by_exp(Sums<Pair> sums, Pair logarithm) {
   const Pair exponent = ceil(logarithm * Pair(kLog2E));
   // From 2^23 on a float is whole, and the difference nothing but rounding.
-  const Pair rest = select(abs(exponent) < Pair(8388608.0), logarithm * Pair(kLog2E) - exponent, Pair(0));
+  const Pair rest = select(abs(exponent) < Pair(8388608.0), sum_log2(logarithm, -exponent), Pair(0));
   return {exp2(rest) * sums, exponent};
 }
 
@@ -108,10 +116,11 @@ WKV_HD Scaled scaled(State<Pair> state) {
   return {value.sums, select(state.sums.den == Pair(0), Pair(kEmptyExponent), value.exponent)};
 }
 
-WKV_HD Pair natural(Pair exponent) { return exponent * Pair(1 / kLog2E); }
-
 WKV_HD State<Pair> state_of(Scaled value) {
-  return {value.sums, select(value.sums.den == Pair(0), Pair(kEmptyMax), natural(value.exponent))};
+  const Pair max = value.exponent * Pair(1 / kLog2E);
+  // What the rounding of max takes away.
+  const Pair rest = select(abs(value.exponent) < Pair(8388608.0), sum_log2(-max, value.exponent), Pair(0));
+  return {exp2(rest) * value.sums, select(value.sums.den == Pair(0), Pair(kEmptyMax), max)};
 }
 
 }  // namespace wkv

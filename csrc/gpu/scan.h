@@ -226,14 +226,16 @@ struct Scan {
     position = *block.ticket;
     for (int i = 0;; ++i) {
       const Tile tile = tile_at(params, tile_steps, position, i);
-      if (!is_staged) {
-        team.phase([&](Thread&) { wait_for_copies(); });
-        team.warp_phase([&](Thread& thread) { stage_tile(block, tile, thread); });
-      }
+      // A lane brings the same rows and columns of each tile: nobody else writes where it does.
+      team.warp_phase([&](Thread& thread) {
+        wait_for_copies();
+        if (is_staged) return;
+        stage_tile(block, tile, thread);
+        wait_for_copies();
+      });
       is_staged = false;
       const LookBack look_back(params.chunking, block.column, position);
       const bool waits = kFullTilesOnly || (i == 0 && position > 0);
-      team.warp_phase([&](Thread&) { wait_for_copies(); });
       team.warp_phase([&](Thread& thread) {
         thread.keys.load(block.column_of(0, thread), tile.steps_of(thread.warp()));
         Pass::range(block, tile, thread);

@@ -65,6 +65,9 @@ WKV_HD float reciprocal_approximate(float x) {
 #endif
 }
 
+// a · b + c, rounded once.
+WKV_HD float fused(float a, float b, float c) { return WKV_ON_DEVICE ? fmaf(a, b, c) : std::fma(a, b, c); }
+
 // The larger and the smaller one of those that are not NaN.
 WKV_HD float larger_float(float a, float b) { return WKV_ON_DEVICE ? fmaxf(a, b) : b > a || a != a ? b : a; }
 WKV_HD float smaller_float(float a, float b) { return WKV_ON_DEVICE ? fminf(a, b) : b < a || a != a ? b : a; }
