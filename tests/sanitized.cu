@@ -398,7 +398,7 @@ class Kernels {
       return {.first_batch = 0,
               .chunks = plan.chunks,
               .chunk_tiles = static_cast<int32_t>(plan.chunk_tiles),
-              .channel_tiles = static_cast<int32_t>(plan.channel_tiles),
+              .channel_tiles = static_cast<uint32_t>(plan.channel_tiles),
               .anchor = static_cast<int32_t>(plan.anchor),
               .tickets = plan.chunks > 1 ? reinterpret_cast<uint32_t*>(tickets) : nullptr,
               .messages = exchange()};

@@ -156,6 +156,14 @@ def test_an_expanded_state_is_refused_before_anything_is_written(ops: Any) -> No
     assert torch.equal(row, torch.zeros(1, 3, 4))
 
 
+def test_more_than_32_bits_can_count_is_refused(ops: Any) -> None:
+    w, k = torch.zeros(1), torch.zeros(1, 1, 1).expand(2**31, 1, 1)
+    with pytest.raises(RuntimeError, match=r"wkv: B: expected at most 2147479551 on a GPU, got 2147483648"):
+        ops.wkv_forward(w, w, k, k, None, False)
+    with pytest.raises(RuntimeError, match=r"wkv: T: expected at most 2147479551 on a GPU, got 2147483648"):
+        ops.wkv_forward(w, w, k.transpose(0, 1), k.transpose(0, 1), None, False)
+
+
 # ---- errors of the runtime ----
 
 

@@ -88,6 +88,7 @@ def test_the_oldest_torch_is_the_same_wherever_it_is_said() -> None:
         "CMakeLists.txt": f"TORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000 ",
         "tools/cross_compile.py": f'TORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"',
         "tools/check_wheel.py": f"OLDEST_TORCH = ({major}, {minor})\n",
+        "tests/gpu_host.py": f'TORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"',
         "tests/test_host_path.py": f'TORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"',
         "Makefile": f"torch=={major}.{minor}.*\n",
         "hub/build.toml": f'cpu = "{major}.{minor}"\ncuda = "{major}.{minor}"\n',
