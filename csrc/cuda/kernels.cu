@@ -32,8 +32,9 @@ cudaError_t launch_kernel(const Launch& launch, cudaStream_t stream) {
                                  static_cast<int>(device_limits(device).shared_per_block));
     if (error != cudaSuccess) return error;
   }
-  wkv_kernel<Kernel><<<dim3(launch.grid.x, launch.grid.y, launch.grid.z), launch.threads, launch.shared_bytes, stream>>>(
-      *static_cast<const typename Kernel::Params*>(launch.params));
+  wkv_kernel<Kernel>
+      <<<dim3(launch.grid.x, launch.grid.y, launch.grid.z), launch.threads, launch.shared_bytes, stream>>>(
+          *static_cast<const typename Kernel::Params*>(launch.params));
   return cudaGetLastError();
 }
 

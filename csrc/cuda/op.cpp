@@ -1,12 +1,13 @@
 // The CUDA backend of the operators: its launcher, which puts kernels on the current stream, and their registration.
 // Compiled by the host compiler.
+#include "../gpu/op.h"
+
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <string>
 
-#include "../gpu/op.h"
 #include "../namespace.h"
 #include "kernels.h"
 

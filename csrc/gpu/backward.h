@@ -1,6 +1,6 @@
 // The backward kernel: gk, gv, the gradient of the first state and each chunk's part of those of the log-decay and u. A
-// tile lies between two checkpoints. It is walked forward once, from the checkpoint, for the state before every step, and
-// back once, from an adjoint of zero, gk and gv taking the places of the states in registers.
+// tile lies between two checkpoints. It is walked forward once, from the checkpoint, for the state before every step,
+// and back once, from an adjoint of zero, gk and gv taking the places of the states in registers.
 //
 // The adjoint of a state is the gradient of its true sums.
 #pragma once
@@ -25,12 +25,12 @@ struct BackwardPass {
   };
   struct Thread : ScanThread<Element> {
     Step steps[kSubchunkSteps];
-    Scaled start;          // warp 0: the state before the tile
-    Scaled after;          // warp 0: the adjoint before the tile, for the next one
-    Sums<Pair> decayed;    // states, each weighted by what is left of what comes from behind at its step
-    Pair max_after;        // of keys that spread: the maximum that sums behind the subchunk are relative to
-    Pair g_log_decay;      // without what comes from behind
-    Sums<Pair> partials;   // of the gradients of the log-decay and u, over all tiles
+    Scaled start;         // warp 0: the state before the tile
+    Scaled after;         // warp 0: the adjoint before the tile, for the next one
+    Sums<Pair> decayed;   // states, each weighted by what is left of what comes from behind at its step
+    Pair max_after;       // of keys that spread: the maximum that sums behind the subchunk are relative to
+    Pair g_log_decay;     // without what comes from behind
+    Sums<Pair> partials;  // of the gradients of the log-decay and u, over all tiles
   };
 
   WKV_HD static void begin(Thread& thread) {
@@ -76,7 +76,9 @@ struct BackwardPass {
     if (thread.warp() == 0) parked(block).set_scaled(thread.lane(), thread.after);
     thread.after = empty_scaled();
   }
-  WKV_HD static Scaled kept(const Block& block, const Thread& thread) { return parked(block).get_scaled(thread.lane()); }
+  WKV_HD static Scaled kept(const Block& block, const Thread& thread) {
+    return parked(block).get_scaled(thread.lane());
+  }
 
   template <class Team>
   WKV_HD static void walk(const Block& block, const Tile& tile, bool fit, Team& team) {
@@ -157,8 +159,7 @@ struct BackwardPass {
       const Pair h_present = present * h, gu_step = h_present * (vt - y);
       g_log_decay = g_log_decay + sums.num * adjoint.num + sums.den * adjoint.den;
       gu = gu + gu_step;
-      thread.steps[step].sums = {weight * (vt * adjoint.num + adjoint.den) + gu_step,
-                                 weight * adjoint.num + h_present};
+      thread.steps[step].sums = {weight * (vt * adjoint.num + adjoint.den) + gu_step, weight * adjoint.num + h_present};
       adjoint = {decay * adjoint.num + h, decay * adjoint.den - h * y};
     });
     thread.g_log_decay = g_log_decay;
@@ -257,7 +258,8 @@ struct BackwardPass {
     Sums<Pair> total = partials_of(block, 0).get_sums(lane);
 #pragma unroll 1
     for (int warp = 1; warp < block.warps; ++warp) total = total + partials_of(block, warp).get_sums(lane);
-    const ChannelRow partials = block.row_of(params.partials, static_cast<int64_t>(block.b) * params.chunking.chunks + position, 2, thread);
+    const ChannelRow partials =
+        block.row_of(params.partials, static_cast<int64_t>(block.b) * params.chunking.chunks + position, 2, thread);
     partials.store(0, total.num);
     partials.store(params.C, total.den);
     if (kFullTilesOnly || position + 1 < params.chunking.chunks) return;

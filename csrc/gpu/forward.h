@@ -108,7 +108,8 @@ struct ForwardPass {
     });
   }
 
-  // The scale of what was read follows the keys, or what comes in is so large that it must be compared with at each step.
+  // The scale of what was read follows the keys, or what comes in is so large that it must be compared with at each
+  // step.
   WKV_HD static void correct_spread(const Block& block, bool fit, Scaled in, int steps, Column<Element> y,
                                     const Thread& thread) {
     const auto scale = block.running_scale(thread);

@@ -1,8 +1,8 @@
 // A thread's keys in registers, and whether the weights of a tile can share one exponent.
 //
 // With one reference for a tile, e^{k - reference} is the weight of a step in all sums of the tile, and decay being
-// constant, what comes into a subchunk is added to its own sums after the walk: docs/wkv.md. Keys that spread too far for
-// float32 take RunningScale, subchunk by subchunk.
+// constant, what comes into a subchunk is added to its own sums after the walk: docs/wkv.md. Keys that spread too far
+// for float32 take RunningScale, subchunk by subchunk.
 #pragma once
 
 #include "tile.h"
@@ -55,13 +55,14 @@ WKV_HD Pair reference_of(Rows64 first_warp, int stride, int warps, int lane) {
 
 WKV_HD Pair weight_of(Pair key, Pair reference) { return exp2(key * Pair(kLog2E) - reference); }
 
-// The weights of a tile fit in one scale. The keys may spread by e^40, and the bonus e^u lower that by e^20 or lift it by
-// e^10: it lifts as well what is held at the smallest float, and counts twice. Together that is kSharedSpread. A bonus of
-// NaN does not fit, and a key of NaN may.
+// The weights of a tile fit in one scale. The keys may spread by e^40, and the bonus e^u lower that by e^20 or lift it
+// by e^10: it lifts as well what is held at the smallest float, and counts twice. Together that is kSharedSpread. A
+// bonus of NaN does not fit, and a key of NaN may.
 WKV_HD bool tile_fits(Pair reference, Pair lowest, Pair bonus) {
   constexpr double kSpread = 57.7, kLeastBonus = 2.06e-9, kLargestBonus = 2.2e4;
   static_assert(kSpread <= (kSharedSpread - 20) * kLog2E);
-  return all(reference - lowest <= Pair(kSpread)) && all(Pair(kLeastBonus) <= bonus) && all(bonus <= Pair(kLargestBonus));
+  return all(reference - lowest <= Pair(kSpread)) && all(Pair(kLeastBonus) <= bonus) &&
+         all(bonus <= Pair(kLargestBonus));
 }
 
 // What comes in may be larger than a tile's own sums by 2^60, and is a number then.

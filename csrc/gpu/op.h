@@ -1,6 +1,6 @@
 // The operators on a GPU: check, allocate, plan, launch. Each is a template on a launcher, which allocates and launches
-// for a device; tests have one that runs the same launches on the host. Nothing here waits for the GPU or reads from it,
-// so that every call can be captured in a graph.
+// for a device; tests have one that runs the same launches on the host. Nothing here waits for the GPU or reads from
+// it, so that every call can be captured in a graph.
 //
 // A launcher is made of the device of the arguments and has
 //   DeviceLimits limits()
@@ -102,15 +102,16 @@ void launch_plan(Launcher& launcher, Kernel kernel, DType dtype, const Plan& pla
   }
   for (int64_t first = 0; first < params.B; first += kMaxGridYZ) {
     params.chunking.first_batch = static_cast<uint32_t>(first);
-    launcher.launch({kernel,
-                     dtype,
-                     // Blocks start chunk by chunk: a device takes them in this order.
-                     {static_cast<unsigned>(plan.channel_tiles),
-                      static_cast<unsigned>(std::min(params.B - first, kMaxGridYZ)), static_cast<unsigned>(plan.chunks)},
-                     plan.threads,
-                     plan.shared_bytes,
-                     &params,
-                     sizeof params});
+    launcher.launch(
+        {kernel,
+         dtype,
+         // Blocks start chunk by chunk: a device takes them in this order.
+         {static_cast<unsigned>(plan.channel_tiles), static_cast<unsigned>(std::min(params.B - first, kMaxGridYZ)),
+          static_cast<unsigned>(plan.chunks)},
+         plan.threads,
+         plan.shared_bytes,
+         &params,
+         sizeof params});
   }
 }
 
@@ -130,8 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> gpu_forward(const Tensor& w, const Tensor& u,
   Launcher launcher(arguments.device);
   const Tensor y = launcher.empty({B, T, C}, dtype);
   const Tensor state_out = launcher.empty({B, 3, C}, state_type(dtype));
-  const Tensor checkpoints =
-      launcher.empty({B, checkpoint ? checkpoint_count(dtype, T) : 0, 3, C}, state_type(dtype));
+  const Tensor checkpoints = launcher.empty({B, checkpoint ? checkpoint_count(dtype, T) : 0, 3, C}, state_type(dtype));
   if (arguments.nothing_to_do()) {
     state_after_no_steps(arguments.state, state_out);
     return {y, state_out, checkpoints};
@@ -229,8 +229,8 @@ Tensor gpu_step(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor&
                              .state_batch_stride = state.stride(0),
                              .state_row_stride = state.stride(1),
                              .state_channel_stride = state.stride(2)};
-  launcher.launch({Kernel::step, dtype, {blocks_for(B * C, kPlainThreads), 1, 1}, kPlainThreads, 0, &params,
-                   sizeof params});
+  launcher.launch(
+      {Kernel::step, dtype, {blocks_for(B * C, kPlainThreads), 1, 1}, kPlainThreads, 0, &params, sizeof params});
   count_version(state);
   return y;
 }

@@ -93,7 +93,9 @@ WKV_HD Scaled join(Scaled first, Pair decay, Scaled second) {
   // What is not whole of the decay stays apart: beside an exponent it would be rounded.
   const Pair whole = ceil(decay), decayed = first.exponent + whole;
   const Pair exponent = larger(decayed, second.exponent);
-  return {exp2((decayed - exponent) + (decay - whole)) * first.sums + power_of_two(second.exponent - exponent) * second.sums, exponent};
+  return {exp2((decayed - exponent) + (decay - whole)) * first.sums +
+              power_of_two(second.exponent - exponent) * second.sums,
+          exponent};
 }
 
 // log2 of e^logarithm · 2^exponent, to the last bit where the two nearly cancel.

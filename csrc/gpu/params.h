@@ -17,13 +17,13 @@ struct ChannelParameters {
 // How a launch lays its blocks over the problem, and where the chunks of a column, the same channels of the same
 // sequence, tell one another what they sum up to: lookback.h.
 struct Chunking {
-  uint32_t first_batch;   // of this launch; a grid has no room for more than 65535 sequences
-  int64_t chunks;         // of a sequence
-  int32_t chunk_tiles;    // tiles of a chunk
+  uint32_t first_batch;    // of this launch; a grid has no room for more than 65535 sequences
+  int64_t chunks;          // of a sequence
+  int32_t chunk_tiles;     // tiles of a chunk
   uint32_t channel_tiles;  // columns of a sequence
-  int32_t anchor;         // a power of two: every so-many-th chunk publishes the sum of all up to it
-  uint32_t* tickets;      // for each column, of the chunks that blocks have taken; null where there is one chunk
-  void* messages;         // of each column's chunks but the last
+  int32_t anchor;          // a power of two: every so-many-th chunk publishes the sum of all up to it
+  uint32_t* tickets;       // for each column, of the chunks that blocks have taken; null where there is one chunk
+  void* messages;          // of each column's chunks but the last
 };
 
 // Of forward and backward.

@@ -142,9 +142,8 @@ struct Scan {
     const int warp = thread.warp();
 #pragma unroll
     for (int i = 0; i < Pass::kInputs; ++i) {
-      stage<Element>(block.subchunk(i, warp),
-                     rows_from<Element>(block.params.inputs[i], block.b, block.c), tile.t + warp * kSubchunkSteps,
-                     tile.steps_of(warp), block.columns, thread.lane());
+      stage<Element>(block.subchunk(i, warp), rows_from<Element>(block.params.inputs[i], block.b, block.c),
+                     tile.t + warp * kSubchunkSteps, tile.steps_of(warp), block.columns, thread.lane());
     }
   }
 
@@ -181,7 +180,8 @@ struct Scan {
     } else {
       before = empty_scaled();
 #pragma unroll 1
-      for (int i = first; i != warp; i += direction) before = join(before, decay_log2, block.own_of(i).get_scaled(lane));
+      for (int i = first; i != warp; i += direction)
+        before = join(before, decay_log2, block.own_of(i).get_scaled(lane));
       if (warp != last) return;
       thread.own = join(before, own_decay_log2, thread.own);
     }
@@ -193,7 +193,8 @@ struct Scan {
                              Thread& thread) {
     const int lane = thread.lane();
     const int count = waits ? look_back.predecessors() : 1;
-    const Pair chunk_decay = block.channels.decay_log2(lane, block.params.chunking.chunk_tiles * block.warps * kSubchunkSteps);
+    const Pair chunk_decay =
+        block.channels.decay_log2(lane, block.params.chunking.chunk_tiles * block.warps * kSubchunkSteps);
     Scaled sum = (waits ? Pass::message(block, 0) : block.carry()).get_scaled(lane);
 #pragma unroll 1
     for (int i = 1;; ++i) {
@@ -214,7 +215,8 @@ struct Scan {
   WKV_HD static void run(const Params& params, BlockIndex index, int threads, Team& team, char* shared) {
     const Block block(params, index, threads, shared);
     const int tile_steps = block.warps * kSubchunkSteps;
-    // The chunk that is most likely the block's. Where tickets are taken in another order than blocks start, rows come again.
+    // The chunk that is most likely the block's. Where tickets are taken in another order than blocks start, rows come
+    // again.
     uint32_t position = index.z;
     team.phase([&](Thread& thread) {
       if (thread.index == 0) *block.ticket = take_position(params.chunking, block.column);
@@ -261,7 +263,8 @@ struct Scan {
         const int lane = thread.lane(), last = Pass::kReverse ? 0 : tile.last_warp();
         sum_up(block, tile, fit, thread);
         if (!waits) return;
-        if (thread.warp() == last && look_back.has_successor && !look_back.is_anchor) look_back.publish(lane, thread.own);
+        if (thread.warp() == last && look_back.has_successor && !look_back.is_anchor)
+          look_back.publish(lane, thread.own);
 #pragma unroll 1
         for (int i = thread.warp(); i < look_back.predecessors(); i += block.warps) {
           Pass::message(block, i).set_scaled(lane, look_back.await(i, lane));

@@ -1,5 +1,5 @@
-// The kernels of one thread for each channel: a token's step, the reduction of gradients, and float64, which is there to
-// be exact: it walks a sequence from one end to the other.
+// The kernels of one thread for each channel: a token's step, the reduction of gradients, and float64, which is there
+// to be exact: it walks a sequence from one end to the other.
 #pragma once
 
 #include "backward.h"
@@ -25,7 +25,8 @@ struct Step {
       if (i >= params.B * C) return;
       const int64_t b = i / C, c = i % C;
       // All that comes from memory is asked for at once.
-      Real* const num = static_cast<Real*>(params.state) + b * params.state_batch_stride + c * params.state_channel_stride;
+      Real* const num =
+          static_cast<Real*>(params.state) + b * params.state_batch_stride + c * params.state_channel_stride;
       Real* const den = num + params.state_row_stride;
       Real* const max = den + params.state_row_stride;
       const State<Real> given = {{*num, *den}, *max};
@@ -48,8 +49,8 @@ struct Step {
   }
 };
 
-// The gradients of w and u from their parts. Of a block's threads, `kReduceLanes` lie along channels and `kReduceGroups`
-// along rows: each sums every kReduceGroups-th row, and then the groups are summed in their order.
+// The gradients of w and u from their parts. Of a block's threads, `kReduceLanes` lie along channels and
+// `kReduceGroups` along rows: each sums every kReduceGroups-th row, and then the groups are summed in their order.
 template <class Real>
 struct Reduce {
   using Params = ReduceParams;
@@ -123,7 +124,8 @@ template <class Team, class Function>
 WKV_HD void for_double_channels(const SequenceParams& params, BlockIndex block, int threads, Team& team,
                                 const Function& function) {
   team.last_phase([&](PlainThread& thread) {
-    const int64_t b = int64_t{params.chunking.first_batch} + block.y, c = static_cast<int64_t>(block.x) * threads + thread.index;
+    const int64_t b = int64_t{params.chunking.first_batch} + block.y,
+                  c = static_cast<int64_t>(block.x) * threads + thread.index;
     if (c < params.C) function(DoubleChannel{b, c, {load_channel<double>(params.parameters, c)}}, thread.index);
   });
 }
@@ -179,9 +181,9 @@ struct Backward<double> {
 #pragma unroll 1
       for (int64_t begin = (T - 1) / kInterval * kInterval; begin >= 0; begin -= kInterval) {
         const int64_t end = begin + kInterval < T ? begin + kInterval : T;
-        State<double> state = begin == 0 ? channel.first_state(params)
-                                         : DoubleChannel::load(params.checkpoints,
-                                                               checkpoint_row(DType::float64, T, b, begin), C, c);
+        State<double> state =
+            begin == 0 ? channel.first_state(params)
+                       : DoubleChannel::load(params.checkpoints, checkpoint_row(DType::float64, T, b, begin), C, c);
 #pragma unroll 1
         for (int64_t t = begin; t < end; ++t) {
           if ((t - begin) % kSubchunkSteps == 0) saved[(t - begin) / kSubchunkSteps] = state;
@@ -222,8 +224,7 @@ struct Backward<double> {
       parts[C] = partials.den;
       // The gradient of max follows from the others for consumers that respect the state's gauge.
       const Sums<double> first = channel.first_state(params).sums;
-      DoubleChannel::store(params.state_out, b, C, c,
-                           {adjoint, first.num * adjoint.num + first.den * adjoint.den});
+      DoubleChannel::store(params.state_out, b, C, c, {adjoint, first.num * adjoint.num + first.den * adjoint.den});
     });
   }
 };

@@ -156,11 +156,11 @@ WKV_HD Packed<Element> pack(FloatPair pair) {
 #if WKV_ON_DEVICE && __CUDA_ARCH__ >= 800
 template <class Element>
 using DevicePair = std::conditional_t<std::is_same_v<Element, Half>, __half2, __nv_bfloat162>;
-#define WKV_OF_PACKED(on_pairs, on_floats)                                                             \
-  if constexpr (sizeof(Element) == 2) {                                                                \
-    using Device = DevicePair<Element>;                                                                \
-    return bits_as<Packed<Element>>(on_pairs(bits_as<Device>(a), bits_as<Device>(b)));                 \
-  }                                                                                                    \
+#define WKV_OF_PACKED(on_pairs, on_floats)                                             \
+  if constexpr (sizeof(Element) == 2) {                                                \
+    using Device = DevicePair<Element>;                                                \
+    return bits_as<Packed<Element>>(on_pairs(bits_as<Device>(a), bits_as<Device>(b))); \
+  }                                                                                    \
   return pack<Element>({on_floats(to_real(a.x), to_real(b.x)), on_floats(to_real(a.y), to_real(b.y))})
 #else
 #define WKV_OF_PACKED(on_pairs, on_floats) \

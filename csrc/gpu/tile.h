@@ -283,8 +283,8 @@ struct Column {
   WKV_HD void set(int step, Pair value) const { at(step) = pack<Element>({value.x, value.y}); }
 };
 
-// For arrays over steps of which not all are written: where a block takes several tiles, the compiler would keep registers
-// for what the tile before left in the others.
+// For arrays over steps of which not all are written: where a block takes several tiles, the compiler would keep
+// registers for what the tile before left in the others.
 template <class Value>
 WKV_HD void clear_unless_full(int count, Value (&values)[kSubchunkSteps]) {
   if (kFullTilesOnly || count == kSubchunkSteps) return;

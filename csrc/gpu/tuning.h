@@ -29,9 +29,9 @@ inline constexpr int kSubchunkSteps = 16;
 inline constexpr int kForwardWarps = 8;
 inline constexpr int kForwardBlocks = 2;
 
-// A tile of backward lies between two checkpoints. Three blocks fit if a thread takes 168 registers; by shared memory they
-// do in 16 bits on every architecture but Turing, and in float32 on those of servers. There float32 spills on Ampere with
-// so few registers, by what nvcc 13.0 says.
+// A tile of backward lies between two checkpoints. Three blocks fit if a thread takes 168 registers; by shared memory
+// they do in 16 bits on every architecture but Turing, and in float32 on those of servers. There float32 spills on
+// Ampere with so few registers, by what nvcc 13.0 says.
 inline constexpr int kBackwardWarps = 4;
 constexpr int backward_blocks(DType dtype, int cuda_arch) {
   if (dtype == DType::float32) return cuda_arch >= 900 && cuda_arch < 1200 ? 3 : 2;
@@ -40,7 +40,8 @@ constexpr int backward_blocks(DType dtype, int cuda_arch) {
 static_assert(kBackwardWarps * kSubchunkSteps == checkpoint_interval(DType::float32));
 
 // Every so-many-th chunk publishes the state after it, the others what they alone sum up to: a chunk waits for at most
-// so many messages, all at once. The sum over a long sequence is handed from anchor to anchor, about 1 µs each: modelled.
+// so many messages, all at once. The sum over a long sequence is handed from anchor to anchor, about 1 µs each:
+// modelled.
 inline constexpr int kAnchor = 8;
 
 // With so many columns for each multiprocessor, chunks that are to start have predecessors that have ended. Then every
