@@ -13,9 +13,10 @@ template <class Element_>
 struct BackwardPass {
   using Element = Element_;
   static constexpr bool kReverse = true, kFinishes = true;
-  static constexpr int kInputs = 3, kOutputs = 2;
-  using Block = ScanBlock<Element, kInputs>;
-  static_assert(kBackwardWarps * kSubchunkSteps == checkpoint_interval(Block::kType));
+  static constexpr int kInputs = 3, kOutputs = 2, kFirstOutput = 0, kSteps = kBackwardSteps;
+  using Block = ScanBlock<Element, kInputs, kSteps>;
+  using Tile = wkv::Tile<kSteps>;
+  static_assert(kBackwardWarps * kSteps == checkpoint_interval(Block::kType));
 
   // The state before a step, and then its gk and gv without what comes from behind; and the weight of its key or, of
   // RunningScale, what that has to know of the step.
@@ -23,8 +24,8 @@ struct BackwardPass {
     Sums<Pair> sums;
     Pair weight;
   };
-  struct Thread : ScanThread<Element> {
-    Step steps[kSubchunkSteps];
+  struct Thread : ScanThread<Element, kSteps> {
+    Step steps[kSteps];
     Scaled start;         // warp 0: the state before the tile
     Scaled after;         // warp 0: the adjoint before the tile, for the next one
     Sums<Pair> decayed;   // states, each weighted by what is left of what comes from behind at its step
@@ -38,7 +39,10 @@ struct BackwardPass {
     thread.after = empty_scaled();
   }
   WKV_HD static Scaled normalised(Scaled adjoint) { return normalised_adjoint(adjoint); }
-  // States of the warps, when keys are in registers; two messages of each, when states are of no use any more; and the
+  // In gy, behind the walk back: what each warp sums up to, and what the tile starts from.
+  WKV_HD static Rows64 own_of(const Block& block, int warp) { return block.rows_of(2, warp, 0); }
+  WKV_HD static Rows64 carry(const Block& block) { return block.rows_of(2, 0, 3); }
+  // In k: states of the warps, when keys are in registers; two messages of each, when states are of no use any more; and the
   // parts of a chunk's gradients.
   WKV_HD static Rows64 state_after(const Block& block, int warp) { return block.rows_of(0, warp, 1); }
   WKV_HD static Rows64 message(const Block& block, int i) { return block.rows_of(0, i / 2, i % 2 * 3); }
@@ -105,7 +109,7 @@ struct BackwardPass {
     Sums<Pair> sums{Pair(0), Pair(0)};
     if (thread.warp() == 0) sums = power_of_two(thread.start.exponent - thread.reference) * thread.start.sums;
     clear_unless_full(steps, thread.steps);
-    for_steps(steps, [&](int step) {
+    for_steps<kSteps>(steps, [&](int step) {
       const Pair weight = weight_of(thread.keys.get(step), thread.reference);
       thread.steps[step] = {sums, weight};
       sums = {decay * sums.num + weight * v.get(step), decay * sums.den + weight};
@@ -118,10 +122,9 @@ struct BackwardPass {
     const int steps = tile.steps_of(thread.warp());
     const Column<Element> v = block.column_of(1, thread);
     const auto scale = block.running_scale(thread);
-    thread.keys.replace_infinite(steps);
     State<Pair> state = state_of(thread.warp() == 0 ? thread.start : empty_scaled());
-    for_steps(steps, [&](int step) {
-      const Pair kt = thread.keys.get(step);
+    for_steps<kSteps>(steps, [&](int step) {
+      const Pair kt = key_logit(thread.keys.get(step));
       const auto weights = scale.weights(scale.at(state.max, kt));
       state = {mix(state.sums, weights.advance, v.get(step)), scale.next_max(state.max, kt)};
     });
@@ -132,7 +135,7 @@ struct BackwardPass {
     const int lane = thread.lane(), steps = tile.steps_of(thread.warp());
     const Column<Element> v = block.column_of(1, thread), gy = block.column_of(2, thread);
     const Pair decay = block.channels.decay(lane), bonus = block.channels.bonus(lane);
-    const Pair subchunk_decay = exp2(block.channels.decay_log2(lane, kSubchunkSteps));
+    const Pair subchunk_decay = exp2(block.channels.decay_log2(lane, kSteps));
     Sums<Pair> in{Pair(0), Pair(0)}, decayed{Pair(0), Pair(0)};
 #pragma unroll 1
     for (int warp = 0; warp < thread.warp(); ++warp) {
@@ -141,7 +144,7 @@ struct BackwardPass {
     }
     // What comes in has one mean all the time.
     const Pair mean = select(in.den == Pair(0), in.num, in.num / in.den);
-    for_steps(steps, [&](int step) {
+    for_steps<kSteps>(steps, [&](int step) {
       Sums<Pair>& sums = thread.steps[step].sums;
       sums = {mean * in.den + sums.num, in.den + sums.den};
       in.den = decay * in.den;
@@ -152,7 +155,7 @@ struct BackwardPass {
 
     Sums<Pair> adjoint{Pair(0), Pair(0)};
     Pair g_log_decay(0), gu(0);
-    for_steps_back(steps, [&](int step) {
+    for_steps_back<kSteps>(steps, [&](int step) {
       const auto [sums, weight] = thread.steps[step];
       const Pair vt = v.get(step), present = bonus * weight;
       const auto [y, h] = divide(present * vt + sums.num, gy.get(step), sums.den + present);
@@ -174,14 +177,14 @@ struct BackwardPass {
     Scaled before = thread.warp() == 0 ? load_start(block, tile, thread) : state_after(block, 0).get_scaled(lane);
 #pragma unroll 1
     for (int warp = 1; warp < thread.warp(); ++warp) {
-      before = join(before, block.channels.decay_log2(lane, kSubchunkSteps), state_after(block, warp).get_scaled(lane));
+      before = join(before, block.channels.decay_log2(lane, kSteps), state_after(block, warp).get_scaled(lane));
     }
     State<Pair> state = state_of(before);
     clear_unless_full(steps, thread.steps);
     const Pair max_before = state.max;
     Sums<Pair> decayed{Pair(0), Pair(0)};
-    for_steps(steps, [&](int step) {
-      const Pair kt = thread.keys.get(step), at = scale.at(state.max, kt);
+    for_steps<kSteps>(steps, [&](int step) {
+      const Pair kt = key_logit(thread.keys.get(step)), at = scale.at(state.max, kt);
       const Weights<Pair> weights = scale.weights(at).advance;
       thread.steps[step] = {state.sums, at};
       decayed = weights.past * (decayed + state.sums);
@@ -192,7 +195,7 @@ struct BackwardPass {
 
     Sums<Pair> adjoint{Pair(0), Pair(0)};
     Pair g_log_decay(0), gu(0);
-    for_steps_back(steps, [&](int step) {
+    for_steps_back<kSteps>(steps, [&](int step) {
       const auto [sums, at] = thread.steps[step];
       const Pair vt = v.get(step);
       const auto weights = scale.weights(at);
@@ -212,8 +215,8 @@ struct BackwardPass {
     const int lane = thread.lane(), steps = tile.steps_of(thread.warp());
     const Column<Element> gk = block.column_of(0, thread), v = block.column_of(1, thread);
     const Pair decay = block.channels.decay(lane);
-    const Scaled carry = block.carry().get_scaled(lane);
-    const int behind = tile.rows - thread.warp() * kSubchunkSteps - steps;
+    const Scaled carry_in = carry(block).get_scaled(lane);
+    const int behind = tile.rows - thread.warp() * kSteps - steps;
     const Pair decay_log2 = block.channels.decay_log2(lane, behind);
     const auto add = [&](int step, Pair weight, Sums<Pair> adjoint) {
       const Pair vt = v.get(step);
@@ -224,22 +227,22 @@ struct BackwardPass {
     Sums<Pair> adjoint;
     Pair factor(1);
     if (kFullTilesOnly || fit) {
-      adjoint = exp2(carry.exponent + thread.reference + decay_log2) * carry.sums + thread.before.sums;
+      adjoint = exp2(carry_in.exponent + thread.reference + decay_log2) * carry_in.sums + thread.before.sums;
       factor = decay;
     } else {
-      const Scaled in = behind == 0 ? carry : join(carry, decay_log2, thread.before);
+      const Scaled in = behind == 0 ? carry_in : join(carry_in, decay_log2, thread.before);
       adjoint = exp2(sum_log2(thread.max_after, in.exponent)) * in.sums;
     }
     const Pair g_log_decay = thread.g_log_decay + thread.decayed.num * adjoint.num + thread.decayed.den * adjoint.den;
     thread.partials.num = thread.partials.num + factor * g_log_decay;
     if (kFullTilesOnly || fit) {
-      for_steps_back(steps, [&](int step) {
+      for_steps_back<kSteps>(steps, [&](int step) {
         add(step, thread.steps[step].weight, adjoint);
         adjoint = decay * adjoint;
       });
     } else {
       const auto scale = block.running_scale(thread);
-      for_steps_back(steps, [&](int step) {
+      for_steps_back<kSteps>(steps, [&](int step) {
         const Weights<Pair> weights = scale.weights(thread.steps[step].weight).advance;
         add(step, weights.present, adjoint);
         adjoint = weights.past * adjoint;

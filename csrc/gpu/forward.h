@@ -1,4 +1,5 @@
-// The forward kernel: y, the final state and checkpoints, in one walk over the keys.
+// The forward kernel: y, the final state and checkpoints. Weights are computed once, for what a thread's steps sum up to;
+// y comes from a second walk with the same weights, when the thread knows the state before its steps.
 #pragma once
 
 #include "scan.h"
@@ -9,16 +10,22 @@ template <class Element_>
 struct ForwardPass {
   using Element = Element_;
   static constexpr bool kReverse = false, kFinishes = false;
-  static constexpr int kInputs = 2, kOutputs = 1;
-  using Block = ScanBlock<Element, kInputs>;
-  struct Thread : ScanThread<Element> {
-    Sums<Pair> read[kSubchunkSteps];  // what each step reads of the thread's own steps, in the scale of the walk
+  static constexpr int kInputs = 2, kOutputs = 1, kFirstOutput = 1, kSteps = kForwardSteps;
+  using Block = ScanBlock<Element, kInputs, kSteps>;
+  using Tile = wkv::Tile<kSteps>;
+  struct Thread : ScanThread<Element, kSteps> {
+    Pair weights[kSteps];  // of the keys, in the tile's scale; of keys that spread, the keys
   };
 
   WKV_HD static void begin(Thread&) {}
   WKV_HD static void range(const Block&, const Tile&, Thread&) {}
   WKV_HD static Scaled normalised(Scaled state) { return normalised_state(state); }
-  WKV_HD static Rows64 message(const Block& block, int i) { return block.rows_of(1, i, 3); }
+  // In k, when keys are in registers: what each warp sums up to, a message for each, and what the tile starts from, once the
+  // messages have been joined.
+  WKV_HD static Rows64 own_of(const Block& block, int warp) { return block.rows_of(0, warp, 1); }
+  WKV_HD static Rows64 message(const Block& block, int i) { return block.rows_of(0, i, 4); }
+  WKV_HD static Rows64 carry(const Block& block) { return message(block, 0); }
+  static_assert(Block::kWarpRows >= 7);
   WKV_HD static Scaled first(const Block& block, const Thread& thread) {
     return normalised_state(scaled(block.first_state(thread)));
   }
@@ -26,43 +33,28 @@ struct ForwardPass {
   template <class Team>
   WKV_HD static void walk(const Block& block, const Tile& tile, bool fit, Team& team) {
     team.warp_phase([&](Thread& thread) {
+      const int lane = thread.lane(), steps = tile.steps_of(thread.warp());
+      const Column<Element> v = block.column_of(1, thread);
+      clear_unless_full(steps, thread.weights);
       if (kFullTilesOnly || fit) {
-        walk_together(block, tile, thread);
-      } else {
-        walk_spread(block, tile, thread);
+        const Pair decay = block.channels.decay(lane);
+        Sums<Pair> sums{Pair(0), Pair(0)};
+        for_steps<kSteps>(steps, [&](int step) {
+          const Pair weight = thread.weights[step] = weight_of(thread.keys.get(step), thread.reference);
+          sums = {decay * sums.num + weight * v.get(step), decay * sums.den + weight};
+        });
+        thread.own.sums = sums;
+        return;
       }
+      const auto scale = block.running_scale(thread);
+      State<Pair> state{{Pair(0), Pair(0)}, Pair(kEmptyMax)};
+      for_steps<kSteps>(steps, [&](int step) {
+        const Pair key = thread.weights[step] = key_logit(thread.keys.get(step));
+        const auto weights = scale.weights(scale.at(state.max, key));
+        state = {mix(state.sums, weights.advance, v.get(step)), scale.next_max(state.max, key)};
+      });
+      thread.own = scaled(state);
     });
-  }
-
-  WKV_HD static void walk_together(const Block& block, const Tile& tile, Thread& thread) {
-    const int steps = tile.steps_of(thread.warp());
-    const Column<Element> v = block.column_of(1, thread);
-    const Pair decay = block.channels.decay(thread.lane()), bonus = block.channels.bonus(thread.lane());
-    Sums<Pair> sums{Pair(0), Pair(0)};
-    clear_unless_full(steps, thread.read);
-    for_steps(steps, [&](int step) {
-      const Pair weight = weight_of(thread.keys.get(step), thread.reference), num = weight * v.get(step);
-      thread.read[step] = {bonus * num + sums.num, bonus * weight + sums.den};
-      sums = {decay * sums.num + num, decay * sums.den + weight};
-    });
-    thread.own.sums = sums;
-  }
-
-  WKV_HD static void walk_spread(const Block& block, const Tile& tile, Thread& thread) {
-    const int steps = tile.steps_of(thread.warp());
-    const Column<Element> k = block.column_of(0, thread), v = block.column_of(1, thread);
-    const auto scale = block.running_scale(thread);
-    thread.keys.replace_infinite(steps);
-    clear_unless_full(steps, thread.read);
-    State<Pair> state{{Pair(0), Pair(0)}, Pair(kEmptyMax)};
-    for_steps(steps, [&](int step) {
-      const Pair kt = thread.keys.get(step), vt = v.get(step);
-      k.set(step, kt);  // for the correction; the warps' largest keys have been read
-      const auto weights = scale.weights(scale.at(state.max, kt));
-      thread.read[step] = mix(state.sums, weights.read, vt);
-      state = {mix(state.sums, weights.advance, vt), scale.next_max(state.max, kt)};
-    });
-    thread.own = scaled(state);
   }
 
   // The state after the tile.
@@ -77,57 +69,43 @@ struct ForwardPass {
   WKV_HD static Scaled kept(const Block& block, const Thread& thread) { return block.kept.get_scaled(thread.lane()); }
 
   WKV_HD static void correct(const Block& block, const Tile& tile, bool fit, Thread& thread) {
-    const int lane = thread.lane(), steps = tile.steps_of(thread.warp()), begin = thread.warp() * kSubchunkSteps;
-    const Scaled carry = block.carry().get_scaled(lane);
+    const int lane = thread.lane(), steps = tile.steps_of(thread.warp()), begin = thread.warp() * kSteps;
+    const Scaled carry_in = carry(block).get_scaled(lane);
     const Pair decay_log2 = block.channels.decay_log2(lane, begin);
-    const Pair excess = (carry.exponent - thread.reference) + decay_log2;
-    const bool adds = kFullTilesOnly || (fit && warp_agrees(all(excess <= Pair(kLargestIncoming))));
+    const Pair excess = (carry_in.exponent - thread.reference) + decay_log2;
+    const bool shares = kFullTilesOnly || (fit && warp_agrees(all(excess <= Pair(kLargestIncoming))));
     Scaled in;
-    if (adds) {
-      in = {exp2(excess) * carry.sums + thread.before.sums, thread.reference};
+    if (shares) {
+      in = {exp2(excess) * carry_in.sums + thread.before.sums, thread.reference};
     } else {
-      in = begin == 0 ? carry : join(carry, decay_log2, thread.before);
+      in = begin == 0 ? carry_in : join(carry_in, decay_log2, thread.before);
     }
     const int t = tile.t + begin;
     if (block.params.checkpoints != nullptr && t > 0 && (t & (checkpoint_interval(Block::kType) - 1)) == 0) {
       block.store_checkpoint(t, thread, in);
     }
-    const Column<Element> y = block.column_of(0, thread);
-    if (!adds) {
-      correct_spread(block, fit, in, steps, y, thread);
+    const Column<Element> v = block.column_of(1, thread);  // where y takes the place of v
+    if (shares) {
+      const Pair decay = block.channels.decay(lane), bonus = block.channels.bonus(lane);
+      Sums<Pair> sums = in.sums;
+      for_steps<kSteps>(steps, [&](int step) {
+        const Pair weight = thread.weights[step], num = weight * v.get(step);
+        v.set(step, (bonus * num + sums.num) / (bonus * weight + sums.den));
+        sums = {decay * sums.num + num, decay * sums.den + weight};
+      });
       return;
     }
-    // What comes in has one mean all the time.
-    const Pair decay = block.channels.decay(lane);
-    const Pair mean = select(in.sums.den == Pair(0), in.sums.num, in.sums.num / in.sums.den);
-    Pair den = in.sums.den;
-    for_steps(steps, [&](int step) {
-      const Sums<Pair> read = thread.read[step];
-      y.set(step, (mean * den + read.num) / (den + read.den));
-      den = decay * den;
-    });
-  }
-
-  // The scale of what was read follows the keys, or what comes in is so large that it must be compared with at each
-  // step.
-  WKV_HD static void correct_spread(const Block& block, bool fit, Scaled in, int steps, Column<Element> y,
-                                    const Thread& thread) {
     const auto scale = block.running_scale(thread);
-    const auto& [log_decay, u] = scale.channel;
-    const auto [incoming, log_incoming] = state_of(in);
-    const Pair own_log = thread.reference * Pair(1 / kLog2E);
-    Pair past = log_incoming, max(kEmptyMax);
-    for_steps(steps, [&](int step) {
-      Pair present = own_log;
-      if (!fit) {
-        const Pair kt = y.get(step), next = scale.next_max(max, kt);
-        present = scale.lifts ? next - log_decay : larger(max, u + kt);
-        max = next;
-      }
-      const Weights<Pair> weights = weigh(past, present);
-      const Sums<Pair> sums = weights.past * incoming + weights.present * thread.read[step];
-      y.set(step, sums.num / sums.den);
-      past = past + log_decay;
+    State<Pair> state = state_of(in);
+    for_steps<kSteps>(steps, [&](int step) {
+      // Where keys share a scale, and what comes in is too large for it, they are found in their weights.
+      Pair key = thread.weights[step];
+      if (fit) key = (log2(key) + thread.reference) * Pair(1 / kLog2E);
+      const Pair vt = v.get(step);
+      const auto weights = scale.weights(scale.at(state.max, key));
+      const Sums<Pair> now = mix(state.sums, weights.read, vt);
+      v.set(step, now.num / now.den);
+      state = {mix(state.sums, weights.advance, vt), scale.next_max(state.max, key)};
     });
   }
 

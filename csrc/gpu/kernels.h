@@ -43,7 +43,9 @@ struct Bounds {
 };
 template <class Element>
 struct Bounds<Forward<Element>> {
-  static constexpr int threads = kForwardWarps * kWarpThreads, blocks = kForwardBlocks;
+  static constexpr DType dtype = ElementTraits<Element>::dtype;
+  static constexpr int threads = forward_warps(dtype, kCudaArch) * kWarpThreads;
+  static constexpr int blocks = forward_blocks(dtype, kCudaArch);
 };
 template <class Element>
 struct Bounds<Backward<Element>> {

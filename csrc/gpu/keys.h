@@ -9,9 +9,9 @@
 
 namespace wkv {
 
-template <class Element>
+template <class Element, int kSteps>
 struct Keys {
-  Packed<Element> raw[kSubchunkSteps];
+  Packed<Element> raw[kSteps];
   Pair highest, lowest;  // of those that are not NaN, in units of log2
 
   WKV_HD Pair get(int step) const { return unpack(raw[step]); }
@@ -19,7 +19,7 @@ struct Keys {
   WKV_HD void load(Column<Element> column, int steps) {
     clear_unless_full(steps, raw);
     Packed<Element> high{}, low{};
-    for_steps(steps, [&](int step) {
+    for_steps<kSteps>(steps, [&](int step) {
       raw[step] = column.at(step);
       high = step == 0 ? raw[0] : larger_of(high, raw[step]);
       low = step == 0 ? raw[0] : smaller_of(low, raw[step]);
@@ -33,15 +33,6 @@ struct Keys {
       highest = Pair(kEmptyExponent);
       lowest = Pair(-kEmptyExponent);
     }
-  }
-
-  // For RunningScale.
-  WKV_HD void replace_infinite(int steps) {
-    if (all(highest < Pair(INFINITY))) return;
-    for_steps(steps, [&](int step) {
-      const Pair logit = key_logit(get(step));
-      raw[step] = pack<Element>({logit.x, logit.y});
-    });
   }
 };
 

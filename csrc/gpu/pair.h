@@ -41,6 +41,7 @@ WKV_HD Pair smaller(Pair a, Pair b) { return {smaller_float(a.x, b.x), smaller_f
 WKV_HD Pair abs(Pair a) { return {std::fabs(a.x), std::fabs(a.y)}; }
 WKV_HD Pair ceil(Pair a) { return {std::ceil(a.x), std::ceil(a.y)}; }
 WKV_HD Pair exp2(Pair a) { return {exp2_approximate(a.x), exp2_approximate(a.y)}; }
+WKV_HD Pair log2(Pair a) { return {log2_approximate(a.x), log2_approximate(a.y)}; }
 WKV_HD Pair exp_nonpositive(Pair a) { return exp2(a * Pair(kLog2E)); }
 
 WKV_HD Sums<Pair> operator*(Pair factor, Sums<Pair> sums) { return {factor * sums.num, factor * sums.den}; }

@@ -25,18 +25,18 @@ inline constexpr int64_t kMaxGridYZ = 65535;
 // What of its shared memory a block cannot use.
 inline constexpr int64_t kReservedShared = 1024;
 
-constexpr int tile_bytes(DType dtype, int warps) {
-  return warps * kSubchunkSteps * kTileChannels * static_cast<int>(element_bytes(dtype));
+constexpr int tile_bytes(DType dtype, int steps) {
+  return steps * kTileChannels * static_cast<int>(element_bytes(dtype));
 }
 
 // Of k, v, channels, ticket, and the state that the next tile starts from.
 constexpr int forward_shared_bytes(DType dtype, int warps) {
-  return 2 * tile_bytes(dtype, warps) + kChannelRows * kRowBytes + kTicketBytes + kStateBytes;
+  return 2 * tile_bytes(dtype, warps * kForwardSteps) + kChannelRows * kRowBytes + kTicketBytes + kStateBytes;
 }
 
 // Of k, v, gy, channels and ticket.
 constexpr int backward_shared_bytes(DType dtype) {
-  return 3 * tile_bytes(dtype, kBackwardWarps) + kChannelRows * kRowBytes + kTicketBytes;
+  return 3 * tile_bytes(dtype, kBackwardWarps * kBackwardSteps) + kChannelRows * kRowBytes + kTicketBytes;
 }
 
 struct Plan {
@@ -63,8 +63,8 @@ inline int forward_warps(DType dtype, int64_t T, const DeviceLimits& limits) {
     const int64_t shared = forward_shared_bytes(dtype, warps);
     return shared <= limits.shared_per_block && 2 * (shared + kReservedShared) <= limits.shared_per_multiprocessor;
   };
-  int warps = static_cast<int>(std::min<int64_t>(kForwardWarps, ceil_div(T, kSubchunkSteps)));
-  while (warps > 1 && !fits(warps)) --warps;
+  int warps = forward_warps(dtype);
+  while (warps > 1 && (!fits(warps) || warps / 2 * kForwardSteps >= T)) warps /= 2;
   return warps;
 }
 
@@ -89,7 +89,7 @@ inline Plan make_plan(Operation operation, DType dtype, int64_t B, int64_t T, in
     return plan;
   }
   plan.warps = forward ? forward_warps(dtype, T, limits) : kBackwardWarps;
-  plan.tile_steps = plan.warps * kSubchunkSteps;
+  plan.tile_steps = plan.warps * (forward ? kForwardSteps : kBackwardSteps);
   plan.threads = plan.warps * kWarpThreads;
   plan.shared_bytes = forward ? forward_shared_bytes(dtype, plan.warps) : backward_shared_bytes(dtype);
   if (plan.shared_bytes > limits.shared_per_block) {

@@ -18,19 +18,20 @@
 namespace wkv {
 
 // A tile of a chunk, the same for all threads.
+template <int kSteps>
 struct Tile {
   int t, rows;
   bool ends_scan, ends_chunk;
 
-  WKV_HD int steps_of(int warp) const { return clamp_count(rows - warp * kSubchunkSteps, kSubchunkSteps); }
-  WKV_HD int last_warp() const { return static_cast<unsigned>(rows - 1) / kSubchunkSteps; }
+  WKV_HD int steps_of(int warp) const { return clamp_count(rows - warp * kSteps, kSteps); }
+  WKV_HD int last_warp() const { return static_cast<unsigned>(rows - 1) / kSteps; }
 };
 
 // The channels and the shared memory of a block.
-template <class Element, int kInputs>
+template <class Element, int kInputs, int kSteps>
 struct ScanBlock {
   static constexpr DType kType = ElementTraits<Element>::dtype;
-  static constexpr int kSubchunk = kSubchunkSteps * kTileChannels;
+  static constexpr int kSubchunk = kSteps * kTileChannels;
   // Rows of 64 floats that a warp's part of a tile has room for.
   static constexpr int kWarpRows = kSubchunk * static_cast<int>(sizeof(Element)) / kRowBytes;
 
@@ -70,10 +71,6 @@ struct ScanBlock {
   }
   // In k, from when keys are in registers until the walk is over.
   WKV_HD Rows64 highest_of(int warp) const { return rows_of(0, warp, 0); }
-  // In the last input, behind the walk: what each warp sums up to, and what the tile starts from.
-  WKV_HD Rows64 own_of(int warp) const { return rows_of(kInputs - 1, warp, 0); }
-  WKV_HD Rows64 carry() const { return rows_of(kInputs - 1, 0, 3); }
-
   // Of values [rows, values_of_row, C], of the channels of a thread.
   WKV_HD ChannelRow row_of(const void* values, int64_t row, int values_of_row, TileThread thread) const {
     float* const first = const_cast<float*>(static_cast<const float*>(values)) + row * values_of_row * params.C;
@@ -108,9 +105,9 @@ struct ScanBlock {
 };
 
 // What lives in registers from one phase to the next.
-template <class Element>
+template <class Element, int kSteps>
 struct ScanThread : TileThread {
-  Keys<Element> keys;
+  Keys<Element, kSteps> keys;
   Pair reference;  // the tile's
   Scaled own;      // what the thread's steps sum up to; of the last warp, then what the tile does
   Scaled before;   // what the warps before it sum up to
@@ -122,6 +119,8 @@ struct Scan {
   using Thread = typename Pass::Thread;
   using Block = typename Pass::Block;
   using Element = typename Pass::Element;
+  static constexpr int kSteps = Pass::kSteps;
+  using Tile = wkv::Tile<kSteps>;
 
   WKV_HD static Tile tile_at(const Params& params, int tile_steps, uint32_t position, int i) {
     const Chunking& chunking = params.chunking;
@@ -131,7 +130,7 @@ struct Scan {
     if (kFullTilesOnly) return {first, tile_steps, false, true};
     const int end = T - first > chunk_steps ? first + chunk_steps : T;
     // Tiles begin at multiples of their steps, which in the reverse scan are a constant.
-    constexpr unsigned kReverseSteps = kBackwardWarps * kSubchunkSteps;
+    constexpr unsigned kReverseSteps = kBackwardWarps * kBackwardSteps;
     const int last = Pass::kReverse ? (end - 1u) / kReverseSteps * kReverseSteps : first;
     const int t = Pass::kReverse ? last - i * tile_steps : first + i * tile_steps;
     const int rows = end - t < tile_steps ? end - t : tile_steps;
@@ -142,8 +141,8 @@ struct Scan {
     const int warp = thread.warp();
 #pragma unroll
     for (int i = 0; i < Pass::kInputs; ++i) {
-      stage<Element>(block.subchunk(i, warp), rows_from<Element>(block.params.inputs[i], block.b, block.c),
-                     tile.t + warp * kSubchunkSteps, tile.steps_of(warp), block.columns, thread.lane());
+      stage<kSteps, Element>(block.subchunk(i, warp), rows_from<Element>(block.params.inputs[i], block.b, block.c),
+                     tile.t + warp * kSteps, tile.steps_of(warp), block.columns, thread.lane());
     }
   }
 
@@ -152,8 +151,8 @@ struct Scan {
     const int warp = thread.warp();
 #pragma unroll
     for (int i = 0; i < Pass::kOutputs; ++i) {
-      unstage<Element>(rows_from<Element>(params.outputs[i], params.T, params.C, block.b, block.c),
-                       tile.t + warp * kSubchunkSteps, block.subchunk(i, warp), tile.steps_of(warp), block.columns,
+      unstage<kSteps, Element>(rows_from<Element>(params.outputs[i], params.T, params.C, block.b, block.c),
+                       tile.t + warp * kSteps, block.subchunk(Pass::kFirstOutput + i, warp), tile.steps_of(warp), block.columns,
                        thread.lane());
     }
   }
@@ -162,7 +161,7 @@ struct Scan {
   WKV_HD static void sum_up(const Block& block, const Tile& tile, bool fit, Thread& thread) {
     const int lane = thread.lane(), warp = thread.warp(), last = Pass::kReverse ? 0 : tile.last_warp();
     const int first = Pass::kReverse ? block.warps - 1 : 0, direction = Pass::kReverse ? -1 : 1;
-    const Pair decay_log2 = block.channels.decay_log2(lane, kSubchunkSteps);
+    const Pair decay_log2 = block.channels.decay_log2(lane, kSteps);
     const Pair own_decay_log2 = block.channels.decay_log2(lane, tile.steps_of(warp));
     Scaled& before = thread.before;
     if (kFullTilesOnly || fit) {
@@ -170,7 +169,7 @@ struct Scan {
       before = {{Pair(0), Pair(0)}, Pass::kReverse ? -thread.reference : thread.reference};
 #pragma unroll 1
       for (int i = first; i != warp; i += direction) {
-        const Sums<Pair> own = block.own_of(i).get_sums(lane);
+        const Sums<Pair> own = Pass::own_of(block, i).get_sums(lane);
         before.sums = {decay * before.sums.num + own.num, decay * before.sums.den + own.den};
       }
       if (warp != last) return;
@@ -181,7 +180,7 @@ struct Scan {
       before = empty_scaled();
 #pragma unroll 1
       for (int i = first; i != warp; i += direction)
-        before = join(before, decay_log2, block.own_of(i).get_scaled(lane));
+        before = join(before, decay_log2, Pass::own_of(block, i).get_scaled(lane));
       if (warp != last) return;
       thread.own = join(before, own_decay_log2, thread.own);
     }
@@ -194,12 +193,12 @@ struct Scan {
     const int lane = thread.lane();
     const int count = waits ? look_back.predecessors() : 1;
     const Pair chunk_decay =
-        block.channels.decay_log2(lane, block.params.chunking.chunk_tiles * block.warps * kSubchunkSteps);
-    Scaled sum = (waits ? Pass::message(block, 0) : block.carry()).get_scaled(lane);
+        block.channels.decay_log2(lane, block.params.chunking.chunk_tiles * block.warps * kSteps);
+    Scaled sum = (waits ? Pass::message(block, 0) : Pass::carry(block)).get_scaled(lane);
 #pragma unroll 1
     for (int i = 1;; ++i) {
       const bool is_own = i >= count;
-      if (is_own) block.carry().set_scaled(lane, sum);
+      if (is_own) Pass::carry(block).set_scaled(lane, sum);
       const Scaled next = is_own ? thread.own : Pass::message(block, i).get_scaled(lane);
       sum = join(sum, is_own ? block.channels.decay_log2(lane, tile.rows) : chunk_decay, next);
       if (is_own) break;
@@ -214,7 +213,7 @@ struct Scan {
   template <class Team>
   WKV_HD static void run(const Params& params, BlockIndex index, int threads, Team& team, char* shared) {
     const Block block(params, index, threads, shared);
-    const int tile_steps = block.warps * kSubchunkSteps;
+    const int tile_steps = block.warps * kSteps;
     // The chunk that is most likely the block's. Where tickets are taken in another order than blocks start, rows come
     // again.
     uint32_t position = index.z;
@@ -253,10 +252,10 @@ struct Scan {
       });
       Pass::walk(block, tile, fit, team);
       team.phase([&](Thread& thread) {
-        block.own_of(thread.warp()).set_scaled(thread.lane(), thread.own);
+        Pass::own_of(block, thread.warp()).set_scaled(thread.lane(), thread.own);
         if (thread.warp() == 0 && !waits) {
           const Scaled carry = i == 0 ? Pass::first(block, thread) : Pass::kept(block, thread);
-          block.carry().set_scaled(thread.lane(), carry);
+          Pass::carry(block).set_scaled(thread.lane(), carry);
         }
       });
       team.phase([&](Thread& thread) {

@@ -160,7 +160,7 @@ struct Forward<double> {
   }
 };
 
-// An interval is walked forward twice: once for the states every `kSubchunkSteps`, which go to shared memory, and from
+// An interval is walked forward twice: once for the states every `kDoubleSteps`, which go to shared memory, and from
 // each of these once more, to be walked back.
 template <>
 struct Backward<double> {
@@ -186,18 +186,18 @@ struct Backward<double> {
                        : DoubleChannel::load(params.checkpoints, checkpoint_row(DType::float64, T, b, begin), C, c);
 #pragma unroll 1
         for (int64_t t = begin; t < end; ++t) {
-          if ((t - begin) % kSubchunkSteps == 0) saved[(t - begin) / kSubchunkSteps] = state;
+          if ((t - begin) % kDoubleSteps == 0) saved[(t - begin) / kDoubleSteps] = state;
           state = channel.advance(state, key_logit(channel.at(params.inputs[0], t)), channel.at(params.inputs[1], t));
         }
 #pragma unroll 1
-        for (int64_t first = begin + (end - 1 - begin) / kSubchunkSteps * kSubchunkSteps; first >= begin;
-             first -= kSubchunkSteps) {
-          const int count = clamp_count(end - first, kSubchunkSteps);
-          Sums<double> sums[kSubchunkSteps];
-          double leads[kSubchunkSteps];
-          state = saved[(first - begin) / kSubchunkSteps];
+        for (int64_t first = begin + (end - 1 - begin) / kDoubleSteps * kDoubleSteps; first >= begin;
+             first -= kDoubleSteps) {
+          const int count = clamp_count(end - first, kDoubleSteps);
+          Sums<double> sums[kDoubleSteps];
+          double leads[kDoubleSteps];
+          state = saved[(first - begin) / kDoubleSteps];
 #pragma unroll
-          for (int step = 0; step < kSubchunkSteps; ++step) {
+          for (int step = 0; step < kDoubleSteps; ++step) {
             if (step >= count) continue;
             const double k = key_logit(channel.at(params.inputs[0], first + step));
             sums[step] = state.sums;
@@ -205,7 +205,7 @@ struct Backward<double> {
             state = channel.advance(state, k, channel.at(params.inputs[1], first + step));
           }
 #pragma unroll
-          for (int step = kSubchunkSteps - 1; step >= 0; --step) {
+          for (int step = kDoubleSteps - 1; step >= 0; --step) {
             if (step >= count) continue;
             const int64_t t = first + step;
             const double v = channel.at(params.inputs[1], t);

@@ -55,6 +55,16 @@ WKV_HD float exp2_approximate(float x) {
 #endif
 }
 
+WKV_HD float log2_approximate(float x) {
+#if WKV_ON_DEVICE
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return std::log2(x);
+#endif
+}
+
 WKV_HD float reciprocal_approximate(float x) {
 #if WKV_ON_DEVICE
   float result;

@@ -220,13 +220,13 @@ struct VectorShare {
   }
 
   // Calls move(in memory, in shared memory) for the vectors of this lane, from time t on; `steps` rows exist.
-  template <class Memory, class Move>
+  template <int kSteps, class Memory, class Move>
   WKV_HD void for_vectors(Rows<Memory> rows, int t, Element* subchunk, int steps, const Move& move) const {
     const Rows<Memory> from_here{rows.at(t + first_row) + column, rows.stride};
     Element* const shared = subchunk + (first_row * kTileChannels + column);
-    if (kFullTilesOnly || steps == kSubchunkSteps) {
+    if (kFullTilesOnly || steps == kSteps) {
 #pragma unroll
-      for (int row = 0; row < kSubchunkSteps; row += kRowStep) move(from_here.at(row), shared + row * kTileChannels);
+      for (int row = 0; row < kSteps; row += kRowStep) move(from_here.at(row), shared + row * kTileChannels);
     } else {
 #pragma unroll 1
       for (int row = 0; row < steps - first_row; row += kRowStep) move(from_here.at(row), shared + row * kTileChannels);
@@ -236,12 +236,12 @@ struct VectorShare {
 
 // A lane's part of bringing rows, steps × columns, to shared memory; columns that do not exist become zero, so that no
 // result depends on what shared memory held.
-template <class Element>
+template <int kSteps, class Element>
 WKV_HD void stage(Element* subchunk, Rows<const Element> source, int t, int steps, int columns, int lane) {
   const VectorShare<Element> share(lane);
   const int vectored = share.vectored(source, columns);
   if (share.column < vectored) {
-    share.for_vectors(source, t, subchunk, steps, [](const Element* from, Element* to) { copy_async(to, from); });
+    share.template for_vectors<kSteps>(source, t, subchunk, steps, [](const Element* from, Element* to) { copy_async(to, from); });
   }
   if (kFullTilesOnly || vectored == kTileChannels) return;
   for (int row = 0; row < steps; ++row) {
@@ -252,12 +252,12 @@ WKV_HD void stage(Element* subchunk, Rows<const Element> source, int t, int step
 }
 
 // The way back.
-template <class Element>
+template <int kSteps, class Element>
 WKV_HD void unstage(Rows<Element> target, int t, Element* subchunk, int steps, int columns, int lane) {
   const VectorShare<Element> share(lane);
   const int vectored = share.vectored({target.data, target.stride}, columns);
   if (share.column < vectored) {
-    share.for_vectors(target, t, subchunk, steps, [](Element* to, const Element* from) {
+    share.template for_vectors<kSteps>(target, t, subchunk, steps, [](Element* to, const Element* from) {
       *reinterpret_cast<Vector*>(to) = *reinterpret_cast<const Vector*>(from);
     });
   }
@@ -285,35 +285,35 @@ struct Column {
 
 // For arrays over steps of which not all are written: where a block takes several tiles, the compiler would keep
 // registers for what the tile before left in the others.
-template <class Value>
-WKV_HD void clear_unless_full(int count, Value (&values)[kSubchunkSteps]) {
-  if (kFullTilesOnly || count == kSubchunkSteps) return;
+template <class Value, int kSteps>
+WKV_HD void clear_unless_full(int count, Value (&values)[kSteps]) {
+  if (kFullTilesOnly || count == kSteps) return;
 #pragma unroll
-  for (int step = 0; step < kSubchunkSteps; ++step) values[step] = Value{};
+  for (int step = 0; step < kSteps; ++step) values[step] = Value{};
 }
 
 // Calls function(step) for the first `count` steps of a subchunk, all unrolled, so that arrays over them can be
 // registers; a whole subchunk, which is the rule, asks nothing at each step.
-template <class Function>
+template <int kSteps, class Function>
 WKV_HD void for_steps(int count, const Function& function) {
-  if (kFullTilesOnly || count == kSubchunkSteps) {
+  if (kFullTilesOnly || count == kSteps) {
 #pragma unroll
-    for (int step = 0; step < kSubchunkSteps; ++step) function(step);
+    for (int step = 0; step < kSteps; ++step) function(step);
   } else {
 #pragma unroll
-    for (int step = 0; step < kSubchunkSteps; ++step) {
+    for (int step = 0; step < kSteps; ++step) {
       if (step < count) function(step);
     }
   }
 }
-template <class Function>
+template <int kSteps, class Function>
 WKV_HD void for_steps_back(int count, const Function& function) {
-  if (kFullTilesOnly || count == kSubchunkSteps) {
+  if (kFullTilesOnly || count == kSteps) {
 #pragma unroll
-    for (int step = kSubchunkSteps - 1; step >= 0; --step) function(step);
+    for (int step = kSteps - 1; step >= 0; --step) function(step);
   } else {
 #pragma unroll
-    for (int step = kSubchunkSteps - 1; step >= 0; --step) {
+    for (int step = kSteps - 1; step >= 0; --step) {
       if (step < count) function(step);
     }
   }

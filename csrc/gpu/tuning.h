@@ -9,6 +9,9 @@ namespace wkv {
 
 enum class Operation { forward, backward };
 
+// As __CUDA_ARCH__ says it: for what is chosen when there is code for any.
+inline constexpr int kNewestArch = 1200;
+
 // A row of a tile is 128 bytes or more, a whole cache line.
 inline constexpr int kWarpThreads = 32;
 inline constexpr int kTileChannels = 2 * kWarpThreads;
@@ -20,14 +23,19 @@ inline constexpr int kChannelRows = 3;
 inline constexpr int kStateBytes = 3 * kRowBytes;
 inline constexpr int kTicketBytes = 16;
 
-// Steps that a thread walks at once. Counted: a subchunk's beginning and end weigh twice as much with 8. Its sums stay
-// in registers, 64 forward and 96 backward; those of 32 steps would not.
-inline constexpr int kSubchunkSteps = 16;
+// Steps that a thread walks at once. Counted: what it does besides weighs half as much with twice as many. What it keeps of
+// them stays in registers, 64 of 32 steps forward and 96 of 16 backward, which have the state and the weight of each.
+inline constexpr int kForwardSteps = 32;
+inline constexpr int kBackwardSteps = 16;
+inline constexpr int kDoubleSteps = 16;
 
-// Forward takes as many warps for a tile as leave room for two blocks on a multiprocessor, one of which works while the
-// other waits. Registers bound it, too: 128 for each of 2 · 256 threads.
-inline constexpr int kForwardWarps = 8;
-inline constexpr int kForwardBlocks = 2;
+// Forward takes as many warps for a tile, a power of two, as leave room for two blocks on a multiprocessor, one of which
+// works while the other waits: these at most, and on Turing, by its 64 KB, half as many. Registers bound it, too: 128 for
+// each of 2 * 256 threads, or 168 for each of 3 * 128.
+constexpr int forward_warps(DType dtype, int cuda_arch = kNewestArch) {
+  return dtype == DType::float32 || cuda_arch < 800 ? 4 : 8;
+}
+constexpr int forward_blocks(DType dtype, int cuda_arch) { return forward_warps(dtype, cuda_arch) == 4 ? 3 : 2; }
 
 // A tile of backward lies between two checkpoints. Three blocks fit if a thread takes 168 registers; by shared memory
 // they do in 16 bits on every architecture but Turing, and in float32 on those of servers. There float32 spills on
@@ -37,7 +45,7 @@ constexpr int backward_blocks(DType dtype, int cuda_arch) {
   if (dtype == DType::float32) return cuda_arch >= 900 && cuda_arch < 1200 ? 3 : 2;
   return cuda_arch < 800 ? 2 : 3;
 }
-static_assert(kBackwardWarps * kSubchunkSteps == checkpoint_interval(DType::float32));
+static_assert(kBackwardWarps * kBackwardSteps == checkpoint_interval(DType::float32));
 
 // Every so-many-th chunk publishes the state after it, the others what they alone sum up to: a chunk waits for at most
 // so many messages, all at once. The sum over a long sequence is handed from anchor to anchor, about 1 µs each:
@@ -59,6 +67,6 @@ inline constexpr int kReduceLanes = 32;
 inline constexpr int kReduceGroups = 32;
 
 // The sums of a float64 thread's walk that lie in shared memory: states every 16 steps of an interval.
-inline constexpr int kDoubleSegments = static_cast<int>(checkpoint_interval(DType::float64)) / kSubchunkSteps;
+inline constexpr int kDoubleSegments = static_cast<int>(checkpoint_interval(DType::float64)) / kDoubleSteps;
 
 }  // namespace wkv
