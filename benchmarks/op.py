@@ -86,6 +86,7 @@ def planned(backend: str, operation: str, dtype: torch.dtype, shape: Shape) -> d
         "multiprocessors": properties.multi_processor_count,
         "shared_per_block": properties.shared_memory_per_block_optin,
         "shared_per_multiprocessor": properties.shared_memory_per_multiprocessor,
+        "architecture": 100 * properties.major + 10 * properties.minor,
     }
     return dict(_introspection.plan_cuda(operation.split()[0], name_of(dtype), *shape, limits))
 

@@ -32,14 +32,15 @@ py::dict plan_of_cpu(const std::string& dtype, int64_t B, int64_t T, int64_t C, 
 }
 
 constexpr DeviceLimits kH100 = {
-    .multiprocessors = 132, .shared_per_block = 232448, .shared_per_multiprocessor = 233472};
+    .multiprocessors = 132, .shared_per_block = 232448, .shared_per_multiprocessor = 233472, .architecture = 900};
 
 DeviceLimits parse_limits(const py::object& limits) {
   if (limits.is_none()) return kH100;
   const auto get = [&](const char* name) { return limits[name].cast<int64_t>(); };
   return {.multiprocessors = get("multiprocessors"),
           .shared_per_block = get("shared_per_block"),
-          .shared_per_multiprocessor = get("shared_per_multiprocessor")};
+          .shared_per_multiprocessor = get("shared_per_multiprocessor"),
+          .architecture = get("architecture")};
 }
 
 Operation parse_operation(const std::string& name) {

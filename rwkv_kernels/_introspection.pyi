@@ -11,6 +11,7 @@ class DeviceLimits(TypedDict):
     multiprocessors: int
     shared_per_block: int
     shared_per_multiprocessor: int
+    architecture: int
 
 class CudaPlan(TypedDict):
     warps: int
@@ -24,6 +25,4 @@ class CudaPlan(TypedDict):
     workspace_bytes: int
 
 def plan_cpu(dtype: str, B: int, T: int, C: int, threads: int) -> CpuPlan: ...
-def plan_cuda(
-    operation: str, dtype: str, B: int, T: int, C: int, limits: DeviceLimits | None = None
-) -> CudaPlan: ...
+def plan_cuda(operation: str, dtype: str, B: int, T: int, C: int, limits: DeviceLimits | None = None) -> CudaPlan: ...

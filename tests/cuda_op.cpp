@@ -56,7 +56,7 @@ cudaError_t CUDARTAPI cudaMemsetAsync(void*, int, size_t, cudaStream_t) { return
 namespace wkv {
 
 DeviceLimits device_limits(int) {
-  return {.multiprocessors = 132, .shared_per_block = 232448, .shared_per_multiprocessor = 233472};
+  return {.multiprocessors = 132, .shared_per_block = 232448, .shared_per_multiprocessor = 233472, .architecture = 900};
 }
 
 cudaError_t launch(const Launch&, cudaStream_t) { return launch_error; }

@@ -221,8 +221,9 @@ WKV_LIBRARY_IMPL(WKV_NAMESPACE, CPU, m) {
 }
 
 // All strings belong to the caller, and have to last.
-WKV_EXPORTED void set_limits(int64_t multiprocessors, int64_t shared_per_block, int64_t shared_per_multiprocessor) {
-  wkv::settings.limits = {multiprocessors, shared_per_block, shared_per_multiprocessor};
+WKV_EXPORTED void set_limits(int64_t multiprocessors, int64_t shared_per_block, int64_t shared_per_multiprocessor,
+                             int64_t architecture) {
+  wkv::settings.limits = {multiprocessors, shared_per_block, shared_per_multiprocessor, architecture};
 }
 WKV_EXPORTED void set_emulation(int order, int block_order, uint64_t seed, const char* unsynchronised,
                                 int dropped_barrier) {

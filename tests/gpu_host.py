@@ -31,8 +31,8 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 OPERATORS = ("wkv_forward", "_wkv_backward", "wkv_step")
 
 Limits = dict[str, int]  # as _introspection.plan_cuda takes them
-H100 = {"multiprocessors": 132, "shared_per_block": 232448, "shared_per_multiprocessor": 233472}
-T4 = {"multiprocessors": 40, "shared_per_block": 65536, "shared_per_multiprocessor": 65536}
+H100 = {"multiprocessors": 132, "shared_per_block": 232448, "shared_per_multiprocessor": 233472, "architecture": 900}
+T4 = {"multiprocessors": 40, "shared_per_block": 65536, "shared_per_multiprocessor": 65536, "architecture": 750}
 # Its columns suffice wherever there are a few: chunks have several tiles.
 ONE_MULTIPROCESSOR = {**H100, "multiprocessors": 1}
 
@@ -90,7 +90,7 @@ def library() -> ctypes.CDLL:
         _schemas.define(schema.removeprefix("rwkv_kernels::"))
     torch.ops.load_library(str(compiled))
     loaded = ctypes.CDLL(str(compiled))
-    loaded.set_limits.argtypes = [ctypes.c_int64] * 3
+    loaded.set_limits.argtypes = [ctypes.c_int64] * 4
     loaded.set_emulation.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_int]
     loaded.allocation.argtypes = [ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)]
     loaded.allocation.restype = ctypes.c_void_p

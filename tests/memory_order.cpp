@@ -646,7 +646,10 @@ class Case {
   Plan plan_of(Operation operation) const {
     const int64_t shared = forward_shared_bytes(kType, problem_.warps) + kReservedShared;
     Plan plan = make_plan(operation, kType, problem_.B, problem_.T, problem_.C,
-                          {.multiprocessors = 100, .shared_per_block = 65536, .shared_per_multiprocessor = 2 * shared});
+                          {.multiprocessors = 100,
+                           .shared_per_block = 65536,
+                           .shared_per_multiprocessor = 2 * shared,
+                           .architecture = 900});
     if (problem_.chunk_tiles > 1) {
       plan.chunk_tiles = problem_.chunk_tiles;
       plan.chunks = plan_detail::ceil_div(plan_detail::ceil_div(problem_.T, plan.tile_steps), plan.chunk_tiles);

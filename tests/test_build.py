@@ -163,7 +163,7 @@ def test_the_report_is_of_launches_that_each_architecture_can_hold() -> None:
 
     assert tuple(kernel_report.DEVICES) == cuda_toolkit.ARCHITECTURES
     for architecture, device in kernel_report.DEVICES.items():
-        for kernel, block in kernel_report.blocks(device).items():
+        for kernel, block in kernel_report.blocks(architecture).items():
             least = kernel_report.LEAST_BLOCKS.get(kernel, {}).get(architecture, 1)
             # With no more registers than a compiler that is asked for so many blocks gives to a thread.
             warps = -(-least * block.threads // 32 // 4) * 4  # four schedulers have registers of their own
@@ -177,7 +177,7 @@ def test_a_kernel_that_is_not_as_it_shall_be_is_complained_of() -> None:
     import kernel_report
     from kernel_report import CODE_LIMITS, LIMITED, Kernel
 
-    launched = kernel_report.blocks(kernel_report.DEVICES[LIMITED])
+    launched = kernel_report.blocks(LIMITED)
     good = [Kernel(*key, 32, 0, sass.Code(["FADD"])) for key in launched]
     assert not list(kernel_report.complaints({LIMITED: good}))
 

@@ -11,10 +11,10 @@ from problems import checkpoint_interval
 _introspection = pytest.importorskip("rwkv_kernels._introspection", reason="rwkv_kernels._introspection is not built")
 
 Limits = dict[str, int]
-H100 = {"multiprocessors": 132, "shared_per_block": 232448, "shared_per_multiprocessor": 233472}
-T4 = {"multiprocessors": 40, "shared_per_block": 65536, "shared_per_multiprocessor": 65536}
+H100 = {"multiprocessors": 132, "shared_per_block": 232448, "shared_per_multiprocessor": 233472, "architecture": 900}
+T4 = {"multiprocessors": 40, "shared_per_block": 65536, "shared_per_multiprocessor": 65536, "architecture": 750}
 # As every GPU of 8.6, 8.9 and 12.0 has it.
-A10 = {"multiprocessors": 72, "shared_per_block": 101376, "shared_per_multiprocessor": 102400}
+A10 = {"multiprocessors": 72, "shared_per_block": 101376, "shared_per_multiprocessor": 102400, "architecture": 860}
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 OPERATIONS = ("forward", "backward")
 
@@ -26,8 +26,13 @@ MESSAGE_BYTES, TICKET_BYTES = 3 * 64 * 4, 4
 # The numbers that are choices, as the kernels have them.
 _HEADER = (Path(__file__).parent.parent / "csrc" / "gpu" / "tuning.h").read_text()
 CHOSEN = {name: int(value) for name, value in re.findall(r"constexpr int(?:64_t)? k(\w+) = (\d+);", _HEADER)}
-SUBCHUNK_STEPS, WARP_THREADS, ANCHOR = CHOSEN["SubchunkSteps"], CHOSEN["WarpThreads"], CHOSEN["Anchor"]
-FORWARD_WARPS = CHOSEN["ForwardWarps"]
+WARP_THREADS, ANCHOR = CHOSEN["WarpThreads"], CHOSEN["Anchor"]
+STEPS = {"forward": CHOSEN["ForwardSteps"], "backward": CHOSEN["BackwardSteps"]}  # of a thread
+
+
+def _forward_warps(dtype: str, limits: Limits) -> int:
+    """At most: where registers suffice for eight, and shared memory for two blocks of them."""
+    return 8 if _size(dtype) == 2 and limits["architecture"] in (800, 900) else 4
 
 
 def _plan(operation: str, dtype: str, B: int, T: int, C: int, limits: Limits | None = None) -> dict[str, Any]:
@@ -60,10 +65,11 @@ def test_the_plan_covers_every_element_once_and_fits_the_device(seed: int) -> No
             continue
         chunk_steps = plan["chunk_tiles"] * plan["tile_steps"]
         assert (plan["chunks"] - 1) * chunk_steps < T <= plan["chunks"] * chunk_steps, case
-        assert plan["tile_steps"] == plan["warps"] * SUBCHUNK_STEPS, case
+        assert plan["tile_steps"] == plan["warps"] * STEPS[operation], case
         assert plan["threads"] == plan["warps"] * WARP_THREADS <= 256, case
         if operation == "forward":
-            assert 1 <= plan["warps"] <= min(FORWARD_WARPS, _ceil_div(T, SUBCHUNK_STEPS)), case
+            assert plan["warps"] in (1, 2, 4, 8) and plan["warps"] <= _forward_warps(dtype, limits), case
+            assert plan["warps"] == 1 or plan["tile_steps"] // 2 < T, "half as many would hold the sequence"
         else:
             assert plan["tile_steps"] == checkpoint_interval(dtype), "a tile lies between two checkpoints"
 
@@ -73,8 +79,8 @@ def test_the_plan_covers_every_element_once_and_fits_the_device(seed: int) -> No
         elif plan["chunk_tiles"] > 1:
             assert tiles > MOST_BLOCKS_OF_A_GRID and plan["anchor"] == 1, case
         else:
-            # A warp of forward awaits one message, and an anchor is a power of two.
-            most = plan["warps"] if operation == "forward" else ANCHOR
+            # Of the messages up to an anchor, a warp of forward has room for some.
+            most = plan["warps"] * CHOSEN["ForwardMessages"] if operation == "forward" else ANCHOR
             assert plan["anchor"] == max(2**i for i in range(4) if 2**i <= min(most, ANCHOR)), case
         if plan["chunk_tiles"] > 1 and tiles <= MOST_BLOCKS_OF_A_GRID:
             assert columns * plan["chunks"] >= CHOSEN["BlocksPerMultiprocessor"] * limits["multiprocessors"], (
@@ -95,21 +101,21 @@ def test_memory_is_that_of_partials_messages_and_tickets(dtype: str, operation: 
 
 def test_chunks_are_of_several_tiles_where_columns_fill_the_device() -> None:
     few = _plan("forward", "bfloat16", 1, 4096, 768)
-    assert (few["chunk_tiles"], few["chunks"], few["anchor"]) == (1, 32, 8)
+    assert (few["chunk_tiles"], few["chunks"], few["anchor"]) == (1, 16, 8)
     many = _plan("backward", "bfloat16", 64, 4096, 4096)
     assert (many["chunk_tiles"], many["chunks"], many["anchor"]) == (32, 2, 1)
     most = _plan("backward", "bfloat16", 256, 4096, 4096)
     assert (most["chunk_tiles"], most["chunks"], most["anchor"]) == (64, 1, 1)
-    long = _plan("forward", "bfloat16", 1, 65535 * 128, 64)
+    long = _plan("forward", "bfloat16", 1, 65535 * 256, 64)
     assert (long["chunk_tiles"], long["chunks"], long["anchor"]) == (1, 65535, 8)
-    longer = _plan("forward", "bfloat16", 1, 65535 * 128 + 1, 64)
+    longer = _plan("forward", "bfloat16", 1, 65535 * 256 + 1, 64)
     assert (longer["chunk_tiles"], longer["chunks"], longer["anchor"]) == (2, 32768, 1)
 
 
 def test_a_short_sequence_has_no_more_warps_than_subchunks() -> None:
-    assert [_plan("forward", "bfloat16", 1, T, 64)["warps"] for T in (1, 16, 17, 100, 112, 113, 1000)] == [
+    assert [_plan("forward", "bfloat16", 1, T, 64)["warps"] for T in (1, 32, 33, 64, 65, 129, 1000)] == [
         *(1, 1, 2),
-        *(7, 7, 8, 8),
+        *(2, 4, 8, 8),
     ]
 
 
@@ -127,7 +133,7 @@ def test_a_multiprocessor_has_room_for_several_blocks(dtype: str) -> None:
     of_16_bits = _size(dtype) == 2
     for limits, reserved in ((H100, RESERVED), (A10, RESERVED), (T4, RESERVED)):
         assert _blocks_that_fit("forward", dtype, limits, reserved) >= 2
-    assert _plan("forward", dtype, 8, 1024, 768, H100)["warps"] == FORWARD_WARPS
+    assert _plan("forward", dtype, 8, 1024, 768, H100)["warps"] == _forward_warps(dtype, H100)
     assert _blocks_that_fit("backward", dtype, H100, RESERVED) >= 3
     assert _blocks_that_fit("backward", dtype, A10, RESERVED) >= (3 if of_16_bits else 2)
     assert _blocks_that_fit("backward", dtype, T4, 0) >= (2 if of_16_bits else 1)
@@ -135,17 +141,17 @@ def test_a_multiprocessor_has_room_for_several_blocks(dtype: str) -> None:
 
 def test_forward_takes_fewer_warps_where_two_blocks_of_more_have_no_room() -> None:
     warps = {}
-    for shared in range(10_000, 110_000, 500):
-        limits = {**A10, "shared_per_multiprocessor": shared}
+    for shared in range(10_000, 160_000, 500):
+        limits = {**H100, "shared_per_multiprocessor": shared}
         for dtype in ("float32", "bfloat16"):
             plan = _plan("forward", dtype, 8, 1024, 768, limits)
             room = 2 * (plan["shared_bytes"] + RESERVED) <= shared
             assert room or plan["warps"] == 1
-            of_a_warp = 2 * SUBCHUNK_STEPS * 64 * _size(dtype)
-            more = 2 * (plan["shared_bytes"] + of_a_warp + RESERVED) <= shared
-            assert plan["warps"] == FORWARD_WARPS or not more, "one more warp has room"
+            of_its_warps = 2 * plan["tile_steps"] * 64 * _size(dtype)
+            more = 2 * (plan["shared_bytes"] + of_its_warps + RESERVED) <= shared
+            assert plan["warps"] == _forward_warps(dtype, limits) or not more, "twice as many warps have room"
             warps[shared, dtype] = plan["warps"]
-    assert set(warps.values()) == set(range(1, FORWARD_WARPS + 1))
+    assert set(warps.values()) == {1, 2, 4, 8}
 
 
 # ---- memory ----
@@ -163,7 +169,9 @@ def test_what_the_chunks_hand_on_is_small(dtype: str, limits: Limits) -> None:
         for operation in OPERATIONS:
             workspace = _plan(operation, dtype, B, T, C, limits)["workspace_bytes"] / (B * T * C)
             print(f"{operation} {dtype} {B, T, C}: {workspace:.3f} and {workspace + checkpoints:.3f} bytes an element")
-            assert workspace <= MOST_WORKSPACE and workspace + checkpoints <= MOST_ALTOGETHER
+            # Tiles of a single warp, which is all that two blocks have room for there, say three times as much.
+            more = 0.1 if (limits, dtype) == (T4, "float32") else 0.0
+            assert workspace <= MOST_WORKSPACE + more and workspace + checkpoints <= MOST_ALTOGETHER + more
 
 
 # ---- what cannot be ----

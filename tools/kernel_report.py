@@ -60,12 +60,13 @@ class Device:
     reserved_bytes: int = 1024  # of shared memory for each block
     registers: int = 65536
 
-    def limits(self) -> "_introspection.DeviceLimits":
+    def limits(self, architecture: str) -> "_introspection.DeviceLimits":
         """What a plan asks of a device."""
         return {
             "multiprocessors": self.multiprocessors,
             "shared_per_block": self.shared_bytes - self.reserved_bytes,
             "shared_per_multiprocessor": self.shared_bytes,
+            "architecture": int(architecture.replace(".", "")) * 10,
         }
 
     def blocks_that_fit(self, threads: int, registers: int, shared_bytes: int) -> int:
@@ -137,7 +138,7 @@ LEAST_BLOCKS = {
     ("forward", "float32"): _FORWARD,
     ("forward", "float16"): _FORWARD,
     ("forward", "bfloat16"): _FORWARD,
-    ("backward", "float32"): {"7.5": 1, "8.0": 2, "8.6": 2, "8.9": 2, "9.0": 3, "10.0": 3, "12.0": 2},
+    ("backward", "float32"): {"7.5": 1, "8.0": 2, "8.6": 2, "8.9": 2, "9.0": 3, "10.0": 2, "12.0": 2},
     ("backward", "float16"): _BACKWARD_16_BITS,
     ("backward", "bfloat16"): _BACKWARD_16_BITS,
 }
@@ -223,12 +224,12 @@ def kernels(tools: Tools, library: Path | None, counted: tuple[str, ...]) -> dic
 # ---- the report ----
 
 
-def blocks(device: Device) -> dict[tuple[str, str], Block]:
+def blocks(architecture: str) -> dict[tuple[str, str], Block]:
     """The blocks that the operators launch on a device, by kernel and dtype."""
     found = {}
     for dtype in DTYPES.values():
         for operation in ("forward", "backward"):
-            plan = _introspection.plan_cuda(operation, dtype, *PROBLEM, device.limits())
+            plan = _introspection.plan_cuda(operation, dtype, *PROBLEM, DEVICES[architecture].limits(architecture))
             elements = plan["tile_steps"] * TILE_CHANNELS // plan["threads"]
             found[operation, dtype] = Block(plan["threads"], plan["shared_bytes"], elements)
         found["step", dtype] = Block(STEP_THREADS, 0)
@@ -260,7 +261,7 @@ def report(compiled: dict[str, list[Kernel]], version: str) -> str:
     for architecture, found in compiled.items():
         ordered = sorted(found, key=lambda kernel: (NAMES.index(kernel.name), dtypes.index(kernel.dtype)))
         device = DEVICES[architecture]
-        launched = blocks(device)
+        launched = blocks(architecture)
         blocks_of = [(kernel, launched[kernel.name, kernel.dtype]) for kernel in ordered]
         parts.append(f"## {architecture}\n\n{device.name}, {device.multiprocessors} multiprocessors.\n")
         parts.append(f"{_markdown(COLUMNS, [_resource_row(kernel, block, device) for kernel, block in blocks_of])}\n")
@@ -298,7 +299,7 @@ def complaints(compiled: dict[str, list[Kernel]]) -> Iterator[str]:
     """Kernels that keep values in local memory, leave room for too few blocks, have too much code, or are not there."""
     for architecture, found in compiled.items():
         device = DEVICES[architecture]
-        launched = blocks(device)
+        launched = blocks(architecture)
         for name, dtype in launched.keys() - {(kernel.name, kernel.dtype) for kernel in found}:
             yield f"{name} {dtype} for {architecture}: launched and not compiled"
         for kernel in found:

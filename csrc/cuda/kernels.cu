@@ -56,9 +56,10 @@ DeviceLimits device_limits(int device) {
     }
     return static_cast<int64_t>(value);
   };
-  const DeviceLimits limits = {attribute(cudaDevAttrMultiProcessorCount),
-                               attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                               attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+  const DeviceLimits limits = {
+      attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+      attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+      attribute(cudaDevAttrComputeCapabilityMajor) * 100 + attribute(cudaDevAttrComputeCapabilityMinor) * 10};
   return asked[device] = limits;
 }
 

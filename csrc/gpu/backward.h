@@ -42,8 +42,8 @@ struct BackwardPass {
   // In gy, behind the walk back: what each warp sums up to, and what the tile starts from.
   WKV_HD static Rows64 own_of(const Block& block, int warp) { return block.rows_of(2, warp, 0); }
   WKV_HD static Rows64 carry(const Block& block) { return block.rows_of(2, 0, 3); }
-  // In k: states of the warps, when keys are in registers; two messages of each, when states are of no use any more; and the
-  // parts of a chunk's gradients.
+  // In k: states of the warps, when keys are in registers; two messages of each, when states are of no use any more;
+  // and the parts of a chunk's gradients.
   WKV_HD static Rows64 state_after(const Block& block, int warp) { return block.rows_of(0, warp, 1); }
   WKV_HD static Rows64 message(const Block& block, int i) { return block.rows_of(0, i / 2, i % 2 * 3); }
   WKV_HD static Rows64 partials_of(const Block& block, int warp) { return block.rows_of(2, warp, 6); }
@@ -84,8 +84,8 @@ struct BackwardPass {
     return parked(block).get_scaled(thread.lane());
   }
 
-  template <class Team>
-  WKV_HD static void walk(const Block& block, const Tile& tile, bool fit, Team& team) {
+  template <class Team, class Leave>
+  WKV_HD static void walk(const Block& block, const Tile& tile, bool fit, Team& team, const Leave& leave_sums) {
     team.phase([&](Thread& thread) {
       if (kFullTilesOnly || fit) {
         walk_together(block, tile, thread);
@@ -100,6 +100,7 @@ struct BackwardPass {
         walk_back_spread(block, tile, thread);
       }
     });
+    team.phase(leave_sums);
   }
 
   WKV_HD static void walk_together(const Block& block, const Tile& tile, Thread& thread) {
@@ -122,9 +123,10 @@ struct BackwardPass {
     const int steps = tile.steps_of(thread.warp());
     const Column<Element> v = block.column_of(1, thread);
     const auto scale = block.running_scale(thread);
+    thread.keys.replace_infinite(steps);
     State<Pair> state = state_of(thread.warp() == 0 ? thread.start : empty_scaled());
     for_steps<kSteps>(steps, [&](int step) {
-      const Pair kt = key_logit(thread.keys.get(step));
+      const Pair kt = thread.keys.get(step);
       const auto weights = scale.weights(scale.at(state.max, kt));
       state = {mix(state.sums, weights.advance, v.get(step)), scale.next_max(state.max, kt)};
     });
@@ -184,7 +186,7 @@ struct BackwardPass {
     const Pair max_before = state.max;
     Sums<Pair> decayed{Pair(0), Pair(0)};
     for_steps<kSteps>(steps, [&](int step) {
-      const Pair kt = key_logit(thread.keys.get(step)), at = scale.at(state.max, kt);
+      const Pair kt = thread.keys.get(step), at = scale.at(state.max, kt);
       const Weights<Pair> weights = scale.weights(at).advance;
       thread.steps[step] = {state.sums, at};
       decayed = weights.past * (decayed + state.sums);

@@ -1,5 +1,5 @@
-// The forward kernel: y, the final state and checkpoints. Weights are computed once, for what a thread's steps sum up to;
-// y comes from a second walk with the same weights, when the thread knows the state before its steps.
+// The forward kernel: y, the final state and checkpoints. Weights are computed once, for what a thread's steps sum up
+// to; y comes from a second walk with the same weights, when the thread knows the state before its steps.
 #pragma once
 
 #include "scan.h"
@@ -20,41 +20,56 @@ struct ForwardPass {
   WKV_HD static void begin(Thread&) {}
   WKV_HD static void range(const Block&, const Tile&, Thread&) {}
   WKV_HD static Scaled normalised(Scaled state) { return normalised_state(state); }
-  // In k, when keys are in registers: what each warp sums up to, a message for each, and what the tile starts from, once the
-  // messages have been joined.
+  // In k, when keys are in registers: what each warp sums up to, messages, and what the tile starts from, once these
+  // have been joined.
   WKV_HD static Rows64 own_of(const Block& block, int warp) { return block.rows_of(0, warp, 1); }
-  WKV_HD static Rows64 message(const Block& block, int i) { return block.rows_of(0, i, 4); }
+  WKV_HD static Rows64 message(const Block& block, int i) {
+    return block.rows_of(0, i / kForwardMessages, 4 + i % kForwardMessages * 3);
+  }
   WKV_HD static Rows64 carry(const Block& block) { return message(block, 0); }
-  static_assert(Block::kWarpRows >= 7);
+  static_assert(Block::kWarpRows >= 4 + 3 * kForwardMessages);
   WKV_HD static Scaled first(const Block& block, const Thread& thread) {
     return normalised_state(scaled(block.first_state(thread)));
   }
 
-  template <class Team>
-  WKV_HD static void walk(const Block& block, const Tile& tile, bool fit, Team& team) {
-    team.warp_phase([&](Thread& thread) {
-      const int lane = thread.lane(), steps = tile.steps_of(thread.warp());
-      const Column<Element> v = block.column_of(1, thread);
-      clear_unless_full(steps, thread.weights);
+  template <class Team, class Leave>
+  WKV_HD static void walk(const Block& block, const Tile& tile, bool fit, Team& team, const Leave& leave_sums) {
+    team.phase([&](Thread& thread) {
       if (kFullTilesOnly || fit) {
-        const Pair decay = block.channels.decay(lane);
-        Sums<Pair> sums{Pair(0), Pair(0)};
-        for_steps<kSteps>(steps, [&](int step) {
-          const Pair weight = thread.weights[step] = weight_of(thread.keys.get(step), thread.reference);
-          sums = {decay * sums.num + weight * v.get(step), decay * sums.den + weight};
-        });
-        thread.own.sums = sums;
-        return;
+        walk_together(block, tile, thread);
+      } else {
+        walk_spread(block, tile, thread);
       }
-      const auto scale = block.running_scale(thread);
-      State<Pair> state{{Pair(0), Pair(0)}, Pair(kEmptyMax)};
-      for_steps<kSteps>(steps, [&](int step) {
-        const Pair key = thread.weights[step] = key_logit(thread.keys.get(step));
-        const auto weights = scale.weights(scale.at(state.max, key));
-        state = {mix(state.sums, weights.advance, v.get(step)), scale.next_max(state.max, key)};
-      });
-      thread.own = scaled(state);
+      leave_sums(thread);
     });
+  }
+
+  WKV_HD static void walk_together(const Block& block, const Tile& tile, Thread& thread) {
+    const int steps = tile.steps_of(thread.warp());
+    const Column<Element> v = block.column_of(1, thread);
+    const Pair decay = block.channels.decay(thread.lane());
+    Sums<Pair> sums{Pair(0), Pair(0)};
+    clear_unless_full(steps, thread.weights);
+    for_steps<kSteps>(steps, [&](int step) {
+      const Pair weight = thread.weights[step] = weight_of(thread.keys.get(step), thread.reference);
+      sums = {decay * sums.num + weight * v.get(step), decay * sums.den + weight};
+    });
+    thread.own.sums = sums;
+  }
+
+  WKV_HD static void walk_spread(const Block& block, const Tile& tile, Thread& thread) {
+    const int steps = tile.steps_of(thread.warp());
+    const Column<Element> v = block.column_of(1, thread);
+    const auto scale = block.running_scale(thread);
+    thread.keys.replace_infinite(steps);
+    State<Pair> state{{Pair(0), Pair(0)}, Pair(kEmptyMax)};
+    clear_unless_full(steps, thread.weights);
+    for_steps<kSteps>(steps, [&](int step) {
+      const Pair key = thread.weights[step] = thread.keys.get(step);
+      const auto weights = scale.weights(scale.at(state.max, key));
+      state = {mix(state.sums, weights.advance, v.get(step)), scale.next_max(state.max, key)};
+    });
+    thread.own = scaled(state);
   }
 
   // The state after the tile.

@@ -34,6 +34,15 @@ struct Keys {
       lowest = Pair(-kEmptyExponent);
     }
   }
+
+  // By their logits, for RunningScale: where the range says that there are any, so that no walk has to ask.
+  WKV_HD void replace_infinite(int steps) {
+    if (all(highest < Pair(INFINITY))) return;
+    for_steps<kSteps>(steps, [&](int step) {
+      const Pair logit = key_logit(get(step));
+      raw[step] = pack<Element>({logit.x, logit.y});
+    });
+  }
 };
 
 // The largest of what the warps of a tile put into their rows, `stride` apart, as a whole exponent.

@@ -17,6 +17,7 @@ struct DeviceLimits {
   int64_t multiprocessors;
   int64_t shared_per_block;  // bytes, with the opt-in
   int64_t shared_per_multiprocessor;
+  int64_t architecture;  // as __CUDA_ARCH__ says it, 900 for 9.0
 };
 
 inline constexpr int64_t kMaxGridX = 2147483647;
@@ -63,7 +64,7 @@ inline int forward_warps(DType dtype, int64_t T, const DeviceLimits& limits) {
     const int64_t shared = forward_shared_bytes(dtype, warps);
     return shared <= limits.shared_per_block && 2 * (shared + kReservedShared) <= limits.shared_per_multiprocessor;
   };
-  int warps = forward_warps(dtype);
+  int warps = forward_warps(dtype, limits.architecture);
   while (warps > 1 && (!fits(warps) || warps / 2 * kForwardSteps >= T)) warps /= 2;
   return warps;
 }
@@ -107,8 +108,7 @@ inline Plan make_plan(Operation operation, DType dtype, int64_t B, int64_t T, in
   plan.chunks = ceil_div(tiles, plan.chunk_tiles);
   // What a chunk of several tiles sums up to is not known before it has been handed what it starts from.
   plan.anchor = columns_suffice || plan.chunk_tiles > 1 ? 1 : kAnchor;
-  // A warp of forward has room for one message.
-  while (forward && plan.anchor > plan.warps) plan.anchor /= 2;
+  while (forward && plan.anchor > plan.warps * kForwardMessages) plan.anchor /= 2;
 
   const int64_t columns = B * plan.channel_tiles;
   if (!forward) plan.partial_bytes = B * plan.chunks * 2 * C * state_bytes(dtype);

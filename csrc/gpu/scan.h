@@ -142,7 +142,7 @@ struct Scan {
 #pragma unroll
     for (int i = 0; i < Pass::kInputs; ++i) {
       stage<kSteps, Element>(block.subchunk(i, warp), rows_from<Element>(block.params.inputs[i], block.b, block.c),
-                     tile.t + warp * kSteps, tile.steps_of(warp), block.columns, thread.lane());
+                             tile.t + warp * kSteps, tile.steps_of(warp), block.columns, thread.lane());
     }
   }
 
@@ -152,8 +152,8 @@ struct Scan {
 #pragma unroll
     for (int i = 0; i < Pass::kOutputs; ++i) {
       unstage<kSteps, Element>(rows_from<Element>(params.outputs[i], params.T, params.C, block.b, block.c),
-                       tile.t + warp * kSteps, block.subchunk(Pass::kFirstOutput + i, warp), tile.steps_of(warp), block.columns,
-                       thread.lane());
+                               tile.t + warp * kSteps, block.subchunk(Pass::kFirstOutput + i, warp),
+                               tile.steps_of(warp), block.columns, thread.lane());
     }
   }
 
@@ -192,8 +192,7 @@ struct Scan {
                              Thread& thread) {
     const int lane = thread.lane();
     const int count = waits ? look_back.predecessors() : 1;
-    const Pair chunk_decay =
-        block.channels.decay_log2(lane, block.params.chunking.chunk_tiles * block.warps * kSteps);
+    const Pair chunk_decay = block.channels.decay_log2(lane, block.params.chunking.chunk_tiles * block.warps * kSteps);
     Scaled sum = (waits ? Pass::message(block, 0) : Pass::carry(block)).get_scaled(lane);
 #pragma unroll 1
     for (int i = 1;; ++i) {
@@ -250,8 +249,7 @@ struct Scan {
         thread.reference = reference_of(block.highest_of(0), Block::kWarpRows, block.warps, lane);
         return tile_fits(thread.reference, thread.keys.lowest, block.channels.bonus(lane));
       });
-      Pass::walk(block, tile, fit, team);
-      team.phase([&](Thread& thread) {
+      Pass::walk(block, tile, fit, team, [&](Thread& thread) {
         Pass::own_of(block, thread.warp()).set_scaled(thread.lane(), thread.own);
         if (thread.warp() == 0 && !waits) {
           const Scaled carry = i == 0 ? Pass::first(block, thread) : Pass::kept(block, thread);

@@ -241,7 +241,8 @@ WKV_HD void stage(Element* subchunk, Rows<const Element> source, int t, int step
   const VectorShare<Element> share(lane);
   const int vectored = share.vectored(source, columns);
   if (share.column < vectored) {
-    share.template for_vectors<kSteps>(source, t, subchunk, steps, [](const Element* from, Element* to) { copy_async(to, from); });
+    share.template for_vectors<kSteps>(source, t, subchunk, steps,
+                                       [](const Element* from, Element* to) { copy_async(to, from); });
   }
   if (kFullTilesOnly || vectored == kTileChannels) return;
   for (int row = 0; row < steps; ++row) {

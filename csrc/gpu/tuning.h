@@ -9,9 +9,6 @@ namespace wkv {
 
 enum class Operation { forward, backward };
 
-// As __CUDA_ARCH__ says it: for what is chosen when there is code for any.
-inline constexpr int kNewestArch = 1200;
-
 // A row of a tile is 128 bytes or more, a whole cache line.
 inline constexpr int kWarpThreads = 32;
 inline constexpr int kTileChannels = 2 * kWarpThreads;
@@ -23,27 +20,34 @@ inline constexpr int kChannelRows = 3;
 inline constexpr int kStateBytes = 3 * kRowBytes;
 inline constexpr int kTicketBytes = 16;
 
-// Steps that a thread walks at once. Counted: what it does besides weighs half as much with twice as many. What it keeps of
-// them stays in registers, 64 of 32 steps forward and 96 of 16 backward, which have the state and the weight of each.
+// Steps that a thread walks at once. Counted: what it does besides weighs half as much with twice as many. What it
+// keeps of them stays in registers, 64 of 32 steps forward and 96 of 16 backward, which have the state and the weight
+// of each.
 inline constexpr int kForwardSteps = 32;
 inline constexpr int kBackwardSteps = 16;
 inline constexpr int kDoubleSteps = 16;
 
-// Forward takes as many warps for a tile, a power of two, as leave room for two blocks on a multiprocessor, one of which
-// works while the other waits: these at most, and on Turing, by its 64 KB, half as many. Registers bound it, too: 128 for
-// each of 2 * 256 threads, or 168 for each of 3 * 128.
-constexpr int forward_warps(DType dtype, int cuda_arch = kNewestArch) {
-  return dtype == DType::float32 || cuda_arch < 800 ? 4 : 8;
+// Forward takes as many warps for a tile, a power of two, as leave room for two blocks on a multiprocessor, one of
+// which works while the other waits: these at most, by what shared memory has room for. Registers bound it, too: 128
+// for each of 2 * 256 threads, with which nvcc 13.0 spills on Blackwell; or, of 128 threads, 168 for each of 3 blocks,
+// with which it does in float32 there and on Turing.
+constexpr int forward_warps(DType dtype, int64_t architecture) {
+  return dtype != DType::float32 && (architecture == 800 || architecture == 900) ? 8 : 4;
 }
-constexpr int forward_blocks(DType dtype, int cuda_arch) { return forward_warps(dtype, cuda_arch) == 4 ? 3 : 2; }
+constexpr int forward_blocks(DType dtype, int64_t architecture) {
+  const bool has_spills = dtype == DType::float32 && (architecture < 800 || architecture >= 1000);
+  return forward_warps(dtype, architecture) == 8 || has_spills ? 2 : 3;
+}
+// Messages that a warp has room for.
+inline constexpr int kForwardMessages = 4;
 
 // A tile of backward lies between two checkpoints. Three blocks fit if a thread takes 168 registers; by shared memory
-// they do in 16 bits on every architecture but Turing, and in float32 on those of servers. There float32 spills on
-// Ampere with so few registers, by what nvcc 13.0 says.
+// they do in 16 bits on every architecture but Turing, and in float32 on those of servers, where nvcc 13.0 spills for
+// all but Hopper.
 inline constexpr int kBackwardWarps = 4;
-constexpr int backward_blocks(DType dtype, int cuda_arch) {
-  if (dtype == DType::float32) return cuda_arch >= 900 && cuda_arch < 1200 ? 3 : 2;
-  return cuda_arch < 800 ? 2 : 3;
+constexpr int backward_blocks(DType dtype, int64_t architecture) {
+  if (dtype == DType::float32) return architecture == 900 ? 3 : 2;
+  return architecture < 800 ? 2 : 3;
 }
 static_assert(kBackwardWarps * kBackwardSteps == checkpoint_interval(DType::float32));
 
