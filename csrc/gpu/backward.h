@@ -118,19 +118,15 @@ struct BackwardPass {
     state_after(block, thread.warp()).set_sums(lane, sums);
   }
 
-  // The states alone: relative to a running maximum, steps can be kept by who knows what they start from.
+  // The state after the steps alone: relative to a running maximum, steps can be kept by who knows what they start
+  // from.
   WKV_HD static void walk_spread(const Block& block, const Tile& tile, Thread& thread) {
-    const int steps = tile.steps_of(thread.warp());
-    const Column<Element> v = block.column_of(1, thread);
-    const auto scale = block.running_scale(thread);
+    const int lane = thread.lane(), steps = tile.steps_of(thread.warp());
     thread.keys.replace_infinite(steps);
-    State<Pair> state = state_of(thread.warp() == 0 ? thread.start : empty_scaled());
-    for_steps<kSteps>(steps, [&](int step) {
-      const Pair kt = thread.keys.get(step);
-      const auto weights = scale.weights(scale.at(state.max, kt));
-      state = {mix(state.sums, weights.advance, v.get(step)), scale.next_max(state.max, kt)};
-    });
-    state_after(block, thread.warp()).set_scaled(thread.lane(), scaled(state));
+    const auto key = [&](int step) { return thread.keys.get(step); };
+    state_after(block, thread.warp())
+        .set_scaled(lane,
+                    sum_of_spread<kSteps>(key, block.column_of(1, thread), block.channels.log_decay(lane), steps));
   }
 
   WKV_HD static void walk_back(const Block& block, const Tile& tile, Thread& thread) {
@@ -176,9 +172,9 @@ struct BackwardPass {
     const int lane = thread.lane(), steps = tile.steps_of(thread.warp());
     const Column<Element> v = block.column_of(1, thread), gy = block.column_of(2, thread);
     const auto scale = block.running_scale(thread);
-    Scaled before = thread.warp() == 0 ? load_start(block, tile, thread) : state_after(block, 0).get_scaled(lane);
+    Scaled before = load_start(block, tile, thread);
 #pragma unroll 1
-    for (int warp = 1; warp < thread.warp(); ++warp) {
+    for (int warp = 0; warp < thread.warp(); ++warp) {
       before = join(before, block.channels.decay_log2(lane, kSteps), state_after(block, warp).get_scaled(lane));
     }
     State<Pair> state = state_of(before);

@@ -59,17 +59,11 @@ struct ForwardPass {
 
   WKV_HD static void walk_spread(const Block& block, const Tile& tile, Thread& thread) {
     const int steps = tile.steps_of(thread.warp());
-    const Column<Element> v = block.column_of(1, thread);
-    const auto scale = block.running_scale(thread);
     thread.keys.replace_infinite(steps);
-    State<Pair> state{{Pair(0), Pair(0)}, Pair(kEmptyMax)};
     clear_unless_full(steps, thread.weights);
-    for_steps<kSteps>(steps, [&](int step) {
-      const Pair key = thread.weights[step] = thread.keys.get(step);
-      const auto weights = scale.weights(scale.at(state.max, key));
-      state = {mix(state.sums, weights.advance, v.get(step)), scale.next_max(state.max, key)};
-    });
-    thread.own = scaled(state);
+    for_steps<kSteps>(steps, [&](int step) { thread.weights[step] = thread.keys.get(step); });
+    const auto key = [&](int step) { return thread.weights[step]; };
+    thread.own = sum_of_spread<kSteps>(key, block.column_of(1, thread), block.channels.log_decay(thread.lane()), steps);
   }
 
   // The state after the tile.

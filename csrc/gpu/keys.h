@@ -45,6 +45,19 @@ struct Keys {
   }
 };
 
+// What steps sum up to whose keys, key(step), spread. Each weight is relative to the largest that is left at the end:
+// it is at most 1, and where it vanishes it has no say.
+template <int kSteps, class Element, class Key>
+WKV_HD Scaled sum_of_spread(const Key& key, Column<Element> v, Pair log_decay, int steps) {
+  State<Pair> state{{Pair(0), Pair(0)}, Pair(kEmptyMax)};
+  for_steps<kSteps>(steps, [&](int step) { state.max = larger(key(step), state.max + log_decay); });
+  for_steps<kSteps>(steps, [&](int step) {
+    const Pair weight = exp_nonpositive(Pair(steps - 1 - step) * log_decay + key(step) - state.max);
+    state.sums = {weight * v.get(step) + state.sums.num, state.sums.den + weight};
+  });
+  return scaled(state);
+}
+
 // The largest of what the warps of a tile put into their rows, `stride` apart, as a whole exponent.
 WKV_HD Pair reference_of(Rows64 first_warp, int stride, int warps, int lane) {
   Pair highest = first_warp.get(0, lane);
