@@ -38,6 +38,13 @@ cudaError_t launch_kernel(const Launch& launch, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+// What the kernels that the current device runs have been compiled for. Where there are none, a launch says so.
+int64_t architecture_of_code() {
+  cudaFuncAttributes attributes = {};
+  if (cudaFuncGetAttributes(&attributes, wkv_kernel<Forward<float>>) != cudaSuccess) cudaGetLastError();
+  return attributes.ptxVersion * 10;
+}
+
 }  // namespace
 
 DeviceLimits device_limits(int device) {
@@ -56,10 +63,9 @@ DeviceLimits device_limits(int device) {
     }
     return static_cast<int64_t>(value);
   };
-  const DeviceLimits limits = {
-      attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-      attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-      attribute(cudaDevAttrComputeCapabilityMajor) * 100 + attribute(cudaDevAttrComputeCapabilityMinor) * 10};
+  const DeviceLimits limits = {attribute(cudaDevAttrMultiProcessorCount),
+                               attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                               attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), architecture_of_code()};
   return asked[device] = limits;
 }
 

@@ -8,7 +8,8 @@
 
 namespace wkv {
 
-// Of one device, asked once. Throws std::runtime_error with the runtime's reason where the device does not say.
+// Of the current device, by its index; asked once. Throws std::runtime_error with the runtime's reason where the device
+// does not say.
 DeviceLimits device_limits(int device);
 
 // Puts a launch on a stream of the current device. Returns cudaErrorNoKernelImageForDevice where the build has no code

@@ -17,7 +17,8 @@ struct DeviceLimits {
   int64_t multiprocessors;
   int64_t shared_per_block;  // bytes, with the opt-in
   int64_t shared_per_multiprocessor;
-  int64_t architecture;  // as __CUDA_ARCH__ says it, 900 for 9.0
+  int64_t
+      architecture;  // that the code is for, as __CUDA_ARCH__ says it, 900 for 9.0: an older one's runs on newer GPUs
 };
 
 inline constexpr int64_t kMaxGridX = 2147483647;

@@ -6,8 +6,8 @@
 //   walk       each thread walks its subchunk from nothing                                             (the pass's own)
 //   look back  each warp sums up the warps before it; the last one publishes the tile's sum, the chunk is told what it
 //              starts from, and hands on what comes after it
-//   correct    what comes in, decayed step by step, is added to what the thread has                    (the pass's own)
-//   unstage    outputs, in the places of the first inputs, go to memory
+//   correct    what comes in, decayed step by step, takes its part in the outputs                      (the pass's own)
+//   unstage    outputs, in the places of inputs, go to memory
 //
 // "Before" and "last" are in the order of the scan.
 #pragma once
@@ -71,6 +71,7 @@ struct ScanBlock {
   }
   // In k, from when keys are in registers until the walk is over.
   WKV_HD Rows64 highest_of(int warp) const { return rows_of(0, warp, 0); }
+
   // Of values [rows, values_of_row, C], of the channels of a thread.
   WKV_HD ChannelRow row_of(const void* values, int64_t row, int values_of_row, TileThread thread) const {
     float* const first = const_cast<float*>(static_cast<const float*>(values)) + row * values_of_row * params.C;
