@@ -57,6 +57,7 @@ PROBLEMS = {
     "no_decay": Problem(T=150, log_decay=-1e-9),
     "slow_decay": Problem(T=300, log_decay=-1e-3),
     "strong_decay": Problem(T=100, log_decay=-20.0),
+    "strong_decay_of_few_steps": Problem(B=3, T=4, C=16, k_scale=0.1, log_decay=-20.0, u=-30.0),
     "decay_of_50": Problem(T=100, log_decay=-50.0, with_state=True),
     "decay_of_10000": Problem(log_decay=-1e4, with_state=True),
     "u_of_plus_50": Problem(T=80, u=50.0),

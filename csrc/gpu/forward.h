@@ -105,17 +105,22 @@ struct ForwardPass {
       return;
     }
     const auto scale = block.running_scale(thread);
-    State<Pair> state = state_of(in);
-    for_steps<kSteps>(steps, [&](int step) {
-      // Where keys share a scale, and what comes in is too large for it, they are found in their weights.
-      Pair key = thread.weights[step];
-      if (fit) key = (log2(key) + thread.reference) * Pair(1 / kLog2E);
-      const Pair vt = v.get(step);
-      const auto weights = scale.weights(scale.at(state.max, key));
-      const Sums<Pair> now = mix(state.sums, weights.read, vt);
-      v.set(step, now.num / now.den);
-      state = {mix(state.sums, weights.advance, vt), scale.next_max(state.max, key)};
-    });
+    const auto walk = [&](const auto& key) {
+      State<Pair> state = state_of(in);
+      for_steps<kSteps>(steps, [&](int step) {
+        const Pair logit = key(thread.weights[step]), vt = v.get(step);
+        const auto weights = scale.weights(scale.at(state.max, logit));
+        const Sums<Pair> now = mix(state.sums, weights.read, vt);
+        v.set(step, now.num / now.den);
+        state = {mix(state.sums, weights.advance, vt), scale.next_max(state.max, logit)};
+      });
+    };
+    if (fit) {
+      // What comes in is too large for the scale that the keys share. They are found in their weights.
+      walk([&](Pair weight) { return (log2(weight) + thread.reference) * Pair(1 / kLog2E); });
+    } else {
+      walk([](Pair key) { return key; });
+    }
   }
 
   WKV_HD static void leave(const Block&, const Thread&) {}

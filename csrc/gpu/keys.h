@@ -51,8 +51,12 @@ template <int kSteps, class Element, class Key>
 WKV_HD Scaled sum_of_spread(const Key& key, Column<Element> v, Pair log_decay, int steps) {
   State<Pair> state{{Pair(0), Pair(0)}, Pair(kEmptyMax)};
   for_steps<kSteps>(steps, [&](int step) { state.max = larger(key(step), state.max + log_decay); });
+  const Pair decay_log2 = log_decay * Pair(kLog2E), max_log2 = state.max * Pair(kLog2E);
   for_steps<kSteps>(steps, [&](int step) {
-    const Pair weight = exp_nonpositive(Pair(steps - 1 - step) * log_decay + key(step) - state.max);
+    // A constant in a whole subchunk.
+    const int steps_left = steps == kSteps ? kSteps - 1 - step : steps - 1 - step;
+    const Pair left = Pair(steps_left) * decay_log2 - max_log2;
+    const Pair weight = exp2(key(step) * Pair(kLog2E) + left);
     state.sums = {weight * v.get(step) + state.sums.num, state.sums.den + weight};
   });
   return scaled(state);
