@@ -6,9 +6,7 @@ nvcc makes of the kernels, by the program that RWKV_KERNELS_PTX_RUNNER names.
 """
 
 import ctypes
-import fcntl
 import functools
-import hashlib
 import importlib.util
 import os
 import subprocess
@@ -21,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy
 import torch
+from compiled import compiled
 from torch import Tensor
 
 import rwkv_kernels  # noqa: F401 - whose operators have the schemas
@@ -54,7 +53,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The launcher, compiled once for all processes that test the same sources: by their content, in build/gpu_host."""
+    """The launcher, with its operators."""
     source = ROOT / "tests" / "gpu_host.cpp"
     compiler = os.environ.get("CXX", "c++")
     torch_folder = Path(torch.__file__).parent
@@ -71,25 +70,14 @@ def library() -> ctypes.CDLL:
     macros = ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-DWKV_NAMESPACE={NAMESPACE}"]
     folders = [f"-I{ROOT / 'csrc'}", f"-isystem{torch_folder / 'include'}"]
     command = [compiler, *flags, *macros, *folders, str(source), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    content = hashlib.sha256(repr((command, torch.__version__)).encode() + version)
-    for path in [source, *sorted((ROOT / "csrc").rglob("*.h")), *sorted((ROOT / "csrc").rglob("*.def"))]:
-        content.update(path.read_bytes())
-    compiled = ROOT / "build" / "gpu_host" / f"{content.hexdigest()[:16]}.so"
-    compiled.parent.mkdir(parents=True, exist_ok=True)
-    with (compiled.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not compiled.exists():
-            unfinished = compiled.with_suffix(".unfinished")
-            subprocess.run([*command, "-o", str(unfinished)], check=True)
-            unfinished.rename(compiled)
+    library_path = compiled("gpu_host", command, source, torch.__version__)
     global _schemas
     _schemas = torch.library.Library(NAMESPACE, "DEF")
     for name in OPERATORS:
         schema = str(getattr(torch.ops.rwkv_kernels, name).default._schema)
         _schemas.define(schema.removeprefix("rwkv_kernels::"))
-    torch.ops.load_library(str(compiled))
-    loaded = ctypes.CDLL(str(compiled))
+    torch.ops.load_library(str(library_path))
+    loaded = ctypes.CDLL(str(library_path))
     loaded.set_limits.argtypes = [ctypes.c_int64] * 4
     loaded.set_emulation.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_int]
     loaded.allocation.argtypes = [ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)]

@@ -1,8 +1,6 @@
 """The order of the GPU kernels' accesses to memory: memory_order.cpp, on threads of the host, under ThreadSanitizer."""
 
-import fcntl
 import functools
-import hashlib
 import os
 import platform
 import shutil
@@ -12,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from compiled import compiled
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "tests" / "memory_order.cpp"
@@ -57,23 +56,10 @@ def _launcher() -> list[str]:
 
 @functools.cache
 def _program() -> list[str]:
-    """Compiled once for all processes that test the same sources: by their content, in build/memory_order."""
+    """The program and what it is started by."""
     launcher = _launcher()
     command = [COMPILER, *FLAGS, f"-I{ROOT / 'csrc'}", str(SOURCE)]
-    version = subprocess.run([COMPILER, "--version"], capture_output=True, check=True).stdout
-    content = hashlib.sha256(repr(command).encode() + version)
-    headers = [path for pattern in ("*.h", "*.def") for path in (ROOT / "csrc").rglob(pattern)]
-    for path in [SOURCE, *sorted(headers)]:
-        content.update(path.read_bytes())
-    compiled = ROOT / "build" / "memory_order" / content.hexdigest()[:16]
-    compiled.parent.mkdir(parents=True, exist_ok=True)
-    with (compiled.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not compiled.exists():
-            unfinished = compiled.with_suffix(".unfinished")
-            subprocess.run([*command, "-o", str(unfinished)], check=True)
-            unfinished.rename(compiled)
-    return [*launcher, str(compiled)]
+    return [*launcher, str(compiled("memory_order", command, SOURCE))]
 
 
 def _run(*arguments: str) -> tuple[int, str]:
