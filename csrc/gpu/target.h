@@ -84,12 +84,6 @@ WKV_HD float smaller_float(float a, float b) { return WKV_ON_DEVICE ? fminf(a, b
 
 // ---- 16-bit numbers, alone and in pairs of neighbours ----
 
-#if defined(__clang__) && !defined(__CUDACC__)
-using HostHalf = __fp16;  // Clang before 15 has no _Float16 for x86; this one cannot be returned
-#else
-using HostHalf = _Float16;
-#endif
-
 struct Half {
   uint16_t bits;
 };
@@ -104,9 +98,7 @@ WKV_HD float to_real(Half x) {
 #if WKV_ON_DEVICE
   return __half2float(bits_as<__half>(x.bits));
 #else
-  HostHalf half;
-  memcpy(&half, &x.bits, sizeof half);
-  return static_cast<float>(half);
+  return static_cast<float>(bits_as<_Float16>(x.bits));
 #endif
 }
 
@@ -116,8 +108,7 @@ WKV_HD void from_real(float x, Half& element) {
 #if WKV_ON_DEVICE
   element.bits = bits_as<uint16_t>(__float2half_rn(x));
 #else
-  const HostHalf half = static_cast<HostHalf>(x);
-  memcpy(&element.bits, &half, sizeof half);
+  element.bits = bits_as<uint16_t>(static_cast<_Float16>(x));
 #endif
 }
 WKV_HD void from_real(float x, Bfloat16& element) {
