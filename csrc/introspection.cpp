@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include "cpu/wkv_cpu_plan.h"
+#include "cpu/plan.h"
 #include "gpu/plan.h"
 
 namespace py = pybind11;

@@ -5,8 +5,8 @@
 
 #include <string>
 
-#include "cpu/wkv_cpu_kernels.h"
-#include "namespace.h"
+#include "common/namespace.h"
+#include "cpu/isa.h"
 
 WKV_LIBRARY(WKV_NAMESPACE, m) {
   // w, u [C]; k, v [B, T, C]; state [B, 3, C] or None for an empty one -> y [B, T, C], the final state [B, 3, C], and

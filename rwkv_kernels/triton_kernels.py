@@ -1,4 +1,4 @@
-"""The Triton kernels: the formulas of csrc/wkv_math.h, and walks over time that are written in terms of them.
+"""The Triton kernels: the formulas of csrc/common/math.h, and walks over time that are written in terms of them.
 
 A program is one warp. It owns a tile of neighbouring channels of one sequence over one chunk of its steps and walks
 step by step with the sums in registers; rows are loaded several at a time, so that a warp waits once for all of them.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 __all__ = ["CHECKPOINT_INTERVAL", "LOADED_STEPS", "PARKED_STATES", "REPLAYED_STEPS", "Plan", "make_plan", "widths"]
 
-# Steps from one saved state to the next, as in the other backends (csrc/wkv_problem.h).
+# Steps from one saved state to the next, as in the other backends (csrc/common/params.h).
 CHECKPOINT_INTERVAL = 64
 
 # Steps whose rows are loaded together, and steps that backward keeps in registers on its way forward to have them on

@@ -17,7 +17,7 @@
 
 #include "gpu/kernels.h"
 #include "gpu/op.h"
-#include "namespace.h"
+#include "common/namespace.h"
 
 namespace wkv {
 

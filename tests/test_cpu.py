@@ -24,7 +24,7 @@ CAPABILITIES = {"baseline": "default", "avx2": "avx2", "avx512": "avx512"}
 
 def _target(instruction_set: str) -> set[str]:
     """The features that its kernels are compiled for, as the compiler is told them."""
-    source = (ROOT / "csrc" / "cpu" / f"wkv_cpu_{instruction_set}.cpp").read_text()
+    source = (ROOT / "csrc" / "cpu" / f"isa_{instruction_set}.cpp").read_text()
     found = re.findall(r'target\("(.+?)"\)', source)
     assert len(set(found)) <= 1, "GCC and Clang are told different things"
     return set(",".join(found[:1]).split(",")) - {""}
@@ -49,7 +49,7 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("instruction_set", ["avx2", "avx512"])
 def test_the_processor_is_asked_for_all_that_the_compiler_was_told(instruction_set: str) -> None:
-    source = (ROOT / "csrc" / "cpu" / f"wkv_cpu_{instruction_set}.cpp").read_text()
+    source = (ROOT / "csrc" / "cpu" / f"isa_{instruction_set}.cpp").read_text()
     asked = {*re.findall(r'__builtin_cpu_supports\("(\w+)"\)', source), *re.findall(r"processor_has_(\w+)", source)}
     assert asked == _target(instruction_set)
 

@@ -29,7 +29,7 @@ def test_torch_is_used_by_its_stable_interface_alone_and_in_the_glue_alone() -> 
         str(path.relative_to(CSRC)): TORCH_HEADERS.findall(path.read_text())
         for path in _sources("*.h", "*.cpp", "*.cu*")
     }
-    glue = {"ops.cpp", "tensor.h", "cpu/wkv_cpu.cpp", "cuda/op.cpp"}
+    glue = {"ops.cpp", "common/tensor.h", "cpu/op.cpp", "cuda/op.cpp"}
     assert {name for name, headers in users.items() if headers} == glue
     assert [header for headers in users.values() for header in headers if not header.startswith(STABLE_HEADERS)] == []
 
@@ -41,7 +41,7 @@ def test_gpu_kernels_know_a_toolkit_in_one_header_alone() -> None:
         if re.search(r"#include <(?:cu|hip|math_constants)", path.read_text())
     }
     assert users == {"target.h"}
-    with_torch = {path.name for path in (CSRC / "gpu").iterdir() if "../checks.h" in path.read_text()}
+    with_torch = {path.name for path in (CSRC / "gpu").iterdir() if "../common/checks.h" in path.read_text()}
     assert with_torch == {"op.h"}
     kernels = [CSRC / "cuda" / "kernels.cu", CSRC / "cuda" / "kernels.h", CSRC / "gpu" / "kernels.h"]
     assert [path.name for path in kernels if "op.h" in path.read_text()] == []
@@ -53,7 +53,7 @@ def test_pybind11_stays_in_the_introspection_module() -> None:
 
 
 def test_the_maths_header_needs_the_standard_library_only() -> None:
-    for name in ("wkv_math.h", "wkv_problem.h"):
+    for name in ("common/math.h", "common/params.h"):
         assert not re.findall(r'#include "', (CSRC / name).read_text())
 
 

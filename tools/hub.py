@@ -107,7 +107,7 @@ def lay_out_project(name: str) -> None:
     copy_python(OUT / "torch-ext" / name)
     for path in native_files():
         copy(path, OUT / path.relative_to(ROOT))
-    header = "csrc/namespace.h"
+    header = "csrc/common/namespace.h"
     (OUT / header).write_text((HUB / "namespace.h").read_text() + "\n" + (ROOT / header).read_text())
 
 

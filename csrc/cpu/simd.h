@@ -1,4 +1,4 @@
-// SIMD vectors of WKV_SIMD_BYTES bytes on the vector extensions of GCC and Clang, with the functions that wkv_math.h
+// SIMD vectors of WKV_SIMD_BYTES bytes on the vector extensions of GCC and Clang, with the functions that common/math.h
 // asks of a Real, and loads and stores that convert from and to the element types.
 //
 // Everything is inlined and lives in namespace wkv::WKV_ISA: one binary holds this file once per instruction set, and
@@ -178,7 +178,7 @@ WKV_INLINE void store(Real* target, Vec<Real> x) {
 }
 
 // To nearest, ties to even. Rounding could carry a NaN with a full lower half into a number, but the walks meet none:
-// NaN of 16-bit inputs and of arithmetic have a lower half of zeros, and wkv_cpu.cpp makes the others so.
+// NaN of 16-bit inputs and of arithmetic have a lower half of zeros, and op.cpp makes the others so.
 WKV_INLINE void store(Bfloat16* target, Vec<float> x) {
 #if WKV_SIMD_BYTES == 64
   // What the lines below mean, by masks; GCC 12 does not find them.

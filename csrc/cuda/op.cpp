@@ -8,7 +8,7 @@
 
 #include <string>
 
-#include "../namespace.h"
+#include "../common/namespace.h"
 #include "kernels.h"
 
 namespace wkv {

@@ -12,8 +12,8 @@
 #include <array>
 #include <tuple>
 
-#include "../checks.h"
-#include "../wkv_math.h"
+#include "../common/checks.h"
+#include "../common/math.h"
 #include "launch.h"
 #include "plan.h"
 

@@ -1,5 +1,5 @@
 // Two neighbouring channels that behave like a number, the Real that the float kernels give to the formulas of
-// wkv_math.h; and numbers with an exponent of their own, in which subchunks, chunks and blocks hand sums on.
+// common/math.h; and numbers with an exponent of their own, in which subchunks, chunks and blocks hand sums on.
 #pragma once
 
 #include "target.h"

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../wkv_math.h"
+#include "../common/math.h"
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>

@@ -1,5 +1,5 @@
 // The CPU backend of the operators: allocates, splits the work over threads and, where channels are too few for them,
-// over time; the walks themselves are in wkv_cpu_walk.h.
+// over time; the walks themselves are in kernel.h.
 //
 // Split over time, a span is first summarised on its own, then the summaries are joined in order, then every span is
 // walked from its true beginning. The order of every sum is fixed, so results do not depend on timing.
@@ -15,11 +15,11 @@
 #include <string_view>
 #include <tuple>
 
-#include "../checks.h"
-#include "../namespace.h"
-#include "../wkv_math.h"
-#include "wkv_cpu_kernels.h"
-#include "wkv_cpu_plan.h"
+#include "../common/checks.h"
+#include "../common/math.h"
+#include "../common/namespace.h"
+#include "isa.h"
+#include "plan.h"
 
 namespace wkv {
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../wkv_problem.h"
+#include "../common/params.h"
 
 namespace wkv {
 

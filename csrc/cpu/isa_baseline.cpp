@@ -1,5 +1,5 @@
 // The walks for any processor: SSE2 on x86-64, the compiler's own lowering elsewhere.
-#include "wkv_cpu_kernels.h"
+#include "isa.h"
 
 namespace wkv::baseline {
 static bool runs_here() { return true; }
@@ -8,6 +8,6 @@ static bool runs_here() { return true; }
 #define WKV_ISA baseline
 #define WKV_ISA_NAME "baseline"
 #define WKV_SIMD_BYTES 16
-#include "wkv_cpu_walk.h"
+#include "kernel.h"
 
 const wkv::CpuKernels* wkv::cpu_kernels_baseline() { return &baseline::kKernels; }

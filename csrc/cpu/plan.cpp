@@ -1,4 +1,4 @@
-#include "wkv_cpu_plan.h"
+#include "plan.h"
 
 #include <algorithm>
 

@@ -7,9 +7,9 @@
 
 #include <type_traits>
 
-#include "../wkv_math.h"
+#include "../common/math.h"
+#include "isa.h"
 #include "simd.h"
-#include "wkv_cpu_kernels.h"
 
 namespace wkv {
 namespace WKV_ISA {

@@ -4,8 +4,8 @@
 
 #include <optional>
 
+#include "params.h"
 #include "tensor.h"
-#include "wkv_problem.h"
 
 namespace wkv {
 

@@ -1,6 +1,6 @@
 // The walks for x86-64 with AVX2. The instruction set is chosen here and not by a compiler flag, so that every build
 // system compiles the same list of files with the same flags; standard headers come first, to stay free of it.
-#include "wkv_cpu_kernels.h"
+#include "isa.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -25,7 +25,7 @@ static bool runs_here() {
 #define WKV_ISA avx2
 #define WKV_ISA_NAME "avx2"
 #define WKV_SIMD_BYTES 32
-#include "wkv_cpu_walk.h"
+#include "kernel.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -13,7 +13,7 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "wkv_problem.h"
+#include "params.h"
 
 namespace wkv {
 
