@@ -20,7 +20,7 @@ from .translator import translate
 HERE = Path(__file__).parent
 CACHE = HERE.parent.parent / "build" / "ptx"
 # Integers wrap, rounding modes change, and nothing is fused that PTX does not fuse.
-FLAGS = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fwrapv", "-frounding-math", "-ffp-contract=off"]
+FLAGS = ["-std=gnu++17", "-O1", "-shared", "-fPIC", "-fwrapv", "-frounding-math", "-ffp-contract=off"]
 FLAGS += ["-fno-strict-aliasing", "-fno-stack-protector", f"-I{HERE}"]
 # Instructions that the C library has functions for, which are slower.
 FASTER = {"fma": "-mfma", "f16c": "-mf16c"}

@@ -374,8 +374,7 @@ class Machine {
         } else if (started_ < blocks_) {
           start(live[i++]);
         } else {
-          live[i] = live.back();
-          live.pop_back();
+          live.erase(live.begin() + i);
         }
       }
       idle = progress == progress_before && !spun ? idle + 1 : 0;
