@@ -137,8 +137,7 @@ _kernels: dict[tuple[Path, str, bool], Any] = {}
 class PtxRunner:
     """The PTX for one architecture, with the `order`, `seed` and `resident` blocks of ptx.Kernel.run.
 
-    With `counted`, that gathers how often all threads together
-    executed each operation of a kernel.
+    With `counted`, that gathers how often all threads together executed each operation of a kernel.
     """
 
     def __init__(

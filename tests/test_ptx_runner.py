@@ -441,6 +441,7 @@ FAULTS = {
     "load_after": ("ld.global.u32 %r1, [x+64];", "load of 4 bytes at 0x.* is out of bounds"),
     "load_before": ("ld.global.u32 %r1, [x+-4];", "load of 4 bytes at 0x.* is out of bounds"),
     "store_across": ("st.global.v4.u32 [x+64], {%i, %i, %i, %i};", "store of 16 bytes at 0x.* is out of bounds"),
+    "parameter": ("ld.param.u32 %r1, [x_param+12];", "load of 4 bytes at 12 of the parameters is out of bounds"),
     "generic": ("mov.u64 %d1, 64; ld.u8 %r1, [%d1];", "load of 1 bytes at 0x40 is out of bounds"),
     "atomic": ("atom.global.add.u32 %r1, [x+64], 1;", "atomic access of 4 bytes at 0x.* is out of bounds"),
     "shared": (

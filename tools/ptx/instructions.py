@@ -89,7 +89,12 @@ VOTES = {
 SHUFFLES = ("up", "down", "bfly", "idx")
 DIRECTED = {"rm": "FE_DOWNWARD", "rp": "FE_UPWARD", "rz": "FE_TOWARDZERO"}
 TO_INTEGERS = {"rni": "std::nearbyint", "rmi": "std::floor", "rpi": "std::ceil", "rzi": "std::trunc"}
-SPACES = {"global": "global_memory", "shared": "shared_memory", "param": "generic_memory", "local": "generic_memory"}
+SPACES = {
+    "global": "global_memory",
+    "shared": "shared_memory",
+    "param": "parameter_memory",
+    "local": "generic_memory",
+}
 VECTORS = {"v2": 2, "v4": 4, "v8": 8}
 SPINNING = {"volatile", "relaxed", "acquire"}
 ORDERING = {"weak", "volatile", "relaxed", "acquire", "release", "acq_rel", "cta", "gpu", "sys"}

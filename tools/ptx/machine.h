@@ -187,6 +187,16 @@ INLINE char* generic_memory(Thread* t, u64 address, u32 bytes, int line, const c
   return (char*)address;
 }
 
+INLINE char* parameter_memory(Thread* t, u64 address, u32 bytes, int line, const char* access) {
+  check_alignment(t, address, bytes, line, access);
+  const u64 parameters = u64(launch->parameters);
+  if (__builtin_expect(!Range{parameters, parameters + launch->parameter_bytes}.holds(address, bytes), 0)) {
+    fail(t, "%s of %u bytes at %lld of the parameters is out of bounds (PTX line %d)", access, bytes,
+         (long long)(address - parameters), line);
+  }
+  return (char*)address;
+}
+
 INLINE char* shared_memory(Thread* t, u64 address, u32 bytes, int line, const char* access) {
   const u32 offset = u32(address);
   check_alignment(t, offset, bytes, line, access);
