@@ -347,6 +347,7 @@ def test_lanes_exchange_values() -> None:
     setp.ge.u32 %p6, %r1, 16;
     @%p6 bra END;
     // Half of the lanes, of which some have exited by the time that the others look.
+    setp.lt.u32 %p2, %r1, 16;
     vote.sync.all.pred %p3, %p2, 0xffff;
     selp.u32 %r2, 4, 0, %p3;
     st.global.u32 [y+1792], %r2;
@@ -362,6 +363,7 @@ def test_lanes_exchange_values() -> None:
     expected[4] = i - lane + 7
     expected[5] = 0b11111
     expected[6] = 2
+    expected[7] = numpy.where(lane < 16, 4, 0)
     for order in ("forward", "reversed", "shuffled"):
         found = numpy.zeros_like(expected)
         kernel(body, "u64 y").run([found], grid=1, threads=64, order=order)
