@@ -58,7 +58,7 @@ test: setup
 	@printf 'test: pytest, $(or $(WORKERS),1) at a time\n'
 	@$(PYTEST) -m 'not ptx and not aotinductor'
 
-# The GPU kernels as their PTX, translated to this processor's code by the program that RWKV_KERNELS_PTX_RUNNER names.
+# The GPU kernels on this processor, from their PTX, by tools/ptx; what needs nvcc, Triton or g++ is skipped without it.
 test-ptx: setup
 	@printf 'test-ptx: pytest, $(or $(WORKERS),1) at a time\n'
 	@$(PYTEST) -m ptx
@@ -85,7 +85,7 @@ lint: setup
 	@printf 'lint: mypy\n'
 	@$(RUN) -m mypy
 	@printf 'lint: clang-format\n'
-	@clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	@clang-format --dry-run --Werror $(shell find csrc tools -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 doctor: setup
 	@$(RUN) -m rwkv_kernels
