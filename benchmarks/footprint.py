@@ -11,7 +11,7 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def peak_bytes(prepare: Callable[..., Callable[[], object]], *arguments: object) -> int | None:
-    """What `benchmarks.device.Device.peak_bytes` says, for a CPU."""
+    """`benchmarks.device.Device.peak_bytes`, for a CPU."""
     return _other_process().submit(_measured, prepare, *arguments).result() if CLEAR_REFS.exists() else None
 
 

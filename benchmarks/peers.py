@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import rwkv_kernels
-from benchmarks.device import Device, timed
-from benchmarks.op import TENSORS, backends, function_of, name_of, written
-from benchmarks.problem import Function, Problem, Shape
+from benchmarks.device import Device, backends, timed
+from benchmarks.op import TENSORS
+from benchmarks.problem import Function, Problem, Shape, function_of, name_of, written
 from benchmarks.records import Record, Row
 
 TITLE = "Peers, each through autograd; errors are against float64, relative to the largest element"

@@ -9,13 +9,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gpu_check
 import pytest
+import stage
 import torch
+from stage import Stage
 
-from benchmarks import counters, gpu_check, stage
+from benchmarks import CANNOT_RUN, ROOT, counters
 from benchmarks.device import Device
 from benchmarks.records import Record
-from benchmarks.stage import Stage
 
 pytest.importorskip("rwkv_kernels._introspection", reason="rwkv_kernels._introspection is not built")
 
@@ -147,20 +149,20 @@ def test_the_stages_for_a_gpu_come_by_importance_and_name_what_they_need(
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     stages = {each.name: each for each in gpu_check.stages("cuda", tmp_path, ["other=file.py"])}
     sanitized = ["program", "program_runs", *gpu_check.SANITIZERS]
-    tests = ["first_light", "first_light_triton", "stress", "tests"]
+    first_light = [f"first_light_{name}" for name in ("cuda", "triton")]
     assert list(stages) == [
-        *("build", "first_light", "first_light_triton", "stress", "op", "counters"),
+        *("build", *first_light, "stress", "op", "counters"),
         *(*sanitized, "tests", "peers", "latency"),
     ]
     assert stages["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
     assert "-lineinfo" in stages["build"].environment["NVCC_APPEND_FLAGS"]
     assert all(each.why_not is None and each.limit < 600 for each in stages.values())
-    assert all("--require-backend=cuda" in stages[name].command for name in tests)
+    assert all("--require-backend=cuda" in stages[name].command for name in [*first_light, "stress", "tests"])
     assert stages["racecheck"].command[:3] == [str(tmp_path / "compute-sanitizer"), "--tool", "racecheck"]
     assert stages["program"].command[-1] == "9.0"
     assert "--peer=other=file.py" in stages["peers"].command
     # check.json and the benchmarks' records.
-    assert 1 + len(gpu_check.BENCHMARKS) <= 8
+    assert 1 + len(gpu_check.FIRST_BENCHMARKS) + len(gpu_check.LAST_BENCHMARKS) <= 8
 
 
 def test_a_build_made_elsewhere_is_taken_if_it_loads() -> None:
@@ -218,7 +220,7 @@ def test_counters_are_skipped_where_they_cannot_be_read(
         return
     with pytest.raises(ends_with) as end:
         counters.run(Device("cpu", smoke=True), record)
-    assert ends_with is not SystemExit or end.value.code == stage.CANNOT_RUN
+    assert ends_with is not SystemExit or end.value.code == CANNOT_RUN
 
 
 def test_what_is_profiled_runs() -> None:
@@ -228,8 +230,8 @@ def test_what_is_profiled_runs() -> None:
 def test_a_python_without_torch_is_told_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-m", "benchmarks.gpu_check"]
-    result = subprocess.run(command, env=environment, cwd=stage.ROOT, capture_output=True, text=True)
+    command = [sys.executable, "tools/gpu_check.py"]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1 and "has no torch: `make setup`" in result.stderr
 
 
@@ -237,12 +239,12 @@ def test_the_check_ends_what_it_started_when_it_is_ended(tmp_path: Path) -> None
     note = tmp_path / "child"
     forever = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     code = (
-        "import sys; from benchmarks import gpu_check; from benchmarks.stage import Stage\n"
+        "import sys; sys.path.insert(0, 'tools'); import gpu_check; from stage import Stage\n"
         f"code = {forever!r}\n"
         "gpu_check.stages = lambda *_: [Stage('long', [sys.executable, '-c', code], 50)]\n"
         f"sys.argv = ['', '--device', 'cpu', '--results', {str(tmp_path)!r}]; gpu_check.main()"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=stage.ROOT)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     for _ in range(300):
         if note.exists() and note.read_text():
             break
