@@ -16,7 +16,7 @@ from benchmarks.records import Record, environment, write_tables
 
 # The modules of this package that measure, and the devices of those that do not run on all.
 BENCHMARKS = ("op", "counters", "latency", "attention", "decode", "train", "accuracy", "migrating", "peers")
-ONLY_ON = {"counters": ("cuda",), "accuracy": ("cpu",)}
+ONLY_ON = {"counters": ("cuda",)}
 
 
 def _named_file(text: str) -> tuple[str, Path]:

@@ -21,7 +21,7 @@ LONGEST_OF_MANY_RUNS = 512  # beyond it, the loop is measured once
 
 
 def run(device: Device, record: Record) -> None:
-    """Seconds before and after, and how many times faster; what part of them the operator is."""
+    """Seconds before and after of the model and of its operator, and their ratio."""
     try:
         import transformers
     except ImportError as error:

@@ -1,8 +1,8 @@
-"""The operator against what people run today: fla and transformers where installed, and others from files of the user.
+"""The operator against those in use: fla and transformers where installed, and others from files of the user.
 
 Such a file is Python with a differentiable function `wkv(w, u, k, v)` -> y in this package's conventions: w [C] the raw
-decay, u [C], k and v [B, T, C]. It may compile or load what it likes: how a peer is built is the peer's affair. Around
-the `RUN_CUDA` of BlinkDL's RWKV-LM it is one line, `return RUN_CUDA(*k.shape, w, u, k, v)`, below its import.
+decay, u [C], k and v [B, T, C]. It may compile and load anything. Around the `RUN_CUDA` of BlinkDL's
+RWKV-LM it is one line, `return RUN_CUDA(*k.shape, w, u, k, v)`, below its import.
 """
 
 import importlib.metadata
