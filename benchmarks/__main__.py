@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run_all(arguments: argparse.Namespace, options: list[str]) -> int:
-    # Each in a process of its own: what one does to memory and caches, or a crash, must not meet the next.
+    # Each in a process of its own: its effect on memory and caches, or its crash, must not meet the next.
     names = [name for name in BENCHMARKS if arguments.device in ONLY_ON.get(name, DEVICES)]
     status = {name: subprocess.run([sys.executable, "-m", "benchmarks", name, *options]).returncode for name in names}
     failed = [name for name in names if status[name] not in (0, CANNOT_RUN)]

@@ -8,7 +8,7 @@ from benchmarks.records import Record, Row, Table
 
 TITLE = "{before} -> {after}: medians, the lower and upper quartile in brackets"
 LEAST_SAMPLES = 3  # which a verdict rests on
-# What two records must share for their times to be comparable.
+# Two records are comparable if they share these.
 PLACE = ("device", "smoke", "processor", "threads", "instruction_set", "gpu")
 
 

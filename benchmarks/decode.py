@@ -17,7 +17,7 @@ TITLE = "Generation of one sequence: a token after so many others, and all of th
 BATCH = 1
 SHORTEST = 128
 LONGEST = {"cuda": 2**13, "cpu": 2**13, "smoke": 256}
-SAMPLED = 64  # tokens before a length tell what one takes there
+SAMPLED = 64  # tokens before a length, whose times are those of a token there
 BURST = 16  # tokens that one model generates before the other has its turn
 
 

@@ -18,7 +18,7 @@ Call = Callable[[], object]
 Seconds = dict[str, list[float]]
 
 RUNS = 25
-PER_SECOND = {"s": 1.0, "ms": 1e3, "µs": 1e6}
+PER_SECOND = {"ms": 1e3, "µs": 1e6}
 
 
 def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
@@ -102,10 +102,10 @@ class Device:
 
         def evict() -> None:
             cold.zero_()
-            # What was written last still waits in the cache to go to memory: these reads send it there.
+            # The last writes still wait in the cache to go to memory: these reads send them there.
             cold[: size // 4].view(torch.int64).sum()
             if self.is_gpu:
-                # Some 2 ms, in which the CPU has queued what is timed: the events then enclose the kernels alone.
+                # Some 2 ms, in which the CPU queues the timed call: the events then enclose the kernels alone.
                 torch.cuda._sleep(4_000_000)
 
         turns = [(name, call) for _ in range(warm_up + runs) for name, call in calls.items()]
@@ -121,7 +121,7 @@ class Device:
         return self.alternate(calls, max(3, min(RUNS, round(limit / slowest))), warm_up=0)
 
     def synchronize(self) -> None:
-        """Waits for what was launched."""
+        """Waits for all launches."""
         if self.is_gpu:
             torch.cuda.synchronize()
 
@@ -132,7 +132,7 @@ class Device:
         return 3 * a.nbytes, lambda: torch.add(a, b, alpha=2.0, out=target)
 
     def peak_bytes(self, prepare: Callable[..., Call], *arguments: object) -> int | None:
-        """The most memory that prepare(*arguments)() has held at once, beyond what was held before the call.
+        """The peak of memory during prepare(*arguments)(), beyond what was held before the call.
 
         None where the system does not tell. On a CPU it is called in another process, by its name.
         """

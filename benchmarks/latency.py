@@ -53,7 +53,7 @@ def run(device: Device, record: Record, other_tree: Path | None = None) -> None:
             record.add(TITLE, ["what", "way"], rows)
     rows = []
     for backend in backends(device):
-        with record.attempt(f"{backend}: gradients"), device.default():
+        with record.attempt(f"{backend}: gradients"):
             rows += _gradient_rows(device, backend)
             record.add(GRADIENTS, ["backend", "what", "way"], rows)
 
@@ -134,7 +134,9 @@ def gradient_calls(backend: str) -> dict[tuple[str, str], Call]:
 
 
 def _gradient_rows(device: Device, backend: str) -> Iterator[Row]:
-    seconds = _samples(device, gradient_calls(backend))
+    with device.default():
+        calls = gradient_calls(backend)
+    seconds = _samples(device, calls)
     for (what, way), samples in seconds.items():
         row: Row = {"backend": backend, "what": what, "way": way, **timed(samples, "µs")}
         if (PLAIN, way) in seconds:

@@ -48,7 +48,7 @@ CHANNELS = 768
 
 
 def calls_of(problem: Problem, backend: str) -> dict[str, Callable[[], object]]:
-    """Forward, forward that keeps what backward needs, and backward, each to be timed by itself."""
+    """Forward, forward with checkpoints, and backward, each to be timed by itself."""
     function = function_of(backend)
     return {
         "forward": lambda: problem.forward(function),

@@ -92,7 +92,7 @@ def load(device: Device, files: dict[str, Path]) -> dict[str, Function]:
     loaders |= {name: lambda path=path: _from_file(path) for name, path in files.items()}
     peers = {}
     for name, loader in loaders.items():
-        # Whatever a peer's import or build raises is that peer's affair.
+        # A peer whose import or build fails is left out, whatever it raises.
         try:
             peers[name] = loader()
         except Exception as error:

@@ -90,7 +90,7 @@ def check(device: str, backend: str = "auto") -> None:
 
 
 def timers(measured: Calls, threads: int = 1) -> dict[str, Timer]:
-    """What times each call, by its name; a second thread is at the mercy of what else the machine does."""
+    """A timer of each call, by its name; with one thread none waits for another, whatever else the machine does."""
     return {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in measured.items()}
 
 

@@ -116,7 +116,7 @@ DTYPES = {"f": "float32", "NS_4HalfE": "float16", "NS_8Bfloat16E": "bfloat16", "
 MANGLED = re.compile(rf"wkv_kernelINS_\d+({'|'.join(map(str.title, NAMES))})I({'|'.join(DTYPES)})EE")
 
 # Instructions and MUFU, which compute exponentials and quotients, of the code for a full tile on 9.0, for each of a
-# thread's elements: what a block does besides the recurrence shall stay small.
+# thread's elements: the code around the recurrence shall stay small.
 CODE_LIMITS = {
     ("forward", "bfloat16"): (30, 2.3),
     ("forward", "float32"): (28, 2.3),

@@ -86,7 +86,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     return triton.compile(ASTSource(kernel, signature, constants), target=target, options=options)
 
 
-# ---- what they take ----
+# ---- their resources ----
 
 
 @dataclass(frozen=True)
