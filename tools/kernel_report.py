@@ -20,7 +20,7 @@ import cuda_toolkit
 import report
 import sass
 
-from benchmarks.records import Row, Table
+from benchmarks.records import Row
 from rwkv_kernels import _introspection
 
 SOURCE = report.ROOT / "csrc" / "cuda" / "kernels.cu"
@@ -269,9 +269,9 @@ def short_report(rows: list[Row], version: str) -> list[str]:
         row[f"limit for {LIMITED}"] = f"{limits[0]} / {limits[1]}" if limits else "-"
     return [
         SHORT.format(version=version),
-        Table("Registers and blocks", [], report.pivot(named, keys, "gpu", registers)).markdown(),
+        report.table("Registers and blocks", report.pivot(named, keys, "gpu", registers)),
         REGISTERS.format(problem=", ".join(map(str, PROBLEM))),
-        Table("Instructions", [], counts).markdown(),
+        report.table("Instructions", counts),
         CODE,
     ]
 

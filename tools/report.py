@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.records import Record, Row
+from benchmarks.records import Record, Row, Table
 
 ROOT = Path(__file__).parent.parent
 NUMBERS = ROOT / "build" / "kernel-report"
@@ -16,6 +16,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     return parser
+
+
+def table(title: str, rows: list[Row]) -> str:
+    """A heading and the rows in Markdown."""
+    return Table(title, [], rows).markdown()
 
 
 def pivot(rows: Iterable[Row], keys: Sequence[str], column: str, cell: Callable[[Row], object]) -> list[Row]:

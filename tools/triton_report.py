@@ -33,7 +33,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.records import Table
 from rwkv_kernels import triton_backend, triton_kernels
 from rwkv_kernels.triton_backend import Launch
 from rwkv_kernels.triton_plan import LOADED_STEPS, REPLAYED_STEPS, Plan, make_plan, widths
@@ -69,7 +68,7 @@ def launches_of(plan: Plan, dtype: torch.dtype, B: int, T: int, C: int) -> list[
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
-    """The kernel of a launch, compiled as when the launch is the first of its kind."""
+    """What Triton makes of a launch's kernel when the launch is the first of its kind."""
     kernel = getattr(triton_kernels, launch.kernel)
     signature, constants = {}, {}
     values = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | launch.constants
@@ -236,11 +235,11 @@ def short_report(rows: list[dict[str, Any]]) -> list[str]:
 
     return [
         HEAD,
-        Table("Beside the CUDA kernels", [], counts).markdown(),
+        report.table("Beside the CUDA kernels", counts),
         COUNTS,
-        Table("Registers", [], report.pivot(rows, ("kernel",), "target", most)).markdown(),
+        report.table("Registers", report.pivot(rows, ("kernel",), "target", most)),
         REGISTERS,
-        Table("Variants", [], [variants(launches_of_sweep())]).markdown(),
+        report.table("Variants", [variants(launches_of_sweep())]),
         VARIANTS,
     ]
 
