@@ -99,9 +99,6 @@ class Kernel:
     code: sass.Code | None
 
 
-Codes = dict[tuple[str, str], sass.Code]
-
-
 @dataclass(frozen=True)
 class Block:
     """How the operators launch a kernel, and how many elements of a full tile one thread has, if there are tiles."""
@@ -149,55 +146,46 @@ def identity(mangled: str) -> tuple[str, str]:
 # ---- machine code: compiled here, or out of a library ----
 
 
-@dataclass(frozen=True)
-class Tools:
-    """Programs that compile and read machine code, and a folder for it."""
-
-    nvcc: Path
-    nvdisasm: Path
-    cuobjdump: Path
-    folder: Path
-
-    def compile(self, architecture: str, *macros: str) -> Path:
-        """The kernels of one architecture, compiled as the library compiles them."""
-        cubin = self.folder / f"{architecture}{''.join(macros)}.cubin"
-        flags = [f for f in cuda_toolkit.nvcc_flags([architecture]) if not f.startswith("-gencode")]
-        target = f"-arch=sm_{architecture.replace('.', '')}"
-        sass.output(self.nvcc, *flags, *macros, target, "-cubin", SOURCE, "-o", cubin)
-        return cubin
-
-    def full_tiles(self, architecture: str) -> Codes:
-        """The code for full tiles whose keys share an exponent, and no other."""
-        listing = sass.output(self.nvdisasm, "-c", self.compile(architecture, "-DWKV_FULL_TILES_ONLY"))
-        return {identity(mangled): code for mangled, code in sass.kernels(listing)}
-
-    def extract(self, library: Path) -> dict[str, Path]:
-        """The kernels of every architecture that a library has been built for."""
-        sass.output(self.cuobjdump, "-xelf", "all", library.resolve(), cwd=self.folder)
-        found = {}
-        # nvcc's own linker leaves a second one for each architecture, which is small and has no kernels.
-        for path in sorted(self.folder.glob("*.sm_*.cubin"), key=lambda path: path.stat().st_size):
-            number = path.suffixes[-2].removeprefix(".sm_")
-            found[f"{number[:-1]}.{number[-1]}"] = path
-        if missing := DEVICES.keys() - found.keys():
-            sys.exit(f"kernel report: {library} has no code for {', '.join(sorted(missing))}")
-        return found
+def compiled_cubin(nvcc: Path, folder: Path, architecture: str, *macros: str) -> Path:
+    """The kernels of one architecture, compiled as the library compiles them."""
+    cubin = folder / f"{architecture}{''.join(macros)}.cubin"
+    flags = [f for f in cuda_toolkit.nvcc_flags([architecture]) if not f.startswith("-gencode")]
+    target = f"-arch=sm_{architecture.replace('.', '')}"
+    sass.output(nvcc, *flags, *macros, target, "-cubin", SOURCE, "-o", cubin)
+    return cubin
 
 
-def kernels(tools: Tools, library: Path | None, counted: tuple[str, ...]) -> dict[str, list[Kernel]]:
-    """Every kernel, by architecture, for some of them with the code for full tiles."""
-    with ThreadPoolExecutor(COMPILERS) as pool:
-        codes = {name: pool.submit(tools.full_tiles, name) for name in counted}
-        cubins = (
-            tools.extract(library) if library else dict(zip(DEVICES, pool.map(tools.compile, DEVICES), strict=True))
-        )
-        code_of = {name: future.result() for name, future in codes.items()}
-    found: dict[str, list[Kernel]] = {}
-    for name in DEVICES:
-        resources = {identity(mangled): used for mangled, used in sass.resources(tools.cuobjdump, cubins[name]).items()}
-        keys = sorted(resources, key=lambda key: (NAMES.index(key[0]), list(DTYPES.values()).index(key[1])))
-        found[name] = [Kernel(*key, *resources[key], code_of.get(name, {}).get(key)) for key in keys]
+def extracted_cubins(library: Path, folder: Path) -> dict[str, Path]:
+    """The kernels of every architecture that a library has been built for."""
+    sass.output(sass.program("cuobjdump"), "-xelf", "all", library.resolve(), cwd=folder)
+    found = {}
+    # nvcc's own linker leaves a second one for each architecture, which is small and has no kernels.
+    for path in sorted(folder.glob("*.sm_*.cubin"), key=lambda path: path.stat().st_size):
+        number = path.suffixes[-2].removeprefix(".sm_")
+        found[f"{number[:-1]}.{number[-1]}"] = path
+    if missing := DEVICES.keys() - found.keys():
+        sys.exit(f"kernel report: {library} has no code for {', '.join(sorted(missing))}")
     return found
+
+
+def kernels(nvcc: Path, library: Path | None, counted: tuple[str, ...]) -> dict[str, list[Kernel]]:
+    """Every kernel, by architecture, for some of them with the code for full tiles whose keys share an exponent."""
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(COMPILERS) as pool:
+        folder = Path(name)
+        full = {name: pool.submit(compiled_cubin, nvcc, folder, name, "-DWKV_FULL_TILES_ONLY") for name in counted}
+        whole = {name: pool.submit(compiled_cubin, nvcc, folder, name) for name in DEVICES if library is None}
+        cubins = extracted_cubins(library, folder) if library else {name: made.result() for name, made in whole.items()}
+        codes = {
+            (name, *identity(mangled)): code
+            for name, made in full.items()
+            for mangled, code in sass.kernels(sass.listing(made.result()))
+        }
+        resources = {name: {identity(k): used for k, used in sass.resources(cubins[name]).items()} for name in DEVICES}
+    order = [(name, dtype) for name in NAMES for dtype in DTYPES.values()]
+    return {
+        name: [Kernel(*key, *used[key], codes.get((name, *key))) for key in sorted(used, key=order.index)]
+        for name, used in resources.items()
+    }
 
 
 # ---- the report ----
@@ -308,16 +296,6 @@ def complaints(compiled: dict[str, list[Kernel]]) -> Iterator[str]:
                         yield f"{name}: {per_element:.1f} {what} per element of a full tile, more than {limit}"
 
 
-def summary(architecture: str, found: list[Kernel]) -> str:
-    """One line."""
-    most = max(found, key=lambda kernel: kernel.registers)
-    on_stack = sum(kernel.stack_bytes > 0 for kernel in found)
-    return (
-        f"{architecture}: {len(found)} kernels, {most.registers} registers at most ({most.name} {most.dtype}), "
-        f"{on_stack or 'none'} with a stack frame"
-    )
-
-
 def main() -> None:
     """Compiles or reads, complains, and writes the report unless only a check is asked for."""
     parser = report.parser(__doc__)
@@ -327,18 +305,11 @@ def main() -> None:
     if toolkit is None:
         print("kernel report: nvcc is neither in CUDA_HOME nor on the PATH, so there is nothing to report")
         return
-    # A toolkit may have neither.
-    nvdisasm, cuobjdump = (
-        Path(cuda_toolkit.find_program(name) or sass.bundled(name)) for name in ("nvdisasm", "cuobjdump")
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        tools = Tools(toolkit.nvcc, nvdisasm, cuobjdump, Path(folder))
-        compiled = kernels(tools, arguments.library, (LIMITED,) if arguments.check else COUNTED)
-    for architecture, found in compiled.items():
-        print(summary(architecture, found))
+    compiled = kernels(toolkit.nvcc, arguments.library, (LIMITED,) if arguments.check else COUNTED)
+    found = list(rows(compiled))
+    report.summarise(found, "architecture", "stack bytes")
     if not arguments.check:
-        all_rows = list(rows(compiled))
-        report.write("kernel", "The CUDA kernels", all_rows, short_report(all_rows, toolkit.version))
+        report.write("kernel", found, short_report(found, toolkit.version))
     report.fail_for(complaints(compiled))
 
 

@@ -3,11 +3,10 @@
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
+from benchmarks import ROOT
 from benchmarks.records import Record, Row, Table
 
-ROOT = Path(__file__).parent.parent
 NUMBERS = ROOT / "build" / "kernel-report"
 
 
@@ -32,10 +31,18 @@ def pivot(rows: Iterable[Row], keys: Sequence[str], column: str, cell: Callable[
     return list(found.values())
 
 
-def write(name: str, title: str, rows: list[Row], short: Sequence[str]) -> None:
+def summarise(rows: list[Row], target: str, spilled: str) -> None:
+    """Prints a line for each GPU; the other arguments name columns."""
+    for name in dict.fromkeys(row[target] for row in rows):
+        found = [row for row in rows if row[target] == name]
+        most, spilling = max(row["registers"] for row in found), sum(row[spilled] > 0 for row in found)
+        print(f"{name}: {len(found)} kernels, {most} registers at most, {spilling or 'none'} with spills")
+
+
+def write(name: str, rows: list[Row], short: Sequence[str]) -> None:
     """Writes docs/`name`-report.md of its paragraphs, and the rows as a record."""
     (ROOT / "docs" / f"{name}-report.md").write_text("\n\n".join(short) + "\n")
-    Record(name, NUMBERS).add(title, [], rows)
+    Record(name, NUMBERS).add(f"All numbers of the {name} report", [], rows)
 
 
 def fail_for(complaints: Iterable[str]) -> None:

@@ -29,18 +29,23 @@ def output(*command: str | Path, cwd: Path | None = None) -> str:
     return result.stdout
 
 
-def bundled(program: str) -> Path:
-    """A program that Triton brings along."""
+def program(name: str) -> Path:
+    """One of those that Triton brings along: not every toolkit has them."""
     triton = importlib.util.find_spec("triton")
     if triton is None or triton.origin is None:
-        sys.exit(f"kernel report: {program} is neither in a CUDA toolkit nor here with the package triton")
-    return Path(triton.origin).parent / "backends" / "nvidia" / "bin" / program
+        sys.exit(f"kernel report: {name} comes with the package triton, which is not installed")
+    return Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name
 
 
-def resources(cuobjdump: Path, cubin: Path) -> dict[str, tuple[int, int]]:
+def resources(cubin: Path) -> dict[str, tuple[int, int]]:
     """Registers and bytes of stack of every kernel, by its mangled name."""
-    listing = output(cuobjdump, "-res-usage", cubin)
-    return {name: (int(registers), int(stack)) for name, registers, stack in RESOURCES.findall(listing)}
+    text = output(program("cuobjdump"), "-res-usage", cubin)
+    return {name: (int(registers), int(stack)) for name, registers, stack in RESOURCES.findall(text)}
+
+
+def listing(cubin: Path) -> str:
+    """The machine code of all kernels."""
+    return output(program("nvdisasm"), "-c", cubin)
 
 
 # ---- listings of nvdisasm ----

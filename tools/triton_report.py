@@ -124,12 +124,14 @@ def _per_element(kernel: str, listing: str, channels_of_thread: int) -> tuple[fl
     return instructions, mufu
 
 
-def rows(target: str, dtypes: Iterable[torch.dtype], counted: bool = True) -> Iterator[Row]:
+def rows(target: str, dtypes: Iterable[torch.dtype], counted: bool = True) -> list[Row]:
     """Compiles every kernel for a target, every dtype and width; instructions are counted on request."""
-    for dtype in dtypes:
-        for channels in sorted(set(widths(TARGETS[target].warp_size))):
-            for launch in launches_of(Plan(channels, 64, 3), dtype, 1, 192, 2 * channels):
-                yield _row(launch, TARGETS[target], dtype, channels, counted)
+    return [
+        _row(launch, TARGETS[target], dtype, channels, counted)
+        for dtype in dtypes
+        for channels in sorted(set(widths(TARGETS[target].warp_size)))
+        for launch in launches_of(Plan(channels, 64, 3), dtype, 1, 192, 2 * channels)
+    ]
 
 
 def _row(launch: Launch, target: GPUTarget, dtype: torch.dtype, channels: int, counted: bool) -> Row:
@@ -139,9 +141,9 @@ def _row(launch: Launch, target: GPUTarget, dtype: torch.dtype, channels: int, c
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
-            ((registers, spilled),) = sass.resources(sass.bundled("cuobjdump"), Path(file.name)).values()
+            ((registers, spilled),) = sass.resources(Path(file.name)).values()
             if counted and launch.kernel in WALKS:
-                listing = sass.output(sass.bundled("nvdisasm"), "-c", file.name)
+                listing = sass.listing(Path(file.name))
                 instructions, mufu = _per_element(launch.kernel, listing, channels // target.warp_size)
     else:
         facts = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", compiled.asm["amdgcn"]))
@@ -151,19 +153,12 @@ def _row(launch: Launch, target: GPUTarget, dtype: torch.dtype, channels: int, c
     return Row(launch.kernel, DTYPES[dtype], channels, registers, spilled, shared, instructions, mufu)
 
 
-def _rows_of(target: str, dtype: torch.dtype, counted: bool) -> list[Row]:
-    return list(rows(target, [dtype], counted))
-
-
-def all_rows(counted: bool) -> dict[str, list[Row]]:
+def all_rows(counted: bool) -> list[dict[str, Any]]:
     """Those of every target and dtype, compiled by several processes."""
-    work = list(itertools.product(TARGETS, DTYPES))
+    targets, dtypes = zip(*itertools.product(TARGETS, [[dtype] for dtype in DTYPES]), strict=True)
     with ProcessPoolExecutor(COMPILERS) as pool:
-        found = list(pool.map(_rows_of, *zip(*work, strict=True), itertools.repeat(counted)))
-    return {
-        name: [row for (target, _), part in zip(work, found, strict=True) if target == name for row in part]
-        for name in TARGETS
-    }
+        parts = list(pool.map(rows, targets, dtypes, itertools.repeat(counted)))
+    return [{"target": name, **asdict(row)} for name, part in zip(targets, parts, strict=True) for row in part]
 
 
 # ---- variants ----
@@ -247,17 +242,11 @@ def short_report(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     """Compiles, complains, and writes the report unless only a check is asked for."""
     arguments = report.parser(__doc__).parse_args()
-    compiled = all_rows(counted=not arguments.check)
-    for target, found in compiled.items():
-        most = max(found, key=lambda row: row.registers)
-        spilling = sum(row.spilled_bytes > 0 for row in found)
-        print(f"{target}: {len(found)} kernels, {most.registers} registers at most, {spilling or 'none'} with spills")
+    found = all_rows(counted=not arguments.check)
+    report.summarise(found, "target", "spilled_bytes")
     if not arguments.check:
-        rows = [{"target": target, **asdict(row)} for target, found in compiled.items() for row in found]
-        report.write("triton", "The Triton kernels", rows, short_report(rows))
-    report.fail_for(
-        f"{target}: {row} spills registers" for target, found in compiled.items() for row in found if row.spilled_bytes
-    )
+        report.write("triton", found, short_report(found))
+    report.fail_for(f"a Triton kernel spills registers: {row}" for row in found if row["spilled_bytes"])
 
 
 if __name__ == "__main__":
