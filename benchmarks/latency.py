@@ -148,23 +148,19 @@ def _gradient_rows(device: Device, backend: str) -> Iterator[Row]:
 
 
 def _run_beside(device: Device, record: Record, tree: Path) -> None:
-    number_of_pairs, rounds, repetitions = (
-        (1, 2, 2) if device.smoke else (PAIRS, ROUNDS_OF_A_PAIR, REPETITIONS_OF_A_PAIR)
-    )
+    sizes = (1, 2, 2) if device.smoke else (PAIRS, ROUNDS_OF_A_PAIR, REPETITIONS_OF_A_PAIR)
+    number_of_pairs, rounds, repetitions = sizes
+    trees = [("here", ROOT), ("there", tree)]
     pairs: dict[str, list[tuple[float, float]]] = {}
-    for number in range(number_of_pairs):
+    for _ in range(number_of_pairs):
         with ExitStack() as stack:
-            # Neither tree is always the first.
-            order = (ROOT, tree) if number % 2 == 0 else (tree, ROOT)
-            children = [stack.enter_context(_started(folder, device)) for folder in order]
-            answers = [
-                [{IMPORT: _import_seconds(child, folder)} for child, folder in zip(children, order, strict=True)]
-            ]
-            answers += [[_asked(child, repetitions) for child in children] for _ in range(rounds)]
-        for first, second in answers:
-            here, there = (first, second) if number % 2 == 0 else (second, first)
-            for name, seconds in here.items():
-                pairs.setdefault(name, []).append((seconds, there[name]))
+            children = {side: stack.enter_context(_started(folder, device)) for side, folder in trees}
+            answers = [{side: {IMPORT: _import_seconds(children[side], folder)} for side, folder in trees}]
+            answers += [{side: _asked(children[side], repetitions) for side, _ in trees} for _ in range(rounds)]
+        trees.reverse()  # neither is always the first
+        for answer in answers:
+            for name, seconds in answer["here"].items():
+                pairs.setdefault(name, []).append((seconds, answer["there"][name]))
         record.add(BESIDE.format(tree=tree.name), ["call"], [_pair_row(name, found) for name, found in pairs.items()])
 
 
