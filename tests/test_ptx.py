@@ -192,7 +192,7 @@ def test_a_kernel_keeps_to_its_budget(load: str, dtype: torch.dtype, folder: Pat
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=gpu_host.name_of)
-@pytest.mark.parametrize(("kernel", "most"), [("forward", 1.61), ("backward", 1.6)])
+@pytest.mark.parametrize(("kernel", "most"), [("forward", 1.62), ("backward", 1.62)])
 def test_keys_that_spread_cost_less_than_twice_as_much(
     kernel: str, most: float, dtype: torch.dtype, folder: Path
 ) -> None:
