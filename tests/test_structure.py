@@ -17,11 +17,14 @@ def _sources(*patterns: str) -> list[Path]:
     return sorted(path for pattern in patterns for path in CSRC.rglob(pattern))
 
 
-def test_the_manifest_lists_every_translation_unit() -> None:
-    rows = [line.split() for line in (CSRC / "sources.txt").read_text().splitlines()]
-    assert {library for library, _ in rows} == {"operators", "cuda", "introspection"}
-    assert {source for _, source in rows} == {str(path.relative_to(ROOT)) for path in _sources("*.cpp", "*.cu")}
-    assert {library for library, source in rows if source.startswith("csrc/cuda/")} == {"cuda"}, "needs a toolkit"
+def test_every_translation_unit_is_in_a_library_of_both_builds() -> None:
+    setup = re.findall(r"[( ]sources\((.+)\),", (ROOT / "setup.py").read_text())
+    by_setup = [set(re.findall(r'"(.+?)"', arguments)) for arguments in setup]
+    assert len(by_setup) == 3 and set().union(
+        *(CSRC.glob(pattern) for patterns in by_setup for pattern in patterns)
+    ) == {*_sources("*.cpp", "*.cu")}
+    cmake = re.findall(r"add_(?:torch_library|module)\((.+)\)", (ROOT / "CMakeLists.txt").read_text())
+    assert [set(re.findall(r"csrc/(\S+)", arguments)) for arguments in cmake if "csrc/" in arguments] == by_setup
 
 
 def test_torch_is_used_by_its_stable_interface_alone_and_in_the_glue_alone() -> None:
