@@ -1,8 +1,8 @@
 // SIMD vectors of WKV_SIMD_BYTES bytes on the vector extensions of GCC and Clang, with the functions that common/math.h
-// asks of a Real, and loads and stores that convert from and to the element types.
+// takes of a Real, and loads and stores that convert from and to the element types.
 //
-// Everything is inlined and lives in namespace wkv::WKV_ISA: one binary holds this file once per instruction set, and
-// nothing compiled for a larger one may be linked into a smaller one.
+// Everything is inlined and lives in namespace wkv::cpu::WKV_ISA: one binary holds this file once per instruction set,
+// and nothing compiled for a larger one may be linked into a smaller one.
 #pragma once
 
 #if defined(__x86_64__)
@@ -16,7 +16,7 @@
 #define WKV_INLINE inline __attribute__((always_inline))
 #define WKV_INLINE_LAMBDA __attribute__((always_inline))
 
-namespace wkv {
+namespace wkv::cpu {
 namespace WKV_ISA {
 
 struct Half {
@@ -177,11 +177,11 @@ WKV_INLINE void store(Real* target, Vec<Real> x) {
   std::memcpy(target, &x.native, sizeof x.native);
 }
 
-// To nearest, ties to even. Rounding could carry a NaN with a full lower half into a number, but the walks meet none:
-// NaN of 16-bit inputs and of arithmetic have a lower half of zeros, and op.cpp makes the others so.
+// To nearest, ties to even. Rounding could carry a NaN with a full lower half into a number, but none occurs: NaN of
+// 16-bit inputs and of arithmetic have a lower half of zeros, and canonical_nan makes the others so.
 WKV_INLINE void store(Bfloat16* target, Vec<float> x) {
 #if WKV_SIMD_BYTES == 64
-  // What the lines below mean, by masks; GCC 12 does not find them.
+  // The lines below, by masks, which GCC 12 does not find.
   const __m512i words = (__m512i)x.native;
   const __mmask16 odd = _mm512_test_epi32_mask(words, _mm512_set1_epi32(0x10000));
   const __m512i rounding = _mm512_mask_blend_epi32(odd, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));
@@ -255,4 +255,4 @@ WKV_INLINE void finish_streaming() {
 }
 
 }  // namespace WKV_ISA
-}  // namespace wkv
+}  // namespace wkv::cpu
