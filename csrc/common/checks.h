@@ -26,10 +26,9 @@ struct Arguments {
   std::optional<Tensor> state;
   int64_t B, T, C;
 
-  enum class Of { sequence, token };
-
+  // `dimensions` of k and v: 3, or 2 for the one token of a step.
   Arguments(const Tensor& w_, const Tensor& u_, const Tensor& k_, const Tensor& v_, const std::optional<Tensor>& state_,
-            Of of = Of::sequence)
+            int64_t dimensions = 3)
       : dtype(dtype_of("k", k_)),
         w_dtype(dtype_of("w", w_)),
         u_dtype(dtype_of("u", u_)),
@@ -39,13 +38,9 @@ struct Arguments {
         k(k_),
         v(v_) {
     const Sizes sizes = sizes_of(k);
-    if (of == Of::sequence) {
-      require(sizes.count == 3, "k: expected shape [B, T, C], got ", sizes);
-    } else {
-      require(sizes.count == 2, "k: expected shape [B, C], got ", sizes);
-    }
+    require(sizes.count == dimensions, "k: expected shape ", dimensions == 3 ? "[B, T, C]" : "[B, C]", ", got ", sizes);
     B = sizes.data[0];
-    T = of == Of::sequence ? sizes.data[1] : 1;
+    T = dimensions == 3 ? sizes.data[1] : 1;
     C = sizes.data[sizes.count - 1];
     check_like("v", v, sizes, dtype, device);
     check_like("w", w, sizes_of({C}), w_dtype, device);
@@ -80,7 +75,7 @@ struct TokenArguments : Arguments {
 
   TokenArguments(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Tensor& moved,
                  const std::optional<Tensor>& r_)
-      : Arguments(w, u, k, v, std::nullopt, Of::token) {
+      : Arguments(w, u, k, v, std::nullopt, 2) {
     check_like("state", moved, sizes_of({B, 3, C}), state_type(dtype), device);
     for (int64_t i = 0; i < 3; ++i) {
       require(moved.stride(i) != 0 || moved.size(i) <= 1, "state: expected elements of their own, got an expanded ",

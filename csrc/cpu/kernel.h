@@ -170,34 +170,6 @@ struct Kernel {
 
   enum class Output { none, stored, streamed };
 
-  template <Output output, class Scale>
-  static WKV_INLINE State<Vec> forward_steps(const Scale& scale, Rows<const Real> k, Rows<const Element> v,
-                                             Rows<Element> y, int steps, State<Vec> state) {
-    // The exponentials first: they do not wait for one another as the sums do.
-    alignas(kLineBytes) Real ats[kSubchunk * kLanes];
-#pragma GCC unroll 4
-    for (int step = 0; step < steps; ++step) {
-      const Vec kt = scale.logit(load(k.row(step)));
-      store(ats + step * kLanes, scale.at(state.max, kt));
-      state.max = scale.next_max(state.max, kt);
-    }
-#pragma GCC unroll 4
-    for (int step = 0; step < steps; ++step) {
-      const Vec vt = load(v.row(step));
-      const auto weights = scale.weights(load(ats + step * kLanes));
-      if constexpr (output != Output::none) {
-        const Vec yt = read(state.sums, weights.read, vt);
-        if constexpr (output == Output::streamed) {
-          stream_line(y.row(step), &yt);
-        } else {
-          store(y.row(step), yt);
-        }
-      }
-      state.sums = mix(state.sums, weights.advance, vt);
-    }
-    return state;
-  }
-
   template <Output output>
   static WKV_INLINE State<Vec> forward_subchunk(const VectorChannels& channels, Rows<const Element> k,
                                                 Rows<const Element> v, Rows<Element> y, int steps, State<Vec> state) {
@@ -205,7 +177,29 @@ struct Kernel {
     const auto keys = widened.widen(k, steps);
     SubchunkScale unused;
     return in_scale(channels, keys, steps, state, unused, [=](const auto& scale, State<Vec> state) WKV_INLINE_LAMBDA {
-      return forward_steps<output>(scale, keys, v, y, steps, state);
+      // The exponentials first: they do not wait for one another as the sums do.
+      alignas(kLineBytes) Real ats[kSubchunk * kLanes];
+#pragma GCC unroll 4
+      for (int step = 0; step < steps; ++step) {
+        const Vec kt = scale.logit(load(keys.row(step)));
+        store(ats + step * kLanes, scale.at(state.max, kt));
+        state.max = scale.next_max(state.max, kt);
+      }
+#pragma GCC unroll 4
+      for (int step = 0; step < steps; ++step) {
+        const Vec vt = load(v.row(step));
+        const auto weights = scale.weights(load(ats + step * kLanes));
+        if constexpr (output != Output::none) {
+          const Vec yt = read(state.sums, weights.read, vt);
+          if constexpr (output == Output::streamed) {
+            stream_line(y.row(step), &yt);
+          } else {
+            store(y.row(step), yt);
+          }
+        }
+        state.sums = mix(state.sums, weights.advance, vt);
+      }
+      return state;
     });
   }
 
@@ -286,26 +280,20 @@ struct Kernel {
 
   // ---- backward ----
 
-  template <class Scale>
-  static WKV_INLINE State<Vec> replay_steps(const Scale& scale, Rows<const Real> k, Rows<const Element> v, int steps,
-                                            State<Vec> state, SavedStep<Vec>* saved) {
-#pragma GCC unroll 4
-    for (int step = 0; step < steps; ++step) {
-      const Vec kt = scale.logit(load(k.row(step)));
-      const Vec at = scale.at(state.max, kt);
-      saved[step] = {state.sums, at};
-      state = advance(scale, state, scale.weights(at).advance, kt, load(v.row(step)));
-    }
-    return state;
-  }
-
   static WKV_INLINE State<Vec> replay_subchunk(const VectorChannels& channels, Rows<const Element> k,
                                                Rows<const Element> v, int steps, State<Vec> state,
                                                SavedStep<Vec>* saved, SubchunkScale& kept) {
     Keys widened;
     const auto keys = widened.widen(k, steps);
     return in_scale(channels, keys, steps, state, kept, [=](const auto& scale, State<Vec> state) WKV_INLINE_LAMBDA {
-      return replay_steps(scale, keys, v, steps, state, saved);
+#pragma GCC unroll 4
+      for (int step = 0; step < steps; ++step) {
+        const Vec kt = scale.logit(load(keys.row(step)));
+        const Vec at = scale.at(state.max, kt);
+        saved[step] = {state.sums, at};
+        state = advance(scale, state, scale.weights(at).advance, kt, load(v.row(step)));
+      }
+      return state;
     });
   }
 
@@ -315,34 +303,30 @@ struct Kernel {
     Vec g_log_decay, gu;
   };
 
-  template <bool writes, class Scale>
-  static WKV_INLINE Reversed reverse_steps(const Scale& scale, Rows<const Element> v, Rows<const Element> gy, int steps,
-                                           const SavedStep<Vec>* saved, Reversed carried, Rows<Element> gk,
-                                           Rows<Element> gv) {
-#pragma GCC unroll 2
-    for (int step = steps - 1; step >= 0; --step) {
-      const auto gradients = step_adjoint(scale, saved[step], load(v.row(step)), load(gy.row(step)), carried.adjoint);
-      if constexpr (writes) {
-        store(gk.row(step), gradients.gk);
-        store(gv.row(step), gradients.gv);
-        carried.g_log_decay = carried.g_log_decay + gradients.g_log_decay;
-        carried.gu = carried.gu + gradients.gu;
-      }
-    }
-    return carried;
-  }
-
   template <bool writes>
   static WKV_INLINE Reversed reverse_subchunk(const VectorChannels& channels, const SubchunkScale& kept,
                                               Rows<const Element> v, Rows<const Element> gy, int steps,
                                               const SavedStep<Vec>* saved, Reversed carried, Rows<Element> gk,
                                               Rows<Element> gv) {
+    const auto reversed = [=](const auto& scale, Reversed carried) WKV_INLINE_LAMBDA {
+#pragma GCC unroll 2
+      for (int step = steps - 1; step >= 0; --step) {
+        const auto gradients = step_adjoint(scale, saved[step], load(v.row(step)), load(gy.row(step)), carried.adjoint);
+        if constexpr (writes) {
+          store(gk.row(step), gradients.gk);
+          store(gv.row(step), gradients.gv);
+          carried.g_log_decay = carried.g_log_decay + gradients.g_log_decay;
+          carried.gu = carried.gu + gradients.gu;
+        }
+      }
+      return carried;
+    };
     if (__builtin_expect(!kept.is_shared, 0)) {
       const auto scale = running_scale(channels);
-      return cold([=] { return reverse_steps<writes>(scale, v, gy, steps, saved, carried, gk, gv); });
+      return cold([=] { return reversed(scale, carried); });
     }
     carried.adjoint = {carried.adjoint.num * kept.leave, carried.adjoint.den * kept.leave};
-    carried = reverse_steps<writes>(kept.shared(channels), v, gy, steps, saved, carried, gk, gv);
+    carried = reversed(kept.shared(channels), carried);
     carried.adjoint = {carried.adjoint.num * kept.enter, carried.adjoint.den * kept.enter};
     return carried;
   }

@@ -20,7 +20,9 @@ namespace {
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : data_(static_cast<T*>(::operator new(size_t(count) * sizeof(T), kAlignment))) {}
+  explicit Scratch(int64_t count) {
+    if (count > 0) data_.reset(static_cast<T*>(::operator new(size_t(count) * sizeof(T), kAlignment)));
+  }
   T* data() const { return data_.get(); }
 
  private:

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #define WKV_INLINE inline __attribute__((always_inline))
 #define WKV_INLINE_LAMBDA __attribute__((always_inline))
@@ -32,21 +33,10 @@ struct NativeOf {
 };
 
 template <class Real>
-struct IntegerOf;
-template <>
-struct IntegerOf<float> {
-  using type = int32_t;
-};
-template <>
-struct IntegerOf<double> {
-  using type = int64_t;
-};
-
-template <class Real>
 struct Vec {
   static constexpr int lanes = WKV_SIMD_BYTES / sizeof(Real);
   using Native = typename NativeOf<Real, lanes>::type;
-  using NativeInteger = typename NativeOf<typename IntegerOf<Real>::type, lanes>::type;
+  using NativeInteger = typename NativeOf<std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>, lanes>::type;
   struct Mask {
     NativeInteger native;
   };
@@ -120,16 +110,16 @@ WKV_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   return select(x_log2 <= Vec<float>(-126.0f), Vec<float>(0.0f), exp2_clamped(x_log2));
 }
 
-WKV_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
-  Vec<double> result;
-  for (int lane = 0; lane < Vec<double>::lanes; ++lane) result.native[lane] = std::exp(x.native[lane]);
-  return result;
+template <class Function>
+WKV_INLINE Vec<double> lane_by_lane(Vec<double> x, Function function) {
+  for (int lane = 0; lane < Vec<double>::lanes; ++lane) x.native[lane] = function(x.native[lane]);
+  return x;
 }
-
+WKV_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
+  return lane_by_lane(x, [](double a) { return std::exp(a); });
+}
 WKV_INLINE Vec<double> exp2_clamped(Vec<double> x) {
-  Vec<double> result;
-  for (int lane = 0; lane < Vec<double>::lanes; ++lane) result.native[lane] = std::exp2(x.native[lane]);
-  return result;
+  return lane_by_lane(x, [](double a) { return std::exp2(a); });
 }
 
 template <class T, int lanes>
