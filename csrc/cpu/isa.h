@@ -17,39 +17,36 @@ struct Channels {
   const void* bonus;  // exp(u)
 };
 
-struct ForwardParams {
+// Of every operation.
+struct Params {
   DType dtype;
-  Channels channels;
   int64_t B, T, C;
-  Sequence k, v;      // element [B, T, C]
+  Sequence k, v;  // element [B, T, C]
+  Channels channels;
+};
+
+struct ForwardParams : Params {
   void* y;            // element [B, T, C], or null: the kernel then moves `states` and writes nothing else
   void* states;       // state [B, chunks, 3, C]: that before each chunk, overwritten by the one after it
-  void* state_out;    // state [B, 3, C]; may be `states` where time is not cut
+  void* state_out;    // state [B, 3, C]; may be `states` where there is one chunk
   void* checkpoints;  // state [B, checkpoint_count, 3, C], or null
 };
 
-struct StepParams {
-  DType dtype;
-  Channels channels;
-  int64_t C;
-  Sequence k, v;  // element [B, 1, C]
-  Sequence r;     // element [B, 1, C], or null where nothing gates y
-  void* y;        // element [B, C]
-  void* state;    // state [B, 3, C], overwritten by the one after the token
+// T is 1.
+struct StepParams : Params {
+  Sequence r;   // element [B, T, C], or null where nothing gates y
+  void* y;      // element [B, C]
+  void* state;  // state [B, 3, C], overwritten by the one after the token
 };
 
-struct BackwardParams {
-  DType dtype;
-  Channels channels;
-  int64_t B, T, C;
-  Sequence k, v, gy;        // element [B, T, C]
+struct BackwardParams : Params {
+  Sequence gy;              // element [B, T, C]
   const void* state;        // state [B, 3, C], the first one
   const void* checkpoints;  // as forward left them
   void*
       adjoints;  // state [B, chunks, 2, C]: the gradient of (num, den) after each chunk, overwritten by that before it
-  double*
-      partials;   // [B, chunks, 2, C]: the gradients of log_decay and u are added; null: `adjoints` alone are written
-  void *gk, *gv;  // element [B, T, C]
+  double* partials;  // [B, chunks, 2, C]: the gradients of log_decay and u are added; null: only `adjoints` are written
+  void *gk, *gv;     // element [B, T, C]
 };
 
 struct Kernels {

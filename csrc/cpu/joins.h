@@ -24,30 +24,42 @@ void prepare_parameters(Real* rows, int64_t C) {
 }
 
 template <class Real>
-State<Real> load_state(const Real* at, int64_t C) {
-  return {{at[0], at[C]}, at[2 * C]};
+Sums<Real> load_sums(const Real* at, int64_t C) {
+  return {at[0], at[C]};
 }
-
+template <class Real>
+void store_sums(Real* at, int64_t C, Sums<Real> sums) {
+  at[0] = sums.num;
+  at[C] = sums.den;
+}
+template <class Real>
+State<Real> load_state(const Real* at, int64_t C) {
+  return {load_sums(at, C), at[2 * C]};
+}
 template <class Real>
 void store_state(Real* at, int64_t C, State<Real> state) {
-  at[0] = state.sums.num;
-  at[C] = state.sums.den;
+  store_sums(at, C, state.sums);
   at[2 * C] = state.max;
+}
+
+template <class Function>
+void for_each_channel(int64_t B, int64_t C, const Function& function) {
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t c = 0; c < C; ++c) function(b, c);
+  }
 }
 
 // The given states [rows, 3, C], or empty ones.
 template <class Real>
 void copy_first_states(const void* given, void* target, int64_t rows, int64_t C) {
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t c = 0; c < C; ++c) {
-      const int64_t at = row * 3 * C + c;
-      State<Real> state = empty_state<Real>();
-      if (given != nullptr) state = load_state(static_cast<const Real*>(given) + at, C);
-      if (is_empty(state)) state = empty_state<Real>();
-      store_state(static_cast<Real*>(target) + at, C,
-                  {{canonical_nan(state.sums.num), canonical_nan(state.sums.den)}, canonical_nan(state.max)});
-    }
-  }
+  for_each_channel(rows, C, [&](int64_t row, int64_t c) {
+    const int64_t at = row * 3 * C + c;
+    State<Real> state = empty_state<Real>();
+    if (given != nullptr) state = load_state(static_cast<const Real*>(given) + at, C);
+    if (is_empty(state)) state = empty_state<Real>();
+    store_state(static_cast<Real*>(target) + at, C,
+                {{canonical_nan(state.sums.num), canonical_nan(state.sums.den)}, canonical_nan(state.max)});
+  });
 }
 
 // From the first states in `state_out` and each chunk's sum of its own steps, in `states`, to the state before each.
@@ -55,17 +67,15 @@ template <class Real>
 void join_states(const ForwardParams& params, const Plan& plan) {
   const int64_t C = params.C;
   const Real* log_decay = static_cast<const Real*>(params.channels.log_decay);
-  for (int64_t b = 0; b < params.B; ++b) {
-    for (int64_t c = 0; c < C; ++c) {
-      State<Real> before = load_state(static_cast<const Real*>(params.state_out) + b * 3 * C + c, C);
-      for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-        Real* const at = static_cast<Real*>(params.states) + (b * plan.chunks + chunk) * 3 * C + c;
-        const State<Real> own = load_state(at, C);
-        store_state(at, C, before);
-        before = join(before, Real(plan.chunk_steps) * log_decay[c], own);
-      }
+  for_each_channel(params.B, C, [&](int64_t b, int64_t c) {
+    State<Real> before = load_state(static_cast<const Real*>(params.state_out) + b * 3 * C + c, C);
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+      Real* const at = static_cast<Real*>(params.states) + (b * plan.chunks + chunk) * 3 * C + c;
+      const State<Real> own = load_state(at, C);
+      store_state(at, C, before);
+      before = join(before, Real(plan.chunk_steps) * log_decay[c], own);
     }
-  }
+  });
 }
 
 // The gradient of (num, den) after all steps of a channel; `gstate_out` is [B, 3, C], or null for zero.
@@ -82,14 +92,9 @@ void first_adjoints(const BackwardParams& params, const Plan& plan, const void* 
   const int64_t C = params.C;
   Real* adjoints = static_cast<Real*>(params.adjoints);
   std::fill(adjoints, adjoints + params.B * plan.chunks * 2 * C, Real(0));
-  for (int64_t b = 0; b < params.B; ++b) {
-    for (int64_t c = 0; c < C; ++c) {
-      Real* const at = adjoints + ((b + 1) * plan.chunks - 1) * 2 * C + c;
-      const auto [num, den] = last_adjoint<Real>(gstate_out, b, c, C);
-      at[0] = num;
-      at[C] = den;
-    }
-  }
+  for_each_channel(params.B, C, [&](int64_t b, int64_t c) {
+    store_sums(adjoints + ((b + 1) * plan.chunks - 1) * 2 * C + c, C, last_adjoint<Real>(gstate_out, b, c, C));
+  });
 }
 
 // From the adjoint that each chunk makes of `first_adjoints` to the one after each chunk. Scales are those of the
@@ -98,28 +103,24 @@ template <class Real>
 void join_adjoints(const BackwardParams& params, const Plan& plan, const void* gstate_out) {
   const int64_t C = params.C;
   const Real* log_decay = static_cast<const Real*>(params.channels.log_decay);
-  for (int64_t b = 0; b < params.B; ++b) {
-    for (int64_t c = 0; c < C; ++c) {
-      const auto max_before = [&](int64_t chunk) {
-        const int64_t row = checkpoint_row(params.dtype, params.T, b, chunk * plan.chunk_steps);
-        return static_cast<const Real*>(params.checkpoints)[row * 3 * C + 2 * C + c];
-      };
-      Sums<Real> after = last_adjoint<Real>(gstate_out, b, c, C);
-      for (int64_t chunk = plan.chunks - 1; chunk >= 0; --chunk) {
-        Real* const at = static_cast<Real*>(params.adjoints) + (b * plan.chunks + chunk) * 2 * C + c;
-        const Sums<Real> own = {at[0], at[C]};
-        at[0] = after.num;
-        at[C] = after.den;
-        if (chunk == 0) break;
-        // The last chunk's own adjoint is the whole one.
-        const Real decay =
-            chunk == plan.chunks - 1
-                ? Real(0)
-                : std::exp(Real(plan.chunk_steps) * log_decay[c] + max_before(chunk) - max_before(chunk + 1));
-        after = {own.num + decay * after.num, own.den + decay * after.den};
-      }
+  for_each_channel(params.B, C, [&](int64_t b, int64_t c) {
+    const auto max_before = [&](int64_t chunk) {
+      const int64_t row = checkpoint_row(params.dtype, params.T, b, chunk * plan.chunk_steps);
+      return static_cast<const Real*>(params.checkpoints)[row * 3 * C + 2 * C + c];
+    };
+    Sums<Real> after = last_adjoint<Real>(gstate_out, b, c, C);
+    for (int64_t chunk = plan.chunks - 1; chunk >= 0; --chunk) {
+      Real* const at = static_cast<Real*>(params.adjoints) + (b * plan.chunks + chunk) * 2 * C + c;
+      const Sums<Real> own = load_sums(at, C);
+      store_sums(at, C, after);
+      if (chunk == 0) break;
+      // The last chunk's own adjoint is the whole one.
+      const bool last = chunk == plan.chunks - 1;
+      const Real decay =
+          last ? Real(0) : std::exp(Real(plan.chunk_steps) * log_decay[c] + max_before(chunk) - max_before(chunk + 1));
+      after = {own.num + decay * after.num, own.den + decay * after.den};
     }
-  }
+  });
 }
 
 // gw and gu, state [C], from the partials of `rows` chunks; the log-decay -exp(w) is its own derivative.
@@ -143,15 +144,11 @@ void reduce_partials(const BackwardParams& params, int64_t rows, void* gw, void*
 template <class Real>
 void state_gradients(const BackwardParams& params, const Plan& plan, void* gstate) {
   const int64_t C = params.C;
-  for (int64_t b = 0; b < params.B; ++b) {
-    const Real* state = static_cast<const Real*>(params.state) + b * 3 * C;
-    const Real* adjoint = static_cast<const Real*>(params.adjoints) + b * plan.chunks * 2 * C;
-    Real* gradient = static_cast<Real*>(gstate) + b * 3 * C;
-    for (int64_t c = 0; c < C; ++c) {
-      const Sums<Real> g = {adjoint[c], adjoint[C + c]};
-      store_state(gradient + c, C, {g, state[c] * g.num + state[C + c] * g.den});
-    }
-  }
+  for_each_channel(params.B, C, [&](int64_t b, int64_t c) {
+    const Sums<Real> state = load_sums(static_cast<const Real*>(params.state) + b * 3 * C + c, C);
+    const Sums<Real> g = load_sums(static_cast<const Real*>(params.adjoints) + b * plan.chunks * 2 * C + c, C);
+    store_state(static_cast<Real*>(gstate) + b * 3 * C + c, C, {g, state.num * g.num + state.den * g.den});
+  });
 }
 
 }  // namespace wkv::cpu

@@ -43,8 +43,18 @@ void for_each(const WorkItems& items, const Function& function) {
   torch::stable::parallel_for(0, count, per_thread, range);
 }
 
-WorkItems work_items_of(const Arguments& arguments) {
-  const auto& [dtype, B, T, C] = std::tie(arguments.dtype, arguments.B, arguments.T, arguments.C);
+// Without channels.
+Params params_of(const Arguments& arguments) {
+  return {.dtype = arguments.dtype,
+          .B = arguments.B,
+          .T = arguments.T,
+          .C = arguments.C,
+          .k = sequence_of(arguments.k),
+          .v = sequence_of(arguments.v)};
+}
+
+WorkItems work_items_of(const Params& params) {
+  const auto& [dtype, B, T, C, k, v, channels] = params;
   return {make_plan(dtype, B, T, C, torch::stable::get_num_threads()), B, T, C};
 }
 
@@ -82,7 +92,7 @@ void run_forward(const Arguments& arguments, ForwardParams params) {
   copy_first_states<Real>(data_or_null(arguments.state), params.state_out, params.B, params.C);
   if (arguments.nothing_to_do()) return;
   const ChannelTable<Real> channels(arguments);
-  const WorkItems items = work_items_of(arguments);
+  const WorkItems items = work_items_of(params);
   const int64_t rows = params.B * items.plan.chunks;
   const bool is_cut = items.plan.chunks > 1;
   const Scratch<Real> states(is_cut ? rows * 3 * params.C : 0);
@@ -104,20 +114,14 @@ void run_forward(const Arguments& arguments, ForwardParams params) {
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
                                            const std::optional<Tensor>& state, bool checkpoint) {
   const Arguments arguments(w, u, k, v, state);
-  const auto& [dtype, B, T, C] = std::tie(arguments.dtype, arguments.B, arguments.T, arguments.C);
   const Tensor y = arguments.empty_sequence();
   const Tensor state_out = arguments.empty_state();
   const Tensor checkpoints = arguments.empty_checkpoints(checkpoint);
-  const ForwardParams params = {.dtype = dtype,
-                                .B = B,
-                                .T = T,
-                                .C = C,
-                                .k = sequence_of(arguments.k),
-                                .v = sequence_of(arguments.v),
-                                .y = y.mutable_data_ptr(),
-                                .state_out = state_out.mutable_data_ptr(),
-                                .checkpoints = checkpoint ? checkpoints.mutable_data_ptr() : nullptr};
-  with_dtype(dtype, [&](auto type) { run_forward<RealOf<type.value>>(arguments, params); });
+  ForwardParams params{params_of(arguments)};
+  params.y = y.mutable_data_ptr();
+  params.state_out = state_out.mutable_data_ptr();
+  params.checkpoints = checkpoint ? checkpoints.mutable_data_ptr() : nullptr;
+  with_dtype(params.dtype, [&](auto type) { run_forward<RealOf<type.value>>(arguments, params); });
   return {y, state_out, checkpoints};
 }
 
@@ -127,7 +131,7 @@ void run_backward(const Arguments& arguments, BackwardParams params, const void*
                   void* gstate) {
   const int64_t B = params.B, C = params.C;
   const ChannelTable<Real> channels(arguments);
-  const WorkItems items = work_items_of(arguments);
+  const WorkItems items = work_items_of(params);
   const int64_t rows = B * items.plan.chunks;
   const Scratch<Real> state(B * 3 * C), adjoints(rows * 2 * C);
   const Scratch<double> partials(rows * 2 * C);
@@ -160,26 +164,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& w, con
                                                             const std::optional<Tensor>& gstate_out) {
   const Arguments arguments(w, u, k, v, state);
   const GradientArguments given(arguments, checkpoints, gy, gstate_out);
-  const auto& [dtype, B, T, C] = std::tie(arguments.dtype, arguments.B, arguments.T, arguments.C);
-  const Tensor gw = empty({C}, state_type(dtype), arguments.device);
-  const Tensor gu = empty({C}, state_type(dtype), arguments.device);
+  const DType type = state_type(arguments.dtype);
+  const Tensor gw = empty({arguments.C}, type, arguments.device), gu = empty({arguments.C}, type, arguments.device);
   const Tensor gk = arguments.empty_sequence(), gv = arguments.empty_sequence();
   const Tensor gstate = arguments.empty_state();
   if (arguments.nothing_to_do()) {
     for (const Tensor& gradient : {gw, gu, gstate}) set_zero(gradient);
     if (given.gstate_out.has_value()) copy(*given.gstate_out, gstate);
   } else {
-    const BackwardParams params = {.dtype = dtype,
-                                   .B = B,
-                                   .T = T,
-                                   .C = C,
-                                   .k = sequence_of(arguments.k),
-                                   .v = sequence_of(arguments.v),
-                                   .gy = sequence_of(given.gy),
-                                   .checkpoints = data_of(given.checkpoints),
-                                   .gk = gk.mutable_data_ptr(),
-                                   .gv = gv.mutable_data_ptr()};
-    with_dtype(dtype, [&](auto type) {
+    BackwardParams params{params_of(arguments)};
+    params.gy = sequence_of(given.gy);
+    params.checkpoints = data_of(given.checkpoints);
+    params.gk = gk.mutable_data_ptr();
+    params.gv = gv.mutable_data_ptr();
+    with_dtype(params.dtype, [&](auto type) {
       run_backward<RealOf<type.value>>(arguments, params, data_or_null(given.gstate_out), gw.mutable_data_ptr(),
                                        gu.mutable_data_ptr(), gstate.mutable_data_ptr());
     });
@@ -190,24 +188,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& w, con
 Tensor step(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Tensor& state,
             const std::optional<Tensor>& r) {
   const TokenArguments arguments(w, u, k, v, state, r);
-  const auto& [dtype, C] = std::tie(arguments.dtype, arguments.C);
   const Tensor y = arguments.empty_token();
   if (arguments.nothing_to_do()) return y;
 
   const Tensor given = as_contiguous(state), moved = arguments.empty_state();
-  StepParams params = {.dtype = dtype,
-                       .C = C,
-                       .k = sequence_of(arguments.k),
-                       .v = sequence_of(arguments.v),
-                       .r = arguments.r.has_value() ? sequence_of(*arguments.r) : Sequence{},
-                       .y = y.mutable_data_ptr(),
-                       .state = moved.mutable_data_ptr()};
-  with_dtype(dtype, [&](auto type) {
+  StepParams params{params_of(arguments)};
+  if (arguments.r.has_value()) params.r = sequence_of(*arguments.r);
+  params.y = y.mutable_data_ptr();
+  params.state = moved.mutable_data_ptr();
+  with_dtype(params.dtype, [&](auto type) {
     using Real = RealOf<type.value>;
-    copy_first_states<Real>(data_of(given), params.state, arguments.B, arguments.C);
+    copy_first_states<Real>(data_of(given), params.state, params.B, params.C);
     const ChannelTable<Real> channels(arguments);
     params.channels = channels.rows;
-    for_each(work_items_of(arguments), [&](const WorkItem& item) { selected_kernels().step(params, item); });
+    for_each(work_items_of(params), [&](const WorkItem& item) { selected_kernels().step(params, item); });
   });
   // By torch, which counts the state's versions for autograd.
   copy(moved, state);
