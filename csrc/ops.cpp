@@ -24,7 +24,7 @@ WKV_LIBRARY(WKV_NAMESPACE, m) {
   m.def("wkv_step(Tensor w, Tensor u, Tensor k, Tensor v, Tensor(a!) state, Tensor? r=None) -> Tensor y");
 }
 
-// What this library is, as JSON. The string belongs to the library.
+// The build, as JSON. The string belongs to the library.
 WKV_EXPORTED const char* rwkv_kernels_build_info() {
   static const std::string info = [] {
     std::string sets, intervals;

@@ -55,9 +55,15 @@ def test_pybind11_stays_in_the_introspection_module() -> None:
     assert users == {"introspection.cpp"}
 
 
-def test_the_maths_header_needs_the_standard_library_only() -> None:
-    for name in ("common/math.h", "common/params.h"):
-        assert not re.findall(r'#include "', (CSRC / name).read_text())
+def test_the_maths_needs_the_standard_library_only() -> None:
+    for name, included in (("math.h", []), ("params.h", []), ("recurrence.h", ["math.h"])):
+        assert re.findall(r'#include "(.+)"', (CSRC / "common" / name).read_text()) == included
+
+
+def test_arithmetic_of_the_cpu_knows_no_tensors() -> None:
+    included = {path.name: re.findall(r'#include "(.+)"', path.read_text()) for path in (CSRC / "cpu").iterdir()}
+    assert {name for name, headers in included.items() if "../common/checks.h" in headers} == {"op.cpp"}
+    assert {name for name, headers in included.items() if "../common/math.h" in headers} == {"joins.h"}
 
 
 def _imports(module: str) -> set[str]:

@@ -68,7 +68,7 @@ def cases() -> Iterator[Case]:
         yield Case(*shape, dtype, threads=threads)
     for dtype, w_dtype, u_dtype in itertools.product(DTYPES, repeat=3):
         yield Case(2, 70, 37, dtype, w_dtype, u_dtype)
-    # One span, and spans that are joined.
+    # One chunk, and chunks that are joined.
     for shape, dtype in itertools.product([(2, 70, 37), (1, 2100, 64)], DTYPES):
         base = Case(*shape, dtype, threads=4)
         yield from (replace(base, state=state) for state in ("none", *STATES))

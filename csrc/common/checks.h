@@ -1,5 +1,5 @@
-// What a kernel may rely on, checked before one starts. rwkv_kernels.functional explains errors to users of the public
-// functions; these checks keep a direct call of the operators from touching memory it should not.
+// Checks of everything that kernels rely on, before one starts. rwkv_kernels.functional explains errors to users of the
+// public functions; these checks keep a direct call of the operators from touching memory it should not.
 #pragma once
 
 #include <optional>
@@ -17,8 +17,8 @@ inline void check_like(const char* name, const Tensor& tensor, const Sizes& shap
   require(where == device, name, ": expected device ", device, " as k, got ", where);
 }
 
-// What forward, backward and step are all given, checked; k and v are laid out as the kernels take them: [B, T, C], or
-// [B, C] for the one token of a step, with contiguous channels.
+// The arguments that forward, backward and step share, checked. k and v are [B, T, C], or [B, C] for the one token of a
+// step, with contiguous channels.
 struct Arguments {
   DType dtype, w_dtype, u_dtype;
   Device device;
@@ -69,7 +69,7 @@ inline Sequence sequence_of(const Tensor& tensor) {
   return {data_of(tensor), tensor.stride(0), tensor.dim() == 3 ? tensor.stride(1) : 0};
 }
 
-// What a step gets: one token, k, v and maybe r [B, C], and the state that it moves on, of any strides.
+// A step's arguments: one token, k, v and maybe r [B, C], and the state that it moves on, of any strides.
 struct TokenArguments : Arguments {
   std::optional<Tensor> r;
 
@@ -89,7 +89,7 @@ struct TokenArguments : Arguments {
   Tensor empty_token() const { return empty({B, C}, dtype, device); }
 };
 
-// What backward gets besides.
+// Backward's further arguments.
 struct GradientArguments {
   Tensor checkpoints, gy;
   std::optional<Tensor> gstate_out;

@@ -1,4 +1,4 @@
-// What the operators ask of torch, in its stable interface alone: tensors, allocation, copies. The interface is C
+// All of torch that the operators use, in its stable interface alone: tensors, allocation, copies. The interface is C
 // functions behind thin C++ classes; a library that uses nothing else loads in every torch from 2.11 on, whatever the
 // version or the compiler of either.
 //
