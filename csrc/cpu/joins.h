@@ -49,16 +49,27 @@ void for_each_channel(int64_t B, int64_t C, const Function& function) {
   }
 }
 
-// The given states [rows, 3, C], or empty ones.
 template <class Real>
-void copy_first_states(const void* given, void* target, int64_t rows, int64_t C) {
-  for_each_channel(rows, C, [&](int64_t row, int64_t c) {
-    const int64_t at = row * 3 * C + c;
-    State<Real> state = empty_state<Real>();
-    if (given != nullptr) state = load_state(static_cast<const Real*>(given) + at, C);
-    if (is_empty(state)) state = empty_state<Real>();
+void fill_empty_states(void* target, int64_t rows, int64_t C) {
+  const State<Real> empty = empty_state<Real>();
+  for (int64_t row = 0; row < rows; ++row) {
+    Real* const at = static_cast<Real*>(target) + row * 3 * C;
+    std::fill_n(at, C, empty.sums.num);
+    std::fill_n(at + C, C, empty.sums.den);
+    std::fill_n(at + 2 * C, C, empty.max);
+  }
+}
+
+// The given states [B, 3, C], or empty ones where `given` is null.
+template <class Real>
+void copy_first_states(const void* given, void* target, int64_t B, int64_t C) {
+  if (given == nullptr) return fill_empty_states<Real>(target, B, C);
+  for_each_channel(B, C, [&](int64_t b, int64_t c) {
+    const int64_t at = b * 3 * C + c;
+    const State<Real> source = load_state(static_cast<const Real*>(given) + at, C);
+    const auto [sums, max] = is_empty(source) ? empty_state<Real>() : source;
     store_state(static_cast<Real*>(target) + at, C,
-                {{canonical_nan(state.sums.num), canonical_nan(state.sums.den)}, canonical_nan(state.max)});
+                {{canonical_nan(sums.num), canonical_nan(sums.den)}, canonical_nan(max)});
   });
 }
 

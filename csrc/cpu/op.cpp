@@ -99,7 +99,7 @@ void run_forward(const Arguments& arguments, ForwardParams params) {
   params.channels = channels.rows;
   params.states = is_cut ? states.data() : params.state_out;
   if (is_cut) {
-    copy_first_states<Real>(nullptr, params.states, rows, params.C);
+    fill_empty_states<Real>(params.states, rows, params.C);
     ForwardParams sums = params;
     sums.y = nullptr;
     for_each(items, [&](const WorkItem& item) {
