@@ -105,6 +105,18 @@ def test_a_split_over_time_equals_the_oracle(dtype: torch.dtype, log_decay: floa
         assert torch.equal(value, found[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_checkpoints_are_the_states_after_each_interval_and_after_all_steps(dtype: torch.dtype) -> None:
+    T, interval = 300, checkpoint_interval(dtype)
+    x = make(Problem(B=2, T=T, C=70, with_state=True), dtype)
+    forward = torch.ops.rwkv_kernels.wkv_forward
+    checkpoints = forward(*x.inputs, True)[2]
+    ends = [*range(interval, T, interval), T]
+    assert checkpoints.shape[1] == len(ends)
+    for i, end in enumerate(ends):
+        assert torch.equal(checkpoints[:, i], forward(x.w, x.u, x.k[:, :end], x.v[:, :end], x.state, False)[1]), end
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_the_plan_covers_every_element_once(seed: int) -> None:
     draw = random.Random(seed)
