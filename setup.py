@@ -1,4 +1,4 @@
-"""Builds the libraries of csrc/sources.txt; everything else about the package is in pyproject.toml.
+"""Builds the libraries of csrc/; everything else about the package is in pyproject.toml.
 
 They use torch's stable ABI alone and know no Python: one build serves every torch from 2.11 on and every Python. The
 CUDA kernels are a library of their own, built where a CUDA toolkit and a CUDA build of torch are found, whether or not
@@ -106,15 +106,14 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-def sources(library: str) -> list[str]:
-    rows = (line.split() for line in (ROOT / "csrc" / "sources.txt").read_text().splitlines())
-    return [source for name, source in rows if name == library]
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
 
 
 def operators() -> Extension:
     return Extension(
         "rwkv_kernels.librwkv_kernels",
-        sources("operators"),
+        sources("ops.cpp", "cpu/*.cpp"),
         language="c++",
         define_macros=macros(),
         include_dirs=cpp_extension.include_paths(),
@@ -133,7 +132,7 @@ def cuda(toolkit: cuda_toolkit.Toolkit) -> Extension:
     torch.version.cuda = toolkit.version
     return Extension(
         f"rwkv_kernels.librwkv_kernels_cuda{toolkit.version.split('.')[0]}",
-        sources("cuda"),
+        sources("cuda/*.cpp", "cuda/*.cu"),
         language="c++",
         define_macros=[
             *macros(),
@@ -155,7 +154,7 @@ def introspection() -> Extension:
         raise SystemExit("an in-place build makes rwkv_kernels._introspection too: `pip install pybind11`") from error
     return Extension(
         "rwkv_kernels._introspection",
-        sources("introspection"),
+        sources("introspection.cpp", "cpu/plan.cpp"),
         language="c++",
         include_dirs=[pybind11.get_include()],
         extra_compile_args=FLAGS,

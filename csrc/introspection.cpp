@@ -8,27 +8,22 @@
 #include "gpu/plan.h"
 
 namespace py = pybind11;
+using namespace py::literals;
 
 namespace wkv {
 namespace {
 
 DType parse_dtype(const std::string& name) {
-  if (name == "float32") return DType::float32;
-  if (name == "float16") return DType::float16;
-  if (name == "bfloat16") return DType::bfloat16;
-  if (name == "float64") return DType::float64;
+  for (const DType dtype : kDTypes) {
+    if (name == name_of(dtype)) return dtype;
+  }
   throw py::value_error("dtype: expected float32, float16, bfloat16 or float64, got " + name);
 }
 
 py::dict plan_of_cpu(const std::string& dtype, int64_t B, int64_t T, int64_t C, int64_t threads) {
-  const CpuPlan plan = plan_cpu(parse_dtype(dtype), B, T, C, threads);
-  py::dict result;
-  result["threads"] = plan.threads;
-  result["channel_tile"] = plan.channel_tile;
-  result["tiles"] = plan.tiles;
-  result["span_steps"] = plan.span_steps;
-  result["spans"] = plan.spans;
-  return result;
+  const cpu::Plan plan = cpu::make_plan(parse_dtype(dtype), B, T, C, threads);
+  return py::dict("threads"_a = plan.threads, "column_channels"_a = plan.column_channels, "columns"_a = plan.columns,
+                  "chunk_steps"_a = plan.chunk_steps, "chunks"_a = plan.chunks);
 }
 
 constexpr DeviceLimits kH100 = {
@@ -52,25 +47,16 @@ Operation parse_operation(const std::string& name) {
 py::dict plan_of_cuda(const std::string& operation, const std::string& dtype, int64_t B, int64_t T, int64_t C,
                       const py::object& limits) {
   const Plan plan = make_plan(parse_operation(operation), parse_dtype(dtype), B, T, C, parse_limits(limits));
-  py::dict result;
-  result["warps"] = plan.warps;
-  result["tile_steps"] = plan.tile_steps;
-  result["chunk_tiles"] = plan.chunk_tiles;
-  result["chunks"] = plan.chunks;
-  result["channel_tiles"] = plan.channel_tiles;
-  result["anchor"] = plan.anchor;
-  result["threads"] = plan.threads;
-  result["shared_bytes"] = plan.shared_bytes;
-  result["workspace_bytes"] = plan.partial_bytes + plan.exchange_bytes;
-  return result;
+  return py::dict("warps"_a = plan.warps, "tile_steps"_a = plan.tile_steps, "chunk_tiles"_a = plan.chunk_tiles,
+                  "chunks"_a = plan.chunks, "channel_tiles"_a = plan.channel_tiles, "anchor"_a = plan.anchor,
+                  "threads"_a = plan.threads, "shared_bytes"_a = plan.shared_bytes,
+                  "workspace_bytes"_a = plan.partial_bytes + plan.exchange_bytes);
 }
 
 }  // namespace
-
 }  // namespace wkv
 
 PYBIND11_MODULE(_introspection, m) {
-  m.def("plan_cpu", &wkv::plan_of_cpu, py::arg("dtype"), py::arg("B"), py::arg("T"), py::arg("C"), py::arg("threads"));
-  m.def("plan_cuda", &wkv::plan_of_cuda, py::arg("operation"), py::arg("dtype"), py::arg("B"), py::arg("T"),
-        py::arg("C"), py::arg("limits") = py::none());
+  m.def("plan_cpu", &wkv::plan_of_cpu, "dtype"_a, "B"_a, "T"_a, "C"_a, "threads"_a);
+  m.def("plan_cuda", &wkv::plan_of_cuda, "operation"_a, "dtype"_a, "B"_a, "T"_a, "C"_a, "limits"_a = py::none());
 }

@@ -24,25 +24,21 @@ WKV_LIBRARY(WKV_NAMESPACE, m) {
   m.def("wkv_step(Tensor w, Tensor u, Tensor k, Tensor v, Tensor(a!) state, Tensor? r=None) -> Tensor y");
 }
 
-// What this library is, as JSON. The string belongs to the library.
+// The build, as JSON. The string belongs to the library.
 WKV_EXPORTED const char* rwkv_kernels_build_info() {
   static const std::string info = [] {
     std::string sets, intervals;
-    for (const wkv::CpuKernels* kernels :
-         {wkv::cpu_kernels_baseline(), wkv::cpu_kernels_avx2(), wkv::cpu_kernels_avx512()}) {
+    for (const wkv::cpu::Kernels* kernels : wkv::cpu::built_kernels()) {
       if (kernels != nullptr) sets += std::string(sets.empty() ? "\"" : ", \"") + kernels->name + "\"";
     }
-    for (const auto& [name, dtype] : {std::pair{"float32", wkv::DType::float32},
-                                      {"float16", wkv::DType::float16},
-                                      {"bfloat16", wkv::DType::bfloat16},
-                                      {"float64", wkv::DType::float64}}) {
-      intervals += std::string(intervals.empty() ? "\"" : ", \"") + name +
+    for (const wkv::DType dtype : wkv::kDTypes) {
+      intervals += std::string(intervals.empty() ? "\"" : ", \"") + wkv::name_of(dtype) +
                    "\": " + std::to_string(wkv::checkpoint_interval(dtype));
     }
     return std::string("{\"namespace\": \"" WKV_STRING(WKV_NAMESPACE) "\", \"torch\": \"" TORCH_VERSION
                                                                       "\", \"compiler\": \"" WKV_COMPILER
                                                                       "\", \"cpu_instruction_sets\": [") +
-           sets + "], \"cpu_instruction_set\": \"" + wkv::selected_cpu_kernels().name +
+           sets + "], \"cpu_instruction_set\": \"" + wkv::cpu::selected_kernels().name +
            "\", \"checkpoint_intervals\": {" + intervals + "}}";
   }();
   return info.c_str();

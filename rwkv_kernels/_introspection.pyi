@@ -2,10 +2,10 @@ from typing import TypedDict
 
 class CpuPlan(TypedDict):
     threads: int
-    channel_tile: int
-    tiles: int
-    span_steps: int
-    spans: int
+    column_channels: int
+    columns: int
+    chunk_steps: int
+    chunks: int
 
 class DeviceLimits(TypedDict):
     multiprocessors: int

@@ -49,8 +49,9 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("instruction_set", ["avx2", "avx512"])
 def test_the_processor_is_asked_for_all_that_the_compiler_was_told(instruction_set: str) -> None:
-    source = (ROOT / "csrc" / "cpu" / f"isa_{instruction_set}.cpp").read_text()
-    asked = {*re.findall(r'__builtin_cpu_supports\("(\w+)"\)', source), *re.findall(r"processor_has_(\w+)", source)}
+    source = (ROOT / "csrc" / "cpu" / "isa.cpp").read_text()
+    (body, *_) = re.findall(rf"bool runs_{instruction_set}\(\) {{(.*?)}}", source, re.DOTALL)
+    asked = {*re.findall(r'__builtin_cpu_supports\("(\w+)"\)', body), *re.findall(r"processor_has_(\w+)", body)}
     assert asked == _target(instruction_set)
 
 
@@ -86,7 +87,7 @@ def test_results_do_not_depend_on_the_number_of_threads(B: int, C: int, threads:
     expected = solve(tensors, "cpu")
     for count in (2, 3, 4):
         torch.set_num_threads(count)
-        assert _introspection.plan_cpu("bfloat16", B, 600, C, count)["spans"] == 1
+        assert _introspection.plan_cpu("bfloat16", B, 600, C, count)["chunks"] == 1
         for name, value in solve(tensors, "cpu").items():
             assert torch.equal(value, expected[name]), (count, name)
 
@@ -97,11 +98,23 @@ def test_a_split_over_time_equals_the_oracle(dtype: torch.dtype, log_decay: floa
     T, C = 1700, 50
     tensors = make(Problem(B=1, T=T, C=C, log_decay=log_decay, with_state=True), dtype)
     torch.set_num_threads(4)
-    assert _introspection.plan_cpu(str(dtype).removeprefix("torch."), 1, T, C, 4)["spans"] > 2
+    assert _introspection.plan_cpu(str(dtype).removeprefix("torch."), 1, T, C, 4)["chunks"] > 2
     found = solve(tensors, "cpu")
     assert_close(found, oracle(tensors), tensors)
     for name, value in solve(tensors, "cpu").items():
         assert torch.equal(value, found[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_checkpoints_are_the_states_after_each_interval_and_after_all_steps(dtype: torch.dtype) -> None:
+    T, interval = 300, checkpoint_interval(dtype)
+    x = make(Problem(B=2, T=T, C=70, with_state=True), dtype)
+    forward = torch.ops.rwkv_kernels.wkv_forward
+    checkpoints = forward(*x.inputs, True)[2]
+    ends = [*range(interval, T, interval), T]
+    assert checkpoints.shape[1] == len(ends)
+    for i, end in enumerate(ends):
+        assert torch.equal(checkpoints[:, i], forward(x.w, x.u, x.k[:, :end], x.v[:, :end], x.state, False)[1]), end
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -113,10 +126,10 @@ def test_the_plan_covers_every_element_once(seed: int) -> None:
         threads = draw.choice([1, 2, 3, 8, 64, 192])
         plan = _introspection.plan_cpu(dtype, B, T, C, threads)
         interval = checkpoint_interval(dtype)
-        assert plan["channel_tile"] % 64 == 0 and plan["span_steps"] % interval == 0
-        assert (plan["tiles"] - 1) * plan["channel_tile"] < C <= plan["tiles"] * plan["channel_tile"]
-        assert (plan["spans"] - 1) * plan["span_steps"] < T <= plan["spans"] * plan["span_steps"]
-        if plan["spans"] > 1:
+        assert plan["column_channels"] % 64 == 0 and plan["chunk_steps"] % interval == 0
+        assert (plan["columns"] - 1) * plan["column_channels"] < C <= plan["columns"] * plan["column_channels"]
+        assert (plan["chunks"] - 1) * plan["chunk_steps"] < T <= plan["chunks"] * plan["chunk_steps"]
+        if plan["chunks"] > 1:
             assert threads > B * -(-C // 64), "split over time although the channels keep the threads busy"
 
 
@@ -125,7 +138,7 @@ def test_the_plan_covers_every_element_once(seed: int) -> None:
 )
 def test_the_plan_keeps_threads_busy(B: int, T: int, C: int, threads: int, idle: float) -> None:
     plan = _introspection.plan_cpu("float32", B, T, C, threads)
-    units = B * plan["tiles"] * plan["spans"]
+    units = B * plan["columns"] * plan["chunks"]
     assert units / (-(-units // threads) * threads) >= 1 - idle
 
 

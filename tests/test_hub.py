@@ -209,10 +209,10 @@ def test_kernel_builder_is_told_every_source() -> None:
     tomllib = pytest.importorskip("tomllib", reason="this Python is older than 3.11")
     configuration = tomllib.loads((ROOT / "hub" / "build.toml").read_text())
     shared, of_cuda = configuration["torch"]["src"], configuration["kernel"]["wkv_cuda"]["src"]
-    rows = [line.split() for line in (ROOT / "csrc" / "sources.txt").read_text().splitlines()]
-    for library, named in (("operators", shared), ("cuda", of_cuda)):
+    for folder, others, named in (("cpu", {"csrc/ops.cpp"}, shared), ("cuda", set(), of_cuda)):
         named = [path for path in named if path.startswith("csrc/") and not path.endswith(INCLUDED)]
-        assert named == [source for name, source in rows if name == library]
+        in_folder = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / folder).glob("*.c*")}
+        assert set(named) == in_folder | others and len(named) == len(set(named))
     headers = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in INCLUDED}
     listed = [path for path in shared + of_cuda if path.endswith(INCLUDED)]
     assert set(listed) == headers and len(listed) == len(headers)

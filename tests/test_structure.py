@@ -17,11 +17,14 @@ def _sources(*patterns: str) -> list[Path]:
     return sorted(path for pattern in patterns for path in CSRC.rglob(pattern))
 
 
-def test_the_manifest_lists_every_translation_unit() -> None:
-    rows = [line.split() for line in (CSRC / "sources.txt").read_text().splitlines()]
-    assert {library for library, _ in rows} == {"operators", "cuda", "introspection"}
-    assert {source for _, source in rows} == {str(path.relative_to(ROOT)) for path in _sources("*.cpp", "*.cu")}
-    assert {library for library, source in rows if source.startswith("csrc/cuda/")} == {"cuda"}, "needs a toolkit"
+def test_every_translation_unit_is_in_a_library_of_both_builds() -> None:
+    setup = re.findall(r"[( ]sources\((.+)\),", (ROOT / "setup.py").read_text())
+    by_setup = [set(re.findall(r'"(.+?)"', arguments)) for arguments in setup]
+    assert len(by_setup) == 3 and set().union(
+        *(CSRC.glob(pattern) for patterns in by_setup for pattern in patterns)
+    ) == {*_sources("*.cpp", "*.cu")}
+    cmake = re.findall(r"add_(?:torch_library|module)\((.+)\)", (ROOT / "CMakeLists.txt").read_text())
+    assert [set(re.findall(r"csrc/(\S+)", arguments)) for arguments in cmake if "csrc/" in arguments] == by_setup
 
 
 def test_torch_is_used_by_its_stable_interface_alone_and_in_the_glue_alone() -> None:
@@ -52,9 +55,15 @@ def test_pybind11_stays_in_the_introspection_module() -> None:
     assert users == {"introspection.cpp"}
 
 
-def test_the_maths_header_needs_the_standard_library_only() -> None:
-    for name in ("common/math.h", "common/params.h"):
-        assert not re.findall(r'#include "', (CSRC / name).read_text())
+def test_the_maths_needs_the_standard_library_only() -> None:
+    for name, included in (("math.h", []), ("params.h", []), ("recurrence.h", ["math.h"])):
+        assert re.findall(r'#include "(.+)"', (CSRC / "common" / name).read_text()) == included
+
+
+def test_arithmetic_of_the_cpu_knows_no_tensors() -> None:
+    included = {path.name: re.findall(r'#include "(.+)"', path.read_text()) for path in (CSRC / "cpu").iterdir()}
+    assert {name for name, headers in included.items() if "../common/checks.h" in headers} == {"op.cpp"}
+    assert {name for name, headers in included.items() if "../common/math.h" in headers} == {"joins.h"}
 
 
 def _imports(module: str) -> set[str]:

@@ -16,16 +16,15 @@ MACROS += ["-DUSE_CUDA", '-DWKV_CUDA_ARCHITECTURES="9.0"']  # which the operator
 
 
 def main(compiler: str) -> None:
-    libraries = ["operators"]
+    patterns = ["ops.cpp", "cpu/*.cpp"]
     folders = cpp_extension.include_paths()
     toolkit = cuda_toolkit.find_toolkit()
     if toolkit is None:
         print(f"without what goes with CUDA kernels: {cuda_toolkit.NO_TOOLKIT}")
     else:
-        libraries.append("cuda")
+        patterns.append("cuda/*.cpp")
         folders.append(str(toolkit.home / "include"))
-    rows = [row.split() for row in (ROOT / "csrc" / "sources.txt").read_text().splitlines()]
-    sources = [source for library, source in rows if library in libraries and source.endswith(".cpp")]
+    sources = [str(path.relative_to(ROOT)) for pattern in patterns for path in sorted((ROOT / "csrc").glob(pattern))]
     command = [compiler, *FLAGS, *MACROS, *(f"-isystem{folder}" for folder in folders)]
 
     def compile_one(source: str) -> int:

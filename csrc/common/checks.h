@@ -1,5 +1,5 @@
-// What a kernel may rely on, checked before one starts. rwkv_kernels.functional explains errors to users of the public
-// functions; these checks keep a direct call of the operators from touching memory it should not.
+// Checks of everything that kernels rely on, before one starts. rwkv_kernels.functional explains errors to users of the
+// public functions; these checks keep a direct call of the operators from touching memory it should not.
 #pragma once
 
 #include <optional>
@@ -17,8 +17,8 @@ inline void check_like(const char* name, const Tensor& tensor, const Sizes& shap
   require(where == device, name, ": expected device ", device, " as k, got ", where);
 }
 
-// What forward, backward and step are all given, checked; k and v are laid out as the kernels take them: [B, T, C], or
-// [B, C] for the one token of a step, with contiguous channels.
+// The arguments that forward, backward and step share, checked. k and v are [B, T, C], or [B, C] for the one token of a
+// step, with contiguous channels.
 struct Arguments {
   DType dtype, w_dtype, u_dtype;
   Device device;
@@ -26,10 +26,9 @@ struct Arguments {
   std::optional<Tensor> state;
   int64_t B, T, C;
 
-  enum class Of { sequence, token };
-
+  // `dimensions` of k and v: 3, or 2 for the one token of a step.
   Arguments(const Tensor& w_, const Tensor& u_, const Tensor& k_, const Tensor& v_, const std::optional<Tensor>& state_,
-            Of of = Of::sequence)
+            int64_t dimensions = 3)
       : dtype(dtype_of("k", k_)),
         w_dtype(dtype_of("w", w_)),
         u_dtype(dtype_of("u", u_)),
@@ -39,13 +38,9 @@ struct Arguments {
         k(k_),
         v(v_) {
     const Sizes sizes = sizes_of(k);
-    if (of == Of::sequence) {
-      require(sizes.count == 3, "k: expected shape [B, T, C], got ", sizes);
-    } else {
-      require(sizes.count == 2, "k: expected shape [B, C], got ", sizes);
-    }
+    require(sizes.count == dimensions, "k: expected shape ", dimensions == 3 ? "[B, T, C]" : "[B, C]", ", got ", sizes);
     B = sizes.data[0];
-    T = of == Of::sequence ? sizes.data[1] : 1;
+    T = dimensions == 3 ? sizes.data[1] : 1;
     C = sizes.data[sizes.count - 1];
     check_like("v", v, sizes, dtype, device);
     check_like("w", w, sizes_of({C}), w_dtype, device);
@@ -74,13 +69,13 @@ inline Sequence sequence_of(const Tensor& tensor) {
   return {data_of(tensor), tensor.stride(0), tensor.dim() == 3 ? tensor.stride(1) : 0};
 }
 
-// What a step gets: one token, k, v and maybe r [B, C], and the state that it moves on, of any strides.
+// A step's arguments: one token, k, v and maybe r [B, C], and the state that it moves on, of any strides.
 struct TokenArguments : Arguments {
   std::optional<Tensor> r;
 
   TokenArguments(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Tensor& moved,
                  const std::optional<Tensor>& r_)
-      : Arguments(w, u, k, v, std::nullopt, Of::token) {
+      : Arguments(w, u, k, v, std::nullopt, 2) {
     check_like("state", moved, sizes_of({B, 3, C}), state_type(dtype), device);
     for (int64_t i = 0; i < 3; ++i) {
       require(moved.stride(i) != 0 || moved.size(i) <= 1, "state: expected elements of their own, got an expanded ",
@@ -94,7 +89,7 @@ struct TokenArguments : Arguments {
   Tensor empty_token() const { return empty({B, C}, dtype, device); }
 };
 
-// What backward gets besides.
+// Backward's further arguments.
 struct GradientArguments {
   Tensor checkpoints, gy;
   std::optional<Tensor> gstate_out;

@@ -3,10 +3,8 @@
 //   y_t = (num_t + e^{u+k_t} v_t) / (den_t + e^{u+k_t})                                    read
 //   (num, den)_{t+1} = e^{log_decay} (num, den)_t + e^{k_t} (v_t, 1)                       advance
 //
-// Both lines are one operation: a weighted sum of what is past and what is present, `mix`. They differ in the weights
-// alone, and so do the two ways to keep the exponentials in range: a maximum that follows every step (`weigh`), or one
-// reference shared by a tile of steps (`SharedScale`). The true sums are num·e^max and den·e^max, which is one state
-// however max is chosen; docs/wkv.md derives all of this.
+// Both lines are one operation: a weighted sum of what is past and what is present, `mix`; they differ in the weights
+// alone. The true sums are num·e^max and den·e^max, one state however max is chosen; docs/wkv.md derives all of this.
 //
 // `Real` is float, double or a SIMD vector of either. This header owns the formulas and knows nothing of tensors,
 // threads or memory.
@@ -26,13 +24,6 @@ namespace wkv {
 inline constexpr double kEmptyMax = -1e38;
 
 inline constexpr double kLog2E = 1.44269504088896340736;
-
-// A tile may share one exponent while its logits spread over at most e^60: below a float32 weight of e^-60 there is
-// still room for terms 2^-24 times smaller above the smallest normal number, e^-87.3.
-inline constexpr double kSharedSpread = 60.0;
-
-// What a channel's constants may multiply weights by is at most e^30 and at least e^-30: sums have room for that.
-inline constexpr double kModerateLogit = 30.0;
 
 // ---- a scalar as a Real; a vector type brings its own ----
 
@@ -94,6 +85,24 @@ struct State {
 };
 
 template <class Real>
+WKV_HD State<Real> empty_state() {
+  return {{Real(0), Real(0)}, Real(kEmptyMax)};
+}
+
+// Whatever num and max are: a step adds at least its own weight to den.
+template <class Real>
+WKV_HD auto is_empty(State<Real> state) {
+  return state.sums.den == Real(0);
+}
+
+// A state from outside, with max in range where it is empty.
+template <class Real>
+WKV_HD State<Real> or_empty(State<Real> given) {
+  const auto empty = is_empty(given);
+  return {{select(empty, Real(0), given.sums.num), given.sums.den}, select(empty, Real(kEmptyMax), given.max)};
+}
+
+template <class Real>
 struct Weights {
   Real past, present;
 };
@@ -110,6 +119,13 @@ WKV_HD Weights<Real> weigh(Real past_log, Real present_log) {
 template <class Real>
 WKV_HD Sums<Real> mix(Sums<Real> past, Weights<Real> weights, Real v) {
   return {weights.present * v + weights.past * past.num, weights.past * past.den + weights.present};
+}
+
+// y of the step whose sums before it are `past`.
+template <class Real>
+WKV_HD Real read(Sums<Real> past, Weights<Real> weights, Real v) {
+  const Sums<Real> now = mix(past, weights, v);
+  return now.num / now.den;
 }
 
 // The weight of a logit r beside one of 0: in range, and exactly 0 or 1 at the ends.
@@ -164,81 +180,5 @@ template <class Real>
 WKV_HD Real key_logit(Real k) {
   return select(k == Real(INFINITY), Real(NAN), k);
 }
-
-// What a step's weights are made of, per channel.
-template <class Real>
-struct Channel {
-  Real log_decay, u;
-
-  WKV_HD auto is_moderate() const { return abs(u) - log_decay <= Real(kModerateLogit); }
-};
-
-template <class Real>
-struct StepWeights {
-  Weights<Real> read, advance;
-};
-
-// The scales below answer the same questions, so that a walk over time is written once. `at` is what a scale has to
-// know of a step to name its weights, and all that the backward walk remembers of its key.
-
-// The classic form, right for any input: max is the largest decayed logit so far. Two exponentials a step, or one where
-// the channel is moderate: y is a ratio, so the weights of a read may have any factor in common, and with a certain one
-// they are those of advance, the present lifted.
-template <class Real>
-struct RunningScale {
-  Channel<Real> channel;
-  bool lifts = false;  // as is right for a moderate channel
-  Real lift{};         // e^{u + log_decay}
-
-  WKV_HD Real logit(Real k) const { return key_logit(k); }
-  WKV_HD Real at(Real max, Real k) const { return max - k; }
-  WKV_HD StepWeights<Real> weights(Real lead) const {
-    const Weights<Real> advance = weigh(lead + channel.log_decay, Real(0));
-    if (lifts) [[likely]] {
-      return {{advance.past, lift * advance.present}, advance};
-    }
-    return {weigh(lead, channel.u), advance};
-  }
-  WKV_HD Real next_max(Real max, Real k) const { return larger(k, max + channel.log_decay); }
-};
-
-// One reference for a tile of steps: e^{k - reference} serves read and advance alike. One exponential a step.
-template <class Real>
-struct SharedScale {
-  Real reference_log2;  // log2(e) times the reference
-  Real decay;           // e^log_decay
-  Real bonus;           // e^u
-
-  // Where a tile fits there is no +inf.
-  WKV_HD Real logit(Real k) const { return k; }
-  WKV_HD Real weight(Real logit) const { return exp2_clamped(logit * Real(kLog2E) - reference_log2); }
-  WKV_HD Real at(Real, Real k) const { return weight(k); }
-  WKV_HD StepWeights<Real> weights(Real key_weight) const {
-    return {{Real(1), bonus * key_weight}, {decay, key_weight}};
-  }
-  WKV_HD Real next_max(Real max, Real) const { return max; }
-};
-
-// A tile's logits: their largest value, and the smallest that the running max takes in it.
-template <class Real>
-struct TileRange {
-  Real highest, running, lowest;
-
-  WKV_HD static TileRange from(Real max) { return {max, max, Real(-kEmptyMax)}; }
-  WKV_HD void add(Channel<Real> channel, Real k) {
-    running = larger(k, running + channel.log_decay);
-    highest = larger(k, highest);
-    lowest = smaller(running, lowest);
-  }
-  // Above every logit that the tile meets, u + k included.
-  WKV_HD Real reference(Channel<Real> channel) const { return highest + larger(channel.u, Real(0)); }
-  // |u|, because the bonus may lift the reference or lower the only weight there is; u once more where it is positive,
-  // because it also lifts weights that are held at the smallest float. False without any weight and for a key of +inf,
-  // which belong to RunningScale. NaN may pass: it stays NaN in either scale.
-  WKV_HD auto fits(Channel<Real> channel) const {
-    const Real least = select(lowest >= Real(kEmptyMax / 2), lowest, Real(-INFINITY));
-    return highest - least + abs(channel.u) + larger(channel.u, Real(0)) <= Real(kSharedSpread);
-  }
-};
 
 }  // namespace wkv

@@ -1,17 +1,43 @@
-// What every kernel is told: sizes, strides, element type and raw pointers. Knows nothing of torch.
+// Element types, what they are accumulated in, checkpoints, and how a sequence lies in memory. Knows nothing of torch.
 #pragma once
 
 #include <cstdint>
+#include <tuple>
 #include <type_traits>
 
 namespace wkv {
 
 enum class DType { float32, float16, bfloat16, float64 };
+inline constexpr DType kDTypes[] = {DType::float32, DType::float16, DType::bfloat16, DType::float64};
+inline constexpr const char* kDTypeNames[] = {"float32", "float16", "bfloat16", "float64"};
+constexpr const char* name_of(DType dtype) { return kDTypeNames[static_cast<int>(dtype)]; }
+
+// The C++ type of an element; processors have 16-bit numbers of their own.
+template <DType dtype, class Half, class Bfloat16>
+using ElementOf = std::tuple_element_t<static_cast<int>(dtype), std::tuple<float, Half, Bfloat16, double>>;
+
+// Calls function(dtype), with the dtype as a constant: its type has it as `value`.
+template <class Function>
+constexpr auto with_dtype(DType dtype, const Function& function) {
+  switch (dtype) {
+    case DType::float32:
+      return function(std::integral_constant<DType, DType::float32>{});
+    case DType::float16:
+      return function(std::integral_constant<DType, DType::float16>{});
+    case DType::bfloat16:
+      return function(std::integral_constant<DType, DType::bfloat16>{});
+    default:
+      return function(std::integral_constant<DType, DType::float64>{});
+  }
+}
 
 constexpr int64_t element_bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 // States, parameters and every accumulation: float64 for float64, float32 for the rest.
-constexpr int64_t state_bytes(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
+constexpr DType state_type(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
+constexpr int64_t state_bytes(DType dtype) { return element_bytes(state_type(dtype)); }
+template <DType dtype>
+using RealOf = std::conditional_t<dtype == DType::float64, double, float>;
 
 // Backward replays from a saved state every so many steps: 3 · state_bytes / interval = 12/64 bytes per element.
 constexpr int64_t checkpoint_interval(DType dtype) { return 16 * state_bytes(dtype); }
@@ -36,37 +62,6 @@ constexpr Integer checkpoint_row(DType dtype, Integer T, Integer b, Integer t) {
 struct Sequence {
   const void* data;
   int64_t batch_stride, time_stride;  // in elements
-};
-
-// Pointers marked "state" are state_bytes wide, those marked "element" are of `dtype`; outputs are contiguous.
-struct ForwardProblem {
-  DType dtype;
-  int64_t B, T, C;
-  Sequence k, v;      // element [B, T, C]
-  void* y;            // element [B, T, C] or null for the state alone
-  void* state_out;    // state [B, 3, C]
-  void* checkpoints;  // state [B, checkpoint_count, 3, C] or null
-};
-
-struct StepProblem {
-  DType dtype;
-  int64_t C;
-  Sequence k, v;  // element [B, 1, C]
-  Sequence r;     // element [B, 1, C], or null where nothing gates y
-  void* y;        // element [B, C]
-  void* state;    // state [B, 3, C], overwritten by the one after the token
-};
-
-struct BackwardProblem {
-  DType dtype;
-  int64_t B, T, C;
-  Sequence k, v, gy;
-  const void* state;        // state [B, 3, C], the first one
-  const void* checkpoints;  // as forward left them
-  void* gw;                 // state [C], with respect to the raw decay
-  void* gu;                 // state [C]
-  void* gk;                 // element [B, T, C]
-  void* gv;                 // element [B, T, C]
 };
 
 }  // namespace wkv

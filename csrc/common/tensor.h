@@ -1,4 +1,4 @@
-// What the operators ask of torch, in its stable interface alone: tensors, allocation, copies. The interface is C
+// All of torch that the operators use, in its stable interface alone: tensors, allocation, copies. The interface is C
 // functions behind thin C++ classes; a library that uses nothing else loads in every torch from 2.11 on, whatever the
 // version or the compiler of either.
 //
@@ -47,20 +47,14 @@ inline int32_t torch_type_of(const Tensor& tensor) {
 
 inline DType dtype_of(const char* name, const Tensor& tensor) {
   const int32_t type = torch_type_of(tensor);
-  for (const DType dtype : {DType::float32, DType::float16, DType::bfloat16, DType::float64}) {
+  for (const DType dtype : kDTypes) {
     if (type == torch_type(dtype)) return dtype;
   }
   require(false, name, ": expected float32, float16, bfloat16 or float64, got ", tensor.scalar_type());
   return DType::float32;
 }
 
-// The type of states, parameters and every accumulation.
-constexpr DType state_type(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
-
-inline std::ostream& operator<<(std::ostream& stream, DType dtype) {
-  const char* names[] = {"float32", "float16", "bfloat16", "float64"};
-  return stream << names[static_cast<int>(dtype)];
-}
+inline std::ostream& operator<<(std::ostream& stream, DType dtype) { return stream << name_of(dtype); }
 
 struct Device {
   int32_t type, index;

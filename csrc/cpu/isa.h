@@ -1,55 +1,73 @@
-// The interface between the CPU operator, which splits the work, and the kernels, which exist once per instruction set.
+// The interface between the CPU operator, which cuts the work, and its kernels, which exist once per instruction set.
+// Pointers marked "state" are state_bytes wide, those marked "element" are of `dtype`; all but sequences are
+// contiguous.
 #pragma once
 
-#include <cstdint>
+#include <array>
 
-#include "../common/params.h"
+#include "plan.h"
 
-namespace wkv {
+namespace wkv::cpu {
 
-// One thread's work: some channels of one sequence, over some of its steps. t_begin is a multiple of the checkpoint
-// interval.
-struct Span {
-  int64_t b, c_begin, c_end, t_begin, t_end;
-};
-
-// What the walks need of w and u, state_bytes wide, [C] each.
-struct Parameters {
+// A row each, state [C].
+struct Channels {
   const void* log_decay;  // -exp(w)
   const void* u;
   const void* decay;  // exp(log_decay)
   const void* bonus;  // exp(u)
 };
 
-struct CpuKernels {
+// Of every operation.
+struct Params {
+  DType dtype;
+  int64_t B, T, C;
+  Sequence k, v;  // element [B, T, C]
+  Channels channels;
+};
+
+struct ForwardParams : Params {
+  void* y;            // element [B, T, C], or null: the kernel then moves `states` and writes nothing else
+  void* states;       // state [B, chunks, 3, C]: that before each chunk, overwritten by the one after it
+  void* state_out;    // state [B, 3, C]; may be `states` where there is one chunk
+  void* checkpoints;  // state [B, checkpoint_count, 3, C], or null
+};
+
+// T is 1.
+struct StepParams : Params {
+  Sequence r;   // element [B, T, C], or null where nothing gates y
+  void* y;      // element [B, C]
+  void* state;  // state [B, 3, C], overwritten by the one after the token
+};
+
+struct BackwardParams : Params {
+  Sequence gy;              // element [B, T, C]
+  const void* state;        // state [B, 3, C], the first one
+  const void* checkpoints;  // as forward left them
+  void*
+      adjoints;  // state [B, chunks, 2, C]: the gradient of (num, den) after each chunk, overwritten by that before it
+  double* partials;  // [B, chunks, 2, C]: the gradients of log_decay and u are added; null: only `adjoints` are written
+  void *gk, *gv;     // element [B, T, C]
+};
+
+struct Kernels {
   const char* name;
-
-  // Whether this processor has every instruction that the kernels are compiled for, and the operating system keeps the
-  // registers.
-  bool (*runs_here)();
-
-  // Fills decay and bonus from log_decay and u.
-  void (*exponentiate)(DType dtype, int64_t C, const void* log_decay, const void* u, void* decay, void* bonus);
-
-  // Carries `state` [3, C] over the span. Writes y and checkpoints unless `problem.y` is null.
-  void (*forward)(const ForwardProblem& problem, const Parameters& parameters, const Span& span, void* state);
-
-  // The span's one token.
-  void (*step)(const StepProblem& problem, const Parameters& parameters, const Span& span);
-
-  // Carries `adjoint` [2, C], the gradient of the state's (num, den), from after the span to before it. Writes gk and
-  // gv and adds to `gw_gu` [2, C], the gradients of log_decay and u, unless `gw_gu` is null.
-  void (*backward)(const BackwardProblem& problem, const Parameters& parameters, const Span& span, void* adjoint,
-                   double* gw_gu);
+  // Of the rows [4, C] of Channels, fills the last two from the first two.
+  void (*exponentiate)(DType dtype, int64_t C, void* rows);
+  void (*forward)(const ForwardParams& params, const WorkItem& item);
+  void (*step)(const StepParams& params, const WorkItem& item);
+  void (*backward)(const BackwardParams& params, const WorkItem& item);
 };
 
 // Null where the compiler or the processor's family has no such instruction set.
-const CpuKernels* cpu_kernels_baseline();
-const CpuKernels* cpu_kernels_avx2();
-const CpuKernels* cpu_kernels_avx512();
+const Kernels* kernels_baseline();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
 
-// The largest instruction set that is built, is there, and is not above what ATEN_CPU_CAPABILITY, torch's variable for
-// the same purpose, allows: default, avx2 or avx512.
-const CpuKernels& selected_cpu_kernels();
+// From the smallest instruction set to the largest.
+inline std::array<const Kernels*, 3> built_kernels() { return {kernels_baseline(), kernels_avx2(), kernels_avx512()}; }
 
-}  // namespace wkv
+// Of the largest instruction set that is built, that the processor has, and that ATEN_CPU_CAPABILITY, torch's variable
+// for the same purpose, allows: default, avx2 or avx512.
+const Kernels& selected_kernels();
+
+}  // namespace wkv::cpu

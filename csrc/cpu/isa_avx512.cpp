@@ -1,5 +1,4 @@
-// The walks for x86-64 with AVX-512. The instruction set is chosen here and not by a compiler flag, so that every build
-// system compiles the same list of files with the same flags; standard headers come first, to stay free of it.
+// The kernels for x86-64 with AVX-512, as isa_avx2.cpp has them for AVX2.
 #include "isa.h"
 
 #if defined(__x86_64__)
@@ -17,17 +16,6 @@
 #include <cmath>
 #include <cstring>
 
-#include "processor.h"
-
-namespace wkv::avx512 {
-// Asks for what the next lines take for granted, and is compiled without it.
-static bool runs_here() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") &&
-         processor_has_f16c();
-}
-}  // namespace wkv::avx512
-
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), \
                              apply_to = function)
@@ -35,14 +23,13 @@ static bool runs_here() {
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 #endif
 #define WKV_ISA avx512
-#define WKV_ISA_NAME "avx512"
 #define WKV_SIMD_BYTES 64
 #include "kernel.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
 
-const wkv::CpuKernels* wkv::cpu_kernels_avx512() { return &avx512::kKernels; }
+const wkv::cpu::Kernels* wkv::cpu::kernels_avx512() { return &avx512::kKernels; }
 #else
-const wkv::CpuKernels* wkv::cpu_kernels_avx512() { return nullptr; }
+const wkv::cpu::Kernels* wkv::cpu::kernels_avx512() { return nullptr; }
 #endif

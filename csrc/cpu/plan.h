@@ -1,20 +1,40 @@
-// How the CPU operator splits its work over threads: a pure function of the problem and the number of threads.
+// How the CPU operator cuts its work for threads: a pure function of the problem and the number of threads.
 #pragma once
 
-#include <cstdint>
+#include <algorithm>
 
 #include "../common/params.h"
 
-namespace wkv {
+namespace wkv::cpu {
 
-struct CpuPlan {
-  int64_t threads;       // that have work worth waking them for
-  int64_t channel_tile;  // channels per unit of work
-  int64_t tiles;         // units per sequence
-  int64_t span_steps;    // steps per span, a multiple of the checkpoint interval
-  int64_t spans;         // 1: no split over time
+struct Plan {
+  int64_t threads;          // that have work worth waking them for
+  int64_t column_channels;  // a column is these channels of one sequence
+  int64_t columns;          // of a sequence
+  int64_t chunk_steps;      // a multiple of the checkpoint interval
+  int64_t chunks;           // of a sequence; 1: time is not cut
 };
 
-CpuPlan plan_cpu(DType dtype, int64_t B, int64_t T, int64_t C, int64_t threads);
+Plan make_plan(DType dtype, int64_t B, int64_t T, int64_t C, int64_t threads);
 
-}  // namespace wkv
+// One thread's work: a chunk of a column of sequence b. `row` counts the chunks of all sequences.
+struct WorkItem {
+  int64_t b, row, c_begin, c_end, t_begin, t_end;
+};
+
+struct WorkItems {
+  Plan plan;
+  int64_t B, T, C;
+
+  int64_t count() const { return B * plan.chunks * plan.columns; }
+  WorkItem operator[](int64_t i) const {
+    const int64_t row = i / plan.columns;
+    const int64_t c_begin = i % plan.columns * plan.column_channels;
+    const int64_t t_begin = row % plan.chunks * plan.chunk_steps;
+    return {row / plan.chunks, row,
+            c_begin,           std::min(c_begin + plan.column_channels, C),
+            t_begin,           std::min(t_begin + plan.chunk_steps, T)};
+  }
+};
+
+}  // namespace wkv::cpu

@@ -1,8 +1,8 @@
 // SIMD vectors of WKV_SIMD_BYTES bytes on the vector extensions of GCC and Clang, with the functions that common/math.h
-// asks of a Real, and loads and stores that convert from and to the element types.
+// takes of a Real, and loads and stores that convert from and to the element types.
 //
-// Everything is inlined and lives in namespace wkv::WKV_ISA: one binary holds this file once per instruction set, and
-// nothing compiled for a larger one may be linked into a smaller one.
+// Everything is inlined and lives in namespace wkv::cpu::WKV_ISA: one binary holds this file once per instruction set,
+// and nothing compiled for a larger one may be linked into a smaller one.
 #pragma once
 
 #if defined(__x86_64__)
@@ -12,11 +12,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #define WKV_INLINE inline __attribute__((always_inline))
 #define WKV_INLINE_LAMBDA __attribute__((always_inline))
 
-namespace wkv {
+namespace wkv::cpu {
 namespace WKV_ISA {
 
 struct Half {
@@ -32,21 +33,10 @@ struct NativeOf {
 };
 
 template <class Real>
-struct IntegerOf;
-template <>
-struct IntegerOf<float> {
-  using type = int32_t;
-};
-template <>
-struct IntegerOf<double> {
-  using type = int64_t;
-};
-
-template <class Real>
 struct Vec {
   static constexpr int lanes = WKV_SIMD_BYTES / sizeof(Real);
   using Native = typename NativeOf<Real, lanes>::type;
-  using NativeInteger = typename NativeOf<typename IntegerOf<Real>::type, lanes>::type;
+  using NativeInteger = typename NativeOf<std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>, lanes>::type;
   struct Mask {
     NativeInteger native;
   };
@@ -120,16 +110,16 @@ WKV_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   return select(x_log2 <= Vec<float>(-126.0f), Vec<float>(0.0f), exp2_clamped(x_log2));
 }
 
-WKV_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
-  Vec<double> result;
-  for (int lane = 0; lane < Vec<double>::lanes; ++lane) result.native[lane] = std::exp(x.native[lane]);
-  return result;
+template <class Function>
+WKV_INLINE Vec<double> lane_by_lane(Vec<double> x, Function function) {
+  for (int lane = 0; lane < Vec<double>::lanes; ++lane) x.native[lane] = function(x.native[lane]);
+  return x;
 }
-
+WKV_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
+  return lane_by_lane(x, [](double a) { return std::exp(a); });
+}
 WKV_INLINE Vec<double> exp2_clamped(Vec<double> x) {
-  Vec<double> result;
-  for (int lane = 0; lane < Vec<double>::lanes; ++lane) result.native[lane] = std::exp2(x.native[lane]);
-  return result;
+  return lane_by_lane(x, [](double a) { return std::exp2(a); });
 }
 
 template <class T, int lanes>
@@ -177,11 +167,11 @@ WKV_INLINE void store(Real* target, Vec<Real> x) {
   std::memcpy(target, &x.native, sizeof x.native);
 }
 
-// To nearest, ties to even. Rounding could carry a NaN with a full lower half into a number, but the walks meet none:
-// NaN of 16-bit inputs and of arithmetic have a lower half of zeros, and op.cpp makes the others so.
+// To nearest, ties to even. Rounding could carry a NaN with a full lower half into a number, but none occurs: NaN of
+// 16-bit inputs and of arithmetic have a lower half of zeros, and canonical_nan makes the others so.
 WKV_INLINE void store(Bfloat16* target, Vec<float> x) {
 #if WKV_SIMD_BYTES == 64
-  // What the lines below mean, by masks; GCC 12 does not find them.
+  // The lines below, by masks, which GCC 12 does not find.
   const __m512i words = (__m512i)x.native;
   const __mmask16 odd = _mm512_test_epi32_mask(words, _mm512_set1_epi32(0x10000));
   const __m512i rounding = _mm512_mask_blend_epi32(odd, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));
@@ -255,4 +245,4 @@ WKV_INLINE void finish_streaming() {
 }
 
 }  // namespace WKV_ISA
-}  // namespace wkv
+}  // namespace wkv::cpu

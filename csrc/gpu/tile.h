@@ -1,6 +1,7 @@
 // What lies between memory and the walks: rows of a tile staged in shared memory, channels' parameters, states.
 #pragma once
 
+#include "../common/recurrence.h"
 #include "pair.h"
 #include "params.h"
 #include "tuning.h"
@@ -167,13 +168,6 @@ struct ChannelRow {
     if (count > 1) at[1] = value.y;
   }
 };
-
-// den == 0 means empty, whatever the other two say.
-template <class Real>
-WKV_HD State<Real> or_empty(State<Real> given) {
-  const auto empty = given.sums.den == Real(0);
-  return {{select(empty, Real(0), given.sums.num), given.sums.den}, select(empty, Real(kEmptyMax), given.max)};
-}
 
 // ---- staging ----
 

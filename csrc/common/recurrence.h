@@ -1,0 +1,115 @@
+// The recurrence over time: the scales in which the exponentials stay in range, and one step forward and back in a
+// scale. Loops over steps, and where they keep what they need again, are the kernels' own.
+#pragma once
+
+#include "math.h"
+
+namespace wkv {
+
+// The logits of steps that share one exponent spread over at most e^60: below a float32 weight of e^-60 there is still
+// room for terms 2^-24 times smaller above the smallest normal number, e^-87.3.
+inline constexpr double kSharedSpread = 60.0;
+
+// A moderate channel's constants multiply weights by at most e^30 and at least e^-30: sums have room for that.
+inline constexpr double kModerateLogit = 30.0;
+
+template <class Real>
+struct Channel {
+  Real log_decay, u;
+
+  WKV_HD auto is_moderate() const { return abs(u) - log_decay <= Real(kModerateLogit); }
+};
+
+template <class Real>
+struct StepWeights {
+  Weights<Real> read, advance;
+};
+
+// The two scales have the same members, so that a loop over time is written once. `at` is all that weights depend on,
+// and all that backward keeps of a step's key.
+
+// The classic form, right for any input: max is the largest decayed logit so far. Two exponentials a step, or one where
+// the channel is moderate: y is a ratio, so the weights of a read may have any factor in common, and with a certain one
+// they are those of advance, the present lifted.
+template <class Real>
+struct RunningScale {
+  Channel<Real> channel;
+  bool lifts = false;  // as is right for a moderate channel
+  Real lift{};         // e^{u + log_decay}
+
+  WKV_HD Real logit(Real k) const { return key_logit(k); }
+  WKV_HD Real at(Real max, Real k) const { return max - k; }
+  WKV_HD StepWeights<Real> weights(Real lead) const {
+    const Weights<Real> advance = weigh(lead + channel.log_decay, Real(0));
+    if (lifts) [[likely]] {
+      return {{advance.past, lift * advance.present}, advance};
+    }
+    return {weigh(lead, channel.u), advance};
+  }
+  WKV_HD Real next_max(Real max, Real k) const { return larger(k, max + channel.log_decay); }
+};
+
+// One reference for a subchunk: e^{k - reference} serves read and advance alike. One exponential a step.
+template <class Real>
+struct SharedScale {
+  Real reference_log2;  // log2(e) times the reference
+  Real decay;           // e^log_decay
+  Real bonus;           // e^u
+
+  // Where logits fit there is no +inf.
+  WKV_HD Real logit(Real k) const { return k; }
+  WKV_HD Real weight(Real logit) const { return exp2_clamped(logit * Real(kLog2E) - reference_log2); }
+  WKV_HD Real at(Real, Real k) const { return weight(k); }
+  WKV_HD StepWeights<Real> weights(Real key_weight) const {
+    return {{Real(1), bonus * key_weight}, {decay, key_weight}};
+  }
+  WKV_HD Real next_max(Real max, Real) const { return max; }
+};
+
+// The logits of a subchunk: the largest, the running maximum after it, and the smallest that this takes in it.
+template <class Real>
+struct LogitRange {
+  Real highest, running, lowest;
+
+  WKV_HD static LogitRange from(Real max) { return {max, max, Real(-kEmptyMax)}; }
+  WKV_HD void add(Channel<Real> channel, Real k) {
+    running = larger(k, running + channel.log_decay);
+    highest = larger(k, highest);
+    lowest = smaller(running, lowest);
+  }
+  // Above every logit of the subchunk, u + k included.
+  WKV_HD Real reference(Channel<Real> channel) const { return highest + larger(channel.u, Real(0)); }
+  // |u|, because the bonus may lift the reference or lower the only weight there is; u once more where it is positive,
+  // because it also lifts weights that are held at the smallest float. False without any weight and for a key of +inf,
+  // which belong to RunningScale. NaN may pass: it stays NaN in either scale.
+  WKV_HD auto fits(Channel<Real> channel) const {
+    const Real least = select(lowest >= Real(kEmptyMax / 2), lowest, Real(-INFINITY));
+    return highest - least + abs(channel.u) + larger(channel.u, Real(0)) <= Real(kSharedSpread);
+  }
+};
+
+// The state after a step whose weights are known.
+template <class Scale, class Real>
+WKV_HD State<Real> advance(const Scale& scale, State<Real> state, Weights<Real> weights, Real k, Real v) {
+  return {mix(state.sums, weights, v), scale.next_max(state.max, k)};
+}
+
+// What backward keeps of a step: the sums before it, and what its weights depend on.
+template <class Real>
+struct SavedStep {
+  Sums<Real> sums;
+  Real at;
+};
+
+// `adjoint` comes as the gradient of the sums after the step and leaves as that of the sums before it.
+template <class Scale, class Real>
+WKV_HD StepGradients<Real> step_adjoint(const Scale& scale, const SavedStep<Real>& before, Real v, Real gy,
+                                        Sums<Real>& adjoint) {
+  const StepWeights<Real> weights = scale.weights(before.at);
+  StepGradients<Real> gradients;
+  advance_adjoint(before.sums, weights.advance, v, adjoint, gradients);
+  read_adjoint(before.sums, weights.read, v, gy, adjoint, gradients);
+  return gradients;
+}
+
+}  // namespace wkv
