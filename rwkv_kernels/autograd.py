@@ -237,6 +237,7 @@ def attach(
         library.impl(forward, forward_autocast, key)
 
     def differentiable(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        refuse_onnx()
         if _untraced():
             if _needs_derivative(w, u, k, v, state):
                 y, state_out, _ = UntracedFunction.apply(w, u, k, v, state)

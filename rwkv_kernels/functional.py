@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import reference
-from .registry import select, step_by_forward
+from ._backends.registry import DTYPES, Forward, select
+from .autograd import refuse_onnx
 
 __all__ = ["empty_state", "wkv", "wkv_step"]
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def _state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -176,6 +175,18 @@ def wkv(
     return (y, state_out) if return_state else y
 
 
+def _step_by_forward(
+    forward: Forward, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None
+) -> Tensor:
+    """A step as a sequence of one token, whose only mutation is a copy to the state."""
+    # In the dtype of the sums, so that the gated result is rounded once.
+    wide_k, wide_v = (x.unsqueeze(1).to(state.dtype) for x in (k, v))
+    y, state_out = forward(w, u, wide_k, wide_v, state)
+    state.copy_(state_out)
+    y = y.squeeze(1)
+    return (y if r is None else torch.sigmoid(r.to(state.dtype)) * y).to(k.dtype)
+
+
 def wkv_step(
     w: Tensor,
     u: Tensor,
@@ -233,10 +244,11 @@ def wkv_step(
     )
     _require(not overlap, ValueError, "state", "elements of their own to write to", "an expanded tensor")
     chosen = select(backend, k)
-    if torch.compiler.is_compiling():
+    if chosen.step is None or torch.compiler.is_compiling():
         # torch.compile loses the symbolic storage offset of a view that a custom operator mutates, and would write to
         # another place of the base. A copy from a functional operator is torch's own mutation, which it keeps right.
-        return step_by_forward(chosen.forward, w, u, k, v, state, r)
+        return _step_by_forward(chosen.forward, w, u, k, v, state, r)
+    refuse_onnx()
     return chosen.step(w, u, k, v, state, r)
 
 

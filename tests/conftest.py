@@ -8,9 +8,10 @@ import torch
 from problems import dtypes_of
 
 import rwkv_kernels
-from rwkv_kernels import triton_backend
+from rwkv_kernels._backends.registry import BACKENDS
+from rwkv_kernels._backends.triton import op
 
-if triton_backend.INTERPRETED:
+if op.INTERPRETED:
     import triton_interpreter
 
     triton_interpreter.repair()
@@ -19,7 +20,7 @@ _calls_by_backend: collections.Counter[str] = collections.Counter()
 
 
 NAMES = [info.name for info in rwkv_kernels.backends()]
-GPU_NAMES = ["cuda"] if triton_backend.INTERPRETED else ["cuda", "triton"]
+GPU_NAMES = [name for name in NAMES if BACKENDS[name].device_type == "cuda"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,7 +44,7 @@ def _start(name: str, request: pytest.FixtureRequest) -> str:
         pytest.skip(f"backend {name} does not compute in {dtype}")
     _calls_by_backend[name] += 1
     if name in GPU_NAMES:
-        torch.set_default_device("cuda")
+        torch.set_default_device(BACKENDS[name].device_type)
         request.addfinalizer(lambda: torch.set_default_device(None))
     return name
 

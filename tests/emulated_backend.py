@@ -18,7 +18,8 @@ import torch
 from problems import checkpoint_interval
 from torch import Tensor
 
-from rwkv_kernels import autograd, registry
+from rwkv_kernels import autograd
+from rwkv_kernels._backends import registry
 
 NAME = "emulated"
 
@@ -50,14 +51,14 @@ _differentiable = autograd.attach(
     _ops.backward.default,
     checkpoint_interval,
 )
-_backend = registry.Backend(NAME, ("cpu",), lambda: None, lambda k: None, _differentiable, _step)
+_backend = registry.Backend(NAME, _differentiable, _step, device_types=("cpu",))
 
 
 @contextmanager
 def emulated(executor: gpu_host.Executor) -> Iterator[str]:
     """The backend's name while it exists."""
     _Current.executor = executor
-    registry.BACKENDS[NAME] = _backend
+    registry.register(_backend)
     try:
         yield NAME
     finally:

@@ -9,13 +9,14 @@ from torch import Tensor
 
 import rwkv_kernels
 from rwkv_kernels import native
+from rwkv_kernels._backends.registry import BACKENDS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
-    """What the backend computes in: Triton's kernels have no float64."""
-    return tuple(dtype for dtype in DTYPES if (backend, dtype) != ("triton", torch.float64))
+    """The dtypes of k that the backend takes."""
+    return BACKENDS[backend].dtypes
 
 
 def widest_dtype(backend: str) -> torch.dtype:

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 import rwkv_kernels
 from benchmarks.latency import PLAIN, gradient_calls
-from rwkv_kernels import reference, registry
+from rwkv_kernels import reference
+from rwkv_kernels._backends import registry
 from rwkv_kernels.nn import RWKV, Block, RWKVState
 
 ARGUMENTS = (0, 1, 2, 3, 4)

@@ -11,8 +11,9 @@ from problems import Problem, assert_close, checkpoint_interval, log_denominator
 from torch import Tensor
 
 import rwkv_kernels
-from rwkv_kernels import native, triton_backend
-from rwkv_kernels.triton_plan import CHECKPOINT_INTERVAL, Plan, make_plan, widths
+from rwkv_kernels import native
+from rwkv_kernels._backends.triton import op
+from rwkv_kernels._backends.triton.plan import CHECKPOINT_INTERVAL, Plan, make_plan, widths
 
 HERE = Path(__file__).parent
 H100 = {"multiprocessors": 132, "warp": 32}
@@ -35,8 +36,8 @@ INTERPRETED = (
 )
 
 
-@pytest.mark.skipif(triton_backend.INTERPRETED, reason="this is the interpreter's run")
-@pytest.mark.skipif(triton_backend.why_unavailable() is None, reason="the compiled kernels pass these tests here")
+@pytest.mark.skipif(op.INTERPRETED, reason="this is the interpreter's run")
+@pytest.mark.skipif(op.why_unavailable() is None, reason="the compiled kernels pass these tests here")
 @pytest.mark.parametrize(
     "names", [["operator"], ["special_values"], ["state", "errors", "torch", "triton"]], ids=" ".join
 )
@@ -69,7 +70,7 @@ def test_all_plans_equal_the_oracle(
     channels: int, chunk_len: int, T: int, C: int, checkpoint: bool, triton: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = Plan(channels, chunk_len, -(-T // chunk_len))
-    monkeypatch.setattr(triton_backend, "plan_for", lambda k: plan)
+    monkeypatch.setattr(op, "plan_for", lambda k: plan)
     tensors = make(Problem(B=1, T=T, C=C, log_decay=-0.02 if C == 3 else None, with_state=True))
     with torch.no_grad():
         y, final = rwkv_kernels.wkv(*tensors.inputs, return_state=True, backend=triton)

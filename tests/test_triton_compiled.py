@@ -10,13 +10,13 @@ from gpu_host import load_ptx_runner
 from problems import Problem, assert_close, assert_tensor_close, log_denominator, make, solve, tolerance
 from torch import Tensor
 
-from rwkv_kernels import triton_backend
-from rwkv_kernels.triton_backend import Launch
-from rwkv_kernels.triton_plan import Plan
+from rwkv_kernels._backends.triton import op
+from rwkv_kernels._backends.triton.op import Launch
+from rwkv_kernels._backends.triton.plan import Plan
 
 triton = pytest.importorskip("triton")
 triton_report = pytest.importorskip("triton_report")
-if triton_backend.INTERPRETED:
+if op.INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 # ---- what they take of a GPU ----
@@ -120,12 +120,12 @@ def test_ptx_equals_the_oracle(name: str, runner: Any) -> None:
     tensors = make(problem, dtype)
     w, u, k, v, state = tensors.inputs
     assert w is not None and u is not None and k is not None and v is not None
-    (y, final, checkpoints), launches = triton_backend.forward(plan, w, u, k, v, state, True)
+    (y, final, checkpoints), launches = op.forward(plan, w, u, k, v, state, True)
     _run(runner, launches)
     scale = log_denominator(final.double())
     gstate = tensors.gstate.clone()
     gstate[:, :2] *= torch.exp(final[:, 2].double() - scale)[:, None]
-    gradients, launches = triton_backend.backward(plan, w, u, k, v, state, checkpoints, tensors.gy, gstate)
+    gradients, launches = op.backward(plan, w, u, k, v, state, checkpoints, tensors.gy, gstate)
     _run(runner, launches)
     found = {"y": y, "state_mean": final[:, 0] / final[:, 1], "state_log_den": log_denominator(final)}
     found |= dict(zip(("gw", "gu", "gk", "gv", "gstate"), gradients, strict=True))
@@ -139,14 +139,13 @@ def test_ptx_the_gauge_of_a_checkpoint_does_not_matter(runner: Any) -> None:
     w, u, k, v, state = tensors.inputs
     assert w is not None and u is not None and k is not None and v is not None
     for plan in (Plan(64, 64, 6), Plan(64, 384, 1)):
-        (_, _, checkpoints), launches = triton_backend.forward(plan, w, u, k, v, state, True)
+        (_, _, checkpoints), launches = op.forward(plan, w, u, k, v, state, True)
         _run(runner, launches)
         moved = checkpoints.clone()
         moved[:, 1:3, :2] *= torch.exp(torch.tensor(5.0))
         moved[:, 1:3, 2] -= 5.0
         found, expected = (
-            triton_backend.backward(plan, w, u, k, v, state, given, tensors.gy, tensors.gstate)
-            for given in (moved, checkpoints)
+            op.backward(plan, w, u, k, v, state, given, tensors.gy, tensors.gstate) for given in (moved, checkpoints)
         )
         _run(runner, found[1] + expected[1])
         for name, a, b in zip(("gw", "gu", "gk", "gv", "gstate"), found[0], expected[0], strict=True):
@@ -160,9 +159,9 @@ def test_ptx_does_not_depend_on_the_order_of_programs_and_threads(runner: Any) -
     assert w is not None and u is not None and k is not None and v is not None
     plan, results = Plan(64, 64, 6), []
     for order in ("fwd", "rev", "random"):
-        (y, final, checkpoints), launches = triton_backend.forward(plan, w, u, k, v, state, True)
+        (y, final, checkpoints), launches = op.forward(plan, w, u, k, v, state, True)
         _run(runner, launches, order)
-        gradients, launches = triton_backend.backward(plan, w, u, k, v, state, checkpoints, tensors.gy, tensors.gstate)
+        gradients, launches = op.backward(plan, w, u, k, v, state, checkpoints, tensors.gy, tensors.gstate)
         _run(runner, launches, order)
         results.append((y, final, checkpoints, *gradients))
     for other in results[1:]:
@@ -181,7 +180,7 @@ def test_ptx_steps_equal_the_oracle(dtype: torch.dtype, gated: bool, runner: Any
     if r is not None:
         expected["y"] *= r.double().sigmoid()[:, None]
     after = state.clone()
-    y, launches = triton_backend.step(w, u, k[:, 0], v[:, 0], after, r)
+    y, launches = op.step(w, u, k[:, 0], v[:, 0], after, r)
     _run(runner, launches)
     found = {"y": y[:, None], "state_mean": after[:, 0] / after[:, 1], "state_log_den": log_denominator(after)}
     assert_close(found, {name: expected[name] for name in found}, tensors)

@@ -33,9 +33,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from rwkv_kernels import triton_backend, triton_kernels
-from rwkv_kernels.triton_backend import Launch
-from rwkv_kernels.triton_plan import LOADED_STEPS, REPLAYED_STEPS, Plan, make_plan, widths
+from rwkv_kernels._backends.triton import kernels, op
+from rwkv_kernels._backends.triton.op import Launch
+from rwkv_kernels._backends.triton.plan import LOADED_STEPS, REPLAYED_STEPS, Plan, make_plan, widths
 
 ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "docs" / "triton-report.md"
@@ -65,15 +65,15 @@ def launches_of(plan: Plan, dtype: torch.dtype, B: int, T: int, C: int) -> list[
     """Every kernel as a call of this size would launch it, forward, backward and one step."""
     w, state = torch.empty(C), torch.empty(B, 3, C)
     k = torch.empty(B, T, C, dtype=dtype)
-    (_, _, checkpoints), forward = triton_backend.forward(plan, w, w, k, k, state, True)
-    _, backward = triton_backend.backward(plan, w, w, k, k, state, checkpoints, k, state)
-    _, step = triton_backend.step(w, w, k[:, 0], k[:, 0], state, k[:, 0])
+    (_, _, checkpoints), forward = op.forward(plan, w, w, k, k, state, True)
+    _, backward = op.backward(plan, w, w, k, k, state, checkpoints, k, state)
+    _, step = op.step(w, w, k[:, 0], k[:, 0], state, k[:, 0])
     return forward + backward + step
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     """What Triton makes of a launch's kernel when the launch is the first of its kind."""
-    kernel = getattr(triton_kernels, launch.kernel)
+    kernel = getattr(kernels, launch.kernel)
     signature, constants = {}, {}
     values = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | launch.constants
     for position, parameter in enumerate(kernel.params):
@@ -186,8 +186,8 @@ def variants(launches: Iterable[Launch]) -> dict[str, int]:
     """How many variants of each kernel Triton compiles for these launches, by the keys of its own cache."""
     backend = make_backend(TARGETS[COMPARED])
     binders, keys = {}, {}
-    for name in triton_kernels.__all__:
-        kernel = getattr(triton_kernels, name)
+    for name in kernels.__all__:
+        kernel = getattr(kernels, name)
         binders[name] = create_function_from_signature(kernel.signature, kernel.params, backend)
         keys[name] = set[str]()
     for launch in launches:

@@ -12,7 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .triton_plan import CHECKPOINT_INTERVAL, LOADED_STEPS, PARKED_STATES, REPLAYED_STEPS
+from .plan import CHECKPOINT_INTERVAL, LOADED_STEPS, PARKED_STATES, REPLAYED_STEPS
 
 __all__ = [
     "backward",

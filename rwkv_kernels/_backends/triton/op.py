@@ -7,7 +7,6 @@ the first call that needs it, and never by `import rwkv_kernels`.
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,21 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, native
-from .reference import EMPTY_MAX
-from .triton_plan import CHECKPOINT_INTERVAL, PARKED_STATES, Plan, make_plan, widths
+from ... import autograd, native
+from ...reference import EMPTY_MAX
+from ..registry import Backend, constant
+from .plan import CHECKPOINT_INTERVAL, PARKED_STATES, Plan, make_plan, widths
 
 __all__ = [
+    "BACKEND",
     "DEVICE",
     "INTERPRETED",
     "Launch",
-    "attach",
     "backward",
     "forward",
     "plan_for",
     "step",
-    "why_not",
-    "why_unavailable",
 ]
 
 # Triton's interpreter runs kernels on the CPU with NumPy: for tests. Triton reads the variable when it is imported.
@@ -39,31 +37,18 @@ DEVICE = "cpu" if INTERPRETED else "cuda"  # which is what torch calls AMD's GPU
 # ---- whether it can run ----
 
 
-@functools.cache
-def _load() -> str | None:
+@constant
+def why_unavailable() -> str | None:
+    """Why this machine cannot run Triton kernels, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton (torch for CUDA or ROCm on Linux brings it along)"
     if not INTERPRETED and not torch.cuda.is_available():
         return f"torch {torch.__version__} finds no usable GPU, and Triton compiles for GPUs alone"
     try:
-        importlib.import_module(".triton_kernels", __package__)
+        importlib.import_module(".kernels", __package__)
     except Exception as error:  # whatever a broken installation raises
         return f"Triton does not load ({type(error).__name__}: {error})"
     return None
-
-
-def why_unavailable() -> str | None:
-    """Why this machine cannot run Triton kernels, or None."""
-    return _load()
-
-
-# What torch.compiler.assume_constant_result does, which would import the compiler.
-why_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def why_not(k: Tensor) -> str | None:
-    """Why the kernels cannot take a call with this k, or None."""
-    return "k is torch.float64, and this backend computes in float32" if k.dtype == torch.float64 else None
 
 
 # ---- launches ----
@@ -71,7 +56,7 @@ def why_not(k: Tensor) -> str | None:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel of triton_kernels by its name, the number of programs, and its arguments in their order."""
+    """A kernel by its name in kernels.py, the number of programs, and its arguments in their order."""
 
     kernel: str
     programs: int
@@ -220,12 +205,12 @@ def step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | 
 
 
 def _run(launches: list[Launch], device: torch.device) -> None:
-    from . import triton_kernels
+    from . import kernels
 
     on_device: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with on_device:
         for launch in launches:
-            kernel = getattr(triton_kernels, launch.kernel)
+            kernel = getattr(kernels, launch.kernel)
             kernel[(launch.programs,)](
                 *launch.arguments, **launch.constants, num_warps=launch.warps, enable_fp_fusion=True
             )
@@ -238,7 +223,7 @@ def _run(launches: list[Launch], device: torch.device) -> None:
 
 
 def _check(k: Tensor, *expected: tuple[str, Tensor | None, tuple[int, ...], torch.dtype | None]) -> None:
-    refusal = why_not(k) or why_unavailable()
+    refusal = BACKEND.why_elsewhere(k) or why_unavailable()
     if refusal is not None:
         raise RuntimeError(refusal)
     for name, tensor, shape, dtype in expected:
@@ -317,28 +302,39 @@ def _step_operator(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r:
     return y
 
 
-Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+# Registrations last as long as this object.
+_library = torch.library.Library(native.NAMESPACE, "FRAGMENT")
 
 
-def attach(library: torch.library.Library) -> tuple[Forward, Step]:
-    """Defines the operators, of the schemas in csrc/ops.cpp, and returns the differentiable forward and the step."""
-    library.define(
+def _attach() -> Backend:
+    """Defines the operators, of the schemas in csrc/ops.cpp."""
+    _library.define(
         "triton_forward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, bool checkpoint) "
         "-> (Tensor y, Tensor state_out, Tensor checkpoints)"
     )
-    library.define(
+    _library.define(
         "_triton_backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, Tensor checkpoints, Tensor gy, "
         "Tensor? gstate_out) -> (Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate)"
     )
-    library.define("triton_step(Tensor w, Tensor u, Tensor k, Tensor v, Tensor(a!) state, Tensor? r=None) -> Tensor y")
-    library.impl("triton_forward", _forward_operator, DEVICE.upper())
-    library.impl("_triton_backward", _backward_operator, DEVICE.upper())
-    library.impl("triton_step", _step_operator, DEVICE.upper())
+    _library.define("triton_step(Tensor w, Tensor u, Tensor k, Tensor v, Tensor(a!) state, Tensor? r=None) -> Tensor y")
+    _library.impl("triton_forward", _forward_operator, DEVICE.upper())
+    _library.impl("_triton_backward", _backward_operator, DEVICE.upper())
+    _library.impl("triton_step", _step_operator, DEVICE.upper())
 
-    torch.library.register_fake(f"{native.NAMESPACE}::triton_step", autograd.fake_step, lib=library)
+    torch.library.register_fake(f"{native.NAMESPACE}::triton_step", autograd.fake_step, lib=_library)
     ops = getattr(torch.ops, native.NAMESPACE)
     differentiable = autograd.attach(
-        library, ops.triton_forward.default, ops._triton_backward.default, lambda dtype: CHECKPOINT_INTERVAL
+        _library, ops.triton_forward.default, ops._triton_backward.default, lambda dtype: CHECKPOINT_INTERVAL
     )
-    return differentiable, ops.triton_step.default
+    return Backend(
+        "triton",
+        differentiable,
+        ops.triton_step.default,
+        device_types=(DEVICE,),
+        dtypes=(torch.float32, torch.float16, torch.bfloat16),
+        automatic=not INTERPRETED,  # the interpreter is orders of magnitude slower
+        why_unavailable=why_unavailable,
+    )
+
+
+BACKEND = _attach()
