@@ -18,9 +18,16 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-__all__ = ["attach", "fake_step", "refuse_onnx"]
+from .inputs import BACKWARD, FORWARD, STEP, Inputs
+from .reference import state_dtype
+
+__all__ = ["attach", "define", "refuse_onnx"]
 
 Outputs = tuple[Tensor, ...]
+
+# Of every device type that torch has autocast for.
+AUTOCAST_KEYS = [key for name, key in torch._C.DispatchKey.__members__.items() if name.startswith("Autocast")]
+AUTOCAST = functools.reduce(lambda a, b: a | b, map(torch._C.DispatchKeySet, AUTOCAST_KEYS))
 
 NO_SECOND_DERIVATIVE = (
     "wkv has no second derivative in its compiled backends; backend='reference' is differentiable to any order"
@@ -94,8 +101,8 @@ def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, A
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> Outputs:
-            return forward(w, u, k, v, state, True)  # type: ignore[no-any-return]
+        def forward(*inputs: Tensor | None) -> Outputs:
+            return forward(*inputs, True)  # type: ignore[no-any-return]
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Outputs) -> None:
@@ -106,16 +113,16 @@ def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, A
 
         @staticmethod
         def backward(ctx: Any, gy: Tensor | None, gstate_out: Tensor | None, _: None) -> Any:
-            w, u, k, v, state, checkpoints = ctx.saved_tensors
+            *inputs, checkpoints = ctx.saved_tensors
             if gy is None:
-                gy = torch.zeros_like(k)
+                gy = torch.zeros_like(Inputs(*inputs).k)
             call: Any = backward  # in general: its Autograd key refuses a second derivative
             if _transforms_active():
                 call = Backward.apply
             elif _untraced() and not torch.is_grad_enabled():
                 call = functools.partial(_below_autograd, backward)
-            *gradients, gstate = call(w, u, k, v, state, checkpoints, gy, gstate_out)
-            return (*gradients, None if state is None else gstate)
+            gradients = call(*inputs, checkpoints, gy, gstate_out)
+            return tuple(None if x is None else gradient for x, gradient in zip(inputs, gradients, strict=True))
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
@@ -123,9 +130,9 @@ def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, A
 
     class Untraced(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *arguments: Tensor | None) -> Outputs:
-            outputs: Outputs = _below_autograd(forward, *arguments, True)
-            Forward.setup_context(ctx, arguments, outputs)
+        def forward(ctx: Any, *inputs: Tensor | None) -> Outputs:
+            outputs: Outputs = _below_autograd(forward, *inputs, True)
+            Forward.setup_context(ctx, inputs, outputs)
             return outputs
 
         backward = Forward.backward
@@ -134,27 +141,45 @@ def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, A
     return Backward, Forward, Untraced
 
 
-def attach(
+def define(
     library: torch.library.Library,
-    forward: OpOverload,
-    backward: OpOverload,
-    checkpoint_interval: Callable[[torch.dtype], int],
-) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
-    """Registers fake kernels, autograd, vmap and autocast for a forward and backward operator of the WKV schemas.
+    name: str,
+    device_type: str,
+    forward: Callable[..., Outputs],
+    backward: Callable[..., Outputs],
+    step: Callable[..., Tensor] | None = None,
+) -> None:
+    """Defines the operators of a backend in Python, `name`_forward, _`name`_backward and `name`_step."""
+    operators = ((f"{name}_forward", FORWARD, forward), (f"_{name}_backward", BACKWARD, backward))
+    for operator, schema, function in (*operators, (f"{name}_step", STEP, step)):
+        if function is not None:
+            library.define(operator + schema)
+            library.impl(operator, function, torch._C._dispatch_key_for_device(device_type))
 
-    Returns the differentiable function (w, u, k, v, state) -> (y, state_out).
+
+def attach(
+    library: torch.library.Library, name: str, checkpoint_interval: Callable[[torch.dtype], int]
+) -> tuple[Callable[..., tuple[Tensor, Tensor]], OpOverload | None]:
+    """Registers fake kernels, autograd, vmap and autocast for the operators of that name.
+
+    Returns the differentiable function (w, u, k, v, state) -> (y, state_out), and the operator of a step, if any.
     """
-    BackwardFunction, ForwardFunction, UntracedFunction = _define_functions(forward, backward)
+    ops = getattr(torch.ops, library.ns)
+    forward: OpOverload = getattr(ops, f"{name}_forward").default
+    backward: OpOverload = getattr(ops, f"_{name}_backward").default
+    step: OpOverload | None = getattr(ops, f"{name}_step").default if hasattr(ops, f"{name}_step") else None
     forward_name, backward_name = forward._schema.name, backward._schema.name
+    BackwardFunction, ForwardFunction, UntracedFunction = _define_functions(forward, backward)
 
     # ---- shapes ----
 
     @torch.library.register_fake(forward_name, lib=library)
-    def fake_forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool) -> Outputs:
+    def fake_forward(*arguments: Any) -> Outputs:
         refuse_onnx()  # here for torch.export, which compiles the question away where the backend is chosen
+        *inputs, checkpoint = arguments
+        k = Inputs(*inputs).k
         B, T, C = k.shape
-        dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
-        interval = checkpoint_interval(k.dtype)
+        dtype, interval = state_dtype(k.dtype), checkpoint_interval(k.dtype)
         saved = (T + interval - 1) // interval if checkpoint else 0
         return (
             k.new_empty((B, T, C)),
@@ -163,33 +188,24 @@ def attach(
         )
 
     @torch.library.register_fake(backward_name, lib=library)
-    def fake_backward(
-        w: Tensor,
-        u: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: Tensor | None,
-        checkpoints: Tensor,
-        gy: Tensor,
-        gstate_out: Tensor | None,
-    ) -> Outputs:
-        B, T, C = k.shape
-        return (
-            w.new_empty((C,)),
-            u.new_empty((C,)),
-            k.new_empty((B, T, C)),
-            k.new_empty((B, T, C)),
-            checkpoints.new_empty((B, 3, C)),
-        )
+    def fake_backward(*arguments: Any) -> Outputs:
+        *inputs, checkpoints, gy, _ = arguments
+        B, _, C = gy.shape
+        like = Inputs(*inputs)._replace(state=checkpoints.new_empty((B, 3, C)))
+        return tuple(x.new_empty(x.shape) for x in like if x is not None)
+
+    if step is not None:
+        torch.library.register_fake(step._schema.name, _fake_step, lib=library)
 
     # ---- derivatives ----
 
-    def forward_autograd(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool) -> Outputs:
-        if not _needs_derivative(w, u, k, v, state):
-            return _below_autograd(forward, w, u, k, v, state, checkpoint)  # type: ignore[no-any-return]
+    def forward_autograd(*arguments: Any) -> Outputs:
+        *inputs, checkpoint = arguments
+        if not _needs_derivative(*inputs):
+            return _below_autograd(forward, *arguments)  # type: ignore[no-any-return]
         if _transforms_active():
             raise NotImplementedError(f"torch.func transforms do not reach inside {forward_name}: use rwkv_kernels.wkv")
-        y, state_out, checkpoints = ForwardFunction.apply(w, u, k, v, state)
+        y, state_out, checkpoints = ForwardFunction.apply(*inputs)
         return y, state_out, checkpoints if checkpoint else checkpoints[:, :0].clone()
 
     def backward_autograd(*arguments: Tensor | None) -> Outputs:
@@ -202,58 +218,53 @@ def attach(
 
     # ---- vmap: the mapped dimension joins the channels, which are independent of one another ----
 
-    def join_channels(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-        if x is None:
-            return None
+    def join_channels(x: Any, dim: int | None, size: int) -> Any:
+        if not isinstance(x, Tensor):
+            return x
         mapped = x.unsqueeze(-2).expand(*x.shape[:-1], size, x.shape[-1]) if dim is None else x.movedim(dim, -2)
         return mapped.flatten(-2)
 
-    def split_channels(outputs: Outputs, size: int, w: Tensor, w_dim: int | None) -> tuple[Outputs, tuple[int, ...]]:
-        channels = w.shape[-1] if w_dim is None else w.shape[1 - w_dim]
-        return tuple(x.unflatten(-1, (size, channels)).movedim(-2, 0) for x in outputs), (0,) * len(outputs)
+    def register_vmap(operator: OpOverload) -> None:
+        @torch.library.register_vmap(operator._schema.name, lib=library)
+        def vmapped(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Outputs, tuple[int, ...]]:
+            size, w, w_dim = info.batch_size, arguments[0], in_dims[0]
+            outputs = operator(*(join_channels(x, dim, size) for x, dim in zip(arguments, in_dims, strict=True)))
+            channels = w.shape[-1] if w_dim is None else w.shape[1 - w_dim]
+            return tuple(x.unflatten(-1, (size, channels)).movedim(-2, 0) for x in outputs), (0,) * len(outputs)
 
-    @torch.library.register_vmap(forward_name, lib=library)
-    def vmap_forward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Outputs, tuple[int, ...]]:
-        *tensors, checkpoint = arguments
-        joined = [join_channels(x, dim, info.batch_size) for x, dim in zip(tensors, in_dims[:-1], strict=True)]
-        return split_channels(forward(*joined, checkpoint), info.batch_size, arguments[0], in_dims[0])
-
-    @torch.library.register_vmap(backward_name, lib=library)
-    def vmap_backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Outputs, tuple[int, ...]]:
-        joined = [join_channels(x, dim, info.batch_size) for x, dim in zip(arguments, in_dims, strict=True)]
-        return split_channels(backward(*joined), info.batch_size, arguments[0], in_dims[0])
+    register_vmap(forward)
+    register_vmap(backward)
 
     # ---- autocast: all sums are float32 anyway, so k and v only have to agree, and the wider one decides ----
 
-    def forward_autocast(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool) -> Outputs:
-        dtype = torch.promote_types(k.dtype, v.dtype)
-        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-            torch._C.DispatchKey.AutocastCUDA
-        )
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            return forward(w, u, k.to(dtype), v.to(dtype), state, checkpoint)  # type: ignore[no-any-return]
+    def forward_autocast(*arguments: Any) -> Outputs:
+        *inputs, checkpoint = arguments
+        given = Inputs(*inputs)
+        dtype = torch.promote_types(given.k.dtype, given.v.dtype)
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
+            return forward(*given._replace(k=given.k.to(dtype), v=given.v.to(dtype)), checkpoint)  # type: ignore[no-any-return]
 
-    for key in ("AutocastCPU", "AutocastCUDA"):
-        library.impl(forward, forward_autocast, key)
+    for key in AUTOCAST_KEYS:
+        library.impl(forward, forward_autocast, key.name)
 
-    def differentiable(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    def differentiable(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         refuse_onnx()
         if _untraced():
-            if _needs_derivative(w, u, k, v, state):
-                y, state_out, _ = UntracedFunction.apply(w, u, k, v, state)
+            if _needs_derivative(*inputs):
+                y, state_out, _ = UntracedFunction.apply(*inputs)
             else:
-                y, state_out, _ = _below_autograd(forward, w, u, k, v, state, False)
+                y, state_out, _ = _below_autograd(forward, *inputs, False)
         elif _transforms_active():
-            y, state_out, _ = ForwardFunction.apply(w, u, k, v, state)
+            y, state_out, _ = ForwardFunction.apply(*inputs)
         else:
-            y, state_out, _ = forward(w, u, k, v, state, False)
+            y, state_out, _ = forward(*inputs, False)
         return y, state_out
 
-    return differentiable
+    return differentiable, step
 
 
-def fake_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None = None) -> Tensor:
-    """The fake kernel of an operator of the step's schema, which refuses what a compiler would get wrong."""
+def _fake_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None = None) -> Tensor:
+    """Refuses a state whose place in memory torch.compile would lose."""
     refuse_onnx()
     if state._is_view() and isinstance(state.storage_offset(), torch.SymInt):
         raise NotImplementedError(

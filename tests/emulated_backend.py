@@ -29,29 +29,21 @@ class _Current:
 
 
 _library = torch.library.Library("rwkv_kernels_emulated", "FRAGMENT")
-_library.define(
-    "forward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, bool checkpoint) -> (Tensor, Tensor, Tensor)"
-)
-_library.define(
-    "backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, Tensor checkpoints, Tensor gy, "
-    "Tensor? gstate_out) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 
 
 def _step(*arguments: Any) -> Tensor:
     return gpu_host.step(_Current.executor, *arguments)
 
 
-_library.impl("forward", lambda *arguments: gpu_host.forward(_Current.executor, *arguments), "CPU")
-_library.impl("backward", lambda *arguments: gpu_host.backward(_Current.executor, *arguments), "CPU")
-_ops = torch.ops.rwkv_kernels_emulated
-_differentiable = autograd.attach(
+autograd.define(
     _library,
-    _ops.forward.default,
-    _ops.backward.default,
-    checkpoint_interval,
+    NAME,
+    "cpu",
+    lambda *arguments: gpu_host.forward(_Current.executor, *arguments),
+    lambda *arguments: gpu_host.backward(_Current.executor, *arguments),
 )
-_backend = registry.Backend(NAME, _differentiable, _step, device_types=("cpu",))
+_forward, _ = autograd.attach(_library, NAME, checkpoint_interval)
+_backend = registry.Backend(NAME, _forward, _step, device_types=("cpu",))
 
 
 @contextmanager

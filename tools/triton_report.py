@@ -36,6 +36,7 @@ from triton.runtime.jit import create_function_from_signature
 from rwkv_kernels._backends.triton import kernels, op
 from rwkv_kernels._backends.triton.op import Launch
 from rwkv_kernels._backends.triton.plan import LOADED_STEPS, REPLAYED_STEPS, Plan, make_plan, widths
+from rwkv_kernels.inputs import Inputs
 
 ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "docs" / "triton-report.md"
@@ -65,8 +66,9 @@ def launches_of(plan: Plan, dtype: torch.dtype, B: int, T: int, C: int) -> list[
     """Every kernel as a call of this size would launch it, forward, backward and one step."""
     w, state = torch.empty(C), torch.empty(B, 3, C)
     k = torch.empty(B, T, C, dtype=dtype)
-    (_, _, checkpoints), forward = op.forward(plan, w, w, k, k, state, True)
-    _, backward = op.backward(plan, w, w, k, k, state, checkpoints, k, state)
+    inputs = Inputs(w, w, k, k, state)
+    (_, _, checkpoints), forward = op.forward(plan, inputs, True)
+    _, backward = op.backward(plan, inputs, checkpoints, k, state)
     _, step = op.step(w, w, k[:, 0], k[:, 0], state, k[:, 0])
     return forward + backward + step
 

@@ -14,7 +14,7 @@ __all__ = ["forward", "step"]
 _library = torch.library.Library(native.NAMESPACE, "FRAGMENT")
 
 
-def _attach() -> tuple[Forward, Step]:
+def _attach() -> tuple[Forward, Step | None]:
     if native.operators.why_missing is not None:
 
         def missing(*_: Tensor | None) -> Any:
@@ -23,10 +23,7 @@ def _attach() -> tuple[Forward, Step]:
         return missing, missing
 
     intervals = {getattr(torch, name): steps for name, steps in native.operators.info["checkpoint_intervals"].items()}
-    ops = getattr(torch.ops, native.NAMESPACE)
-    forward = autograd.attach(_library, ops.wkv_forward.default, ops._wkv_backward.default, intervals.__getitem__)
-    torch.library.register_fake(f"{native.NAMESPACE}::wkv_step", autograd.fake_step, lib=_library)
-    return forward, ops.wkv_step.default
+    return autograd.attach(_library, "wkv", intervals.__getitem__)
 
 
 forward, step = _attach()

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..inputs import DTYPES, either
 from . import recomputation
 
 __all__ = [
@@ -40,7 +41,6 @@ class BackendInfo(NamedTuple):
 
 Forward = Callable[..., tuple[Tensor, Tensor]]  # (w, u, k, v, state) -> (y, state_out)
 Step = Callable[..., Tensor]  # (w, u, k, v, state, r) -> y, and the state in place
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,7 @@ class Backend:
         if self.device_types is not None and k.device.type not in self.device_types:
             return f"k is on {k.device}, and this backend takes tensors on {' or '.join(self.device_types)}"
         if k.dtype not in self.dtypes:
-            names = [str(dtype).removeprefix("torch.") for dtype in self.dtypes]
-            return f"k is {k.dtype}, and this backend takes {', '.join(names[:-1])} or {names[-1]}"
+            return f"k is {k.dtype}, and this backend takes {either(self.dtypes)}"
         return None
 
 

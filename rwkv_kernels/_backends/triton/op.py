@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ... import autograd, native
-from ...reference import EMPTY_MAX
+from ...inputs import Inputs, check, check_like
+from ...reference import empty_state
 from ..registry import Backend, constant
 from .plan import CHECKPOINT_INTERVAL, PARKED_STATES, Plan, make_plan, widths
 
@@ -110,10 +111,9 @@ def _float32(k: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=k.device)
 
 
-def forward(
-    plan: Plan, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool
-) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
-    """What forward returns, and the launches that fill it; B, T and C are at least 1."""
+def forward(plan: Plan, inputs: Inputs, checkpoint: bool) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
+    """The outputs of forward, and the launches that fill them; B, T and C are at least 1."""
+    w, u, k, v, state = inputs
     B, T, C = k.shape
     k, v = _with_contiguous_channels(k), _with_contiguous_channels(v)
     w, u = w.contiguous(), u.contiguous()
@@ -146,17 +146,10 @@ def forward(
 
 
 def backward(
-    plan: Plan,
-    w: Tensor,
-    u: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor | None,
-    checkpoints: Tensor,
-    gy: Tensor,
-    gstate_out: Tensor | None,
+    plan: Plan, inputs: Inputs, checkpoints: Tensor, gy: Tensor, gstate_out: Tensor | None
 ) -> tuple[tuple[Tensor, ...], list[Launch]]:
-    """What backward returns, and the launches that fill it; B, T and C are at least 1."""
+    """The gradients of the inputs, and the launches that fill them; B, T and C are at least 1."""
+    w, u, k, v, state = inputs
     B, T, C = k.shape
     k, v, gy = (_with_contiguous_channels(x) for x in (k, v, gy))
     w, u, checkpoints = w.contiguous(), u.contiguous(), checkpoints.contiguous()
@@ -193,7 +186,7 @@ def _reduction(w: Tensor, partials: Tensor, gw: Tensor, gu: Tensor) -> Launch:
 
 
 def step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None) -> tuple[Tensor, list[Launch]]:
-    """What a step returns, and the launch that fills it and moves the state; B and C are at least 1."""
+    """y of a step, and the launch that fills it and moves the state; B and C are at least 1."""
     B, C = k.shape
     k, v = _with_contiguous_channels(k), _with_contiguous_channels(v)
     r = None if r is None else _with_contiguous_channels(r)
@@ -218,23 +211,15 @@ def _run(launches: list[Launch], device: torch.device) -> None:
 
 # ---- operators ----
 #
-# rwkv_kernels.functional explains errors to users of the public functions; the checks here keep a direct call of the
+# rwkv_kernels.functional checks the arguments of the public functions; the checks here keep a direct call of the
 # operators from touching memory it should not.
 
 
-def _check(k: Tensor, *expected: tuple[str, Tensor | None, tuple[int, ...], torch.dtype | None]) -> None:
+def _check(axes: str, w: Tensor, u: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> None:
     refusal = BACKEND.why_elsewhere(k) or why_unavailable()
     if refusal is not None:
         raise RuntimeError(refusal)
-    for name, tensor, shape, dtype in expected:
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
-        if not tensor.is_floating_point() or dtype not in (None, tensor.dtype):
-            raise TypeError(f"{name}: expected {dtype or 'a floating dtype'}, got {tensor.dtype}")
-        if tensor.device != k.device:
-            raise ValueError(f"{name}: expected device {k.device} as k, got {tensor.device}")
+    check(axes, w, u, k, v, *others)
 
 
 def _checkpoint_shape(k: Tensor, checkpoint: bool) -> tuple[int, ...]:
@@ -242,59 +227,42 @@ def _checkpoint_shape(k: Tensor, checkpoint: bool) -> tuple[int, ...]:
     return (B, _ceil_div(T, CHECKPOINT_INTERVAL) if checkpoint else 0, 3, C)
 
 
-def _forward_operator(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    B, T, C = k.shape
-    sequence, parameter = ((B, T, C), k.dtype), ((C,), None)
-    _check(
-        k, ("w", w, *parameter), ("u", u, *parameter), ("k", k, *sequence), ("v", v, *sequence),
-        ("state", state, (B, 3, C), torch.float32),
-    )  # fmt: skip
+def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *given, checkpoint = arguments
+    inputs = Inputs(*given)
+    _check("[B, T, C]", *inputs)
+    k, state = inputs.k, inputs.state
     if k.numel() == 0:
         # No steps leave the state as it is, an empty one in its normal form.
-        after = _float32(k, B, 3, C).zero_()
-        after[:, 2] = EMPTY_MAX
+        after = empty_state(k)
         if state is not None:
             after = torch.where(state[:, 1:2] == 0, after, state)
         return k.new_empty(k.shape), after, _float32(k, *_checkpoint_shape(k, checkpoint))
-    results, launches = forward(plan_for(k), w, u, k, v, state, checkpoint)
+    results, launches = forward(plan_for(k), inputs, checkpoint)
     _run(launches, k.device)
     return results
 
 
-def _backward_operator(
-    w: Tensor,
-    u: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor | None,
-    checkpoints: Tensor,
-    gy: Tensor,
-    gstate_out: Tensor | None,
-) -> tuple[Tensor, ...]:
-    B, T, C = k.shape
-    sequence, parameter, of_state = ((B, T, C), k.dtype), ((C,), None), ((B, 3, C), torch.float32)
-    _check(
-        k, ("w", w, *parameter), ("u", u, *parameter), ("k", k, *sequence), ("v", v, *sequence), ("gy", gy, *sequence),
-        ("state", state, *of_state), ("gstate_out", gstate_out, *of_state),
-        ("checkpoints", checkpoints, _checkpoint_shape(k, True), torch.float32),
-    )  # fmt: skip
+def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
+    *given, checkpoints, gy, gstate_out = arguments
+    inputs = Inputs(*given)
+    _check("[B, T, C]", *inputs)
+    k, (B, _, C) = inputs.k, inputs.k.shape
+    float32 = (torch.float32,)
+    check_like(k, ("gy", gy, "[B, T, C]", k.shape, (k.dtype,)))
+    check_like(k, ("checkpoints", checkpoints, "[B, n, 3, C]", _checkpoint_shape(k, True), float32))
+    if gstate_out is not None:
+        check_like(k, ("gstate_out", gstate_out, "[B, 3, C]", (B, 3, C), float32))
     if k.numel() == 0:
         gstate = _float32(k, B, 3, C).zero_() if gstate_out is None else gstate_out.clone()
-        return torch.zeros_like(w), torch.zeros_like(u), torch.zeros_like(k), torch.zeros_like(v), gstate
-    results, launches = backward(plan_for(k), w, u, k, v, state, checkpoints, gy, gstate_out)
+        return (*(torch.zeros_like(x) for x in (inputs.w, inputs.u, k, inputs.v)), gstate)
+    results, launches = backward(plan_for(k), inputs, checkpoints, gy, gstate_out)
     _run(launches, k.device)
     return results
 
 
 def _step_operator(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None = None) -> Tensor:
-    B, C = k.shape
-    token, parameter = ((B, C), k.dtype), ((C,), None)
-    _check(
-        k, ("w", w, *parameter), ("u", u, *parameter), ("k", k, *token), ("v", v, *token),
-        ("r", r, *token), ("state", state, (B, 3, C), torch.float32),
-    )  # fmt: skip
+    _check("[B, C]", w, u, k, v, state, r)
     if k.numel() == 0:
         return k.new_empty(k.shape)
     y, launches = step(w, u, k, v, state, r)
@@ -306,35 +274,12 @@ def _step_operator(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r:
 _library = torch.library.Library(native.NAMESPACE, "FRAGMENT")
 
 
-def _attach() -> Backend:
-    """Defines the operators, of the schemas in csrc/ops.cpp."""
-    _library.define(
-        "triton_forward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, bool checkpoint) "
-        "-> (Tensor y, Tensor state_out, Tensor checkpoints)"
-    )
-    _library.define(
-        "_triton_backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, Tensor checkpoints, Tensor gy, "
-        "Tensor? gstate_out) -> (Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate)"
-    )
-    _library.define("triton_step(Tensor w, Tensor u, Tensor k, Tensor v, Tensor(a!) state, Tensor? r=None) -> Tensor y")
-    _library.impl("triton_forward", _forward_operator, DEVICE.upper())
-    _library.impl("_triton_backward", _backward_operator, DEVICE.upper())
-    _library.impl("triton_step", _step_operator, DEVICE.upper())
-
-    torch.library.register_fake(f"{native.NAMESPACE}::triton_step", autograd.fake_step, lib=_library)
-    ops = getattr(torch.ops, native.NAMESPACE)
-    differentiable = autograd.attach(
-        _library, ops.triton_forward.default, ops._triton_backward.default, lambda dtype: CHECKPOINT_INTERVAL
-    )
-    return Backend(
-        "triton",
-        differentiable,
-        ops.triton_step.default,
-        device_types=(DEVICE,),
-        dtypes=(torch.float32, torch.float16, torch.bfloat16),
-        automatic=not INTERPRETED,  # the interpreter is orders of magnitude slower
-        why_unavailable=why_unavailable,
-    )
-
-
-BACKEND = _attach()
+autograd.define(_library, "triton", DEVICE, _forward_operator, _backward_operator, _step_operator)
+BACKEND = Backend(
+    "triton",
+    *autograd.attach(_library, "triton", lambda dtype: CHECKPOINT_INTERVAL),
+    device_types=(DEVICE,),
+    dtypes=(torch.float32, torch.float16, torch.bfloat16),
+    automatic=not INTERPRETED,  # the interpreter is orders of magnitude slower
+    why_unavailable=why_unavailable,
+)

@@ -1,0 +1,107 @@
+"""The operator's arguments: their order, the schemas of its three forms, and the one table of what fits.
+
+csrc/ops.cpp has the same schemas for a C++ program, csrc/common/checks.h the checks of a direct call there.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .reference import state_dtype
+
+__all__ = ["BACKWARD", "DTYPES", "FORWARD", "STEP", "Inputs", "check", "check_like", "either"]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call, in the order of every function and operator that takes them."""
+
+    w: Tensor  # [C], the raw decay
+    u: Tensor  # [C]
+    k: Tensor  # [B, T, C]
+    v: Tensor
+    state: Tensor | None  # [B, 3, C], None for the empty one
+
+
+_INPUTS = "Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state"
+# checkpoints [B, n, 3, C] are the states that backward replays from; n = 0 without `checkpoint`.
+FORWARD = f"({_INPUTS}, bool checkpoint) -> (Tensor y, Tensor state_out, Tensor checkpoints)"
+BACKWARD = (
+    f"({_INPUTS}, Tensor checkpoints, Tensor gy, Tensor? gstate_out) "
+    "-> (Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate)"
+)
+# One token, k, v and r [B, C]; the state moves on in place.
+STEP = "(Tensor w, Tensor u, Tensor k, Tensor v, Tensor(a!) state, Tensor? r=None) -> Tensor y"
+
+# Name, tensor, axes, and the shape and dtypes that fit.
+Row = tuple[str, Tensor, str, Sequence[int], tuple[torch.dtype, ...]]
+
+
+def check(axes: str, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, r: Tensor | None = None) -> None:
+    """Raises ValueError or TypeError for the first argument that does not fit; `axes` are those of k."""
+    if not isinstance(k, Tensor):
+        raise _not_a_tensor("k", k)
+    size, dtype = k.shape, k.dtype
+    if len(size) != axes.count(",") + 1:
+        raise ValueError(f"k: expected shape {axes}, got {list(size)}")
+    if dtype not in DTYPES:
+        raise TypeError(f"k: expected {either(DTYPES)}, got {dtype}")
+    C = size[-1:]
+    check_like(k, ("v", v, axes, size, (dtype,)), ("w", w, "[C]", C, DTYPES), ("u", u, "[C]", C, DTYPES))
+    if r is not None:
+        check_like(k, ("r", r, axes, size, (dtype,)))
+    if state is not None:
+        check_like(k, ("state", state, "[B, 3, C]", (size[0], 3, size[-1]), (state_dtype(dtype),)))
+
+
+def check_like(k: Tensor, *rows: Row) -> None:
+    """Raises ValueError or TypeError for the first tensor without its shape, one of its dtypes, or k's device."""
+    device = k.device
+    for row in rows:
+        _, tensor, _, shape, dtypes = row
+        try:
+            if tensor.shape == shape and tensor.dtype in dtypes and tensor.device == device:
+                continue
+        except AttributeError:
+            pass
+        raise _misfit(k, *row)
+
+
+def _misfit(
+    k: Tensor, name: str, tensor: Tensor, axes: str, shape: Sequence[int], dtypes: tuple[torch.dtype, ...]
+) -> Exception:
+    if not isinstance(tensor, Tensor):
+        return _not_a_tensor(name, tensor)
+    of_state = axes == "[B, 3, C]"
+    if tensor.shape != shape:
+        as_k = " as k" if shape == k.shape and not of_state else ""
+        converter = _converter(tensor, *shape) if of_state else ""
+        return ValueError(f"{name}: expected shape {axes} = {list(shape)}{as_k}, got {list(tensor.shape)}{converter}")
+    if tensor.dtype not in dtypes:
+        expected = either(dtypes) if len(dtypes) > 1 else f"{dtypes[0]} {f'for k of {k.dtype}' if of_state else 'as k'}"
+        return TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
+    return ValueError(f"{name}: expected device {k.device} as k, got {tensor.device}")
+
+
+def _not_a_tensor(name: str, value: object) -> TypeError:
+    if name == "state" and isinstance(value, (list, tuple)):
+        return TypeError(
+            "state: expected a torch.Tensor [B, 3, C], got a list; rwkv_kernels.compat.transformers.import_state "
+            "converts [num, den, max]"
+        )
+    return TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def _converter(state: Tensor, B: int, _: int, C: int) -> str:
+    """The function that converts a state of other code, where this one has its shape."""
+    origin = {(B, C, 3): "infctx", (B, 3, 1, C): "fla"}.get(tuple(state.shape))
+    return f"; rwkv_kernels.compat.{origin}.import_state converts it" if origin else ""
+
+
+def either(dtypes: Sequence[torch.dtype]) -> str:
+    """The dtypes in words."""
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
