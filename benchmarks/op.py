@@ -12,6 +12,7 @@ import rwkv_kernels
 from benchmarks.device import Call, Device, quartiles, timed
 from benchmarks.problem import Function, Problem, Shape
 from benchmarks.records import Record, Row
+from rwkv_kernels._backends.registry import BACKENDS
 
 TITLE = "The operator: minimal bytes (3 tensors forward, 5 backward) over time, against a triad in the same run"
 TITLE_OF_MEMORY = "Memory of a training step of the operator, B = 1, its inputs k, v and the gradient of y included"
@@ -54,7 +55,7 @@ def backends(device: Device) -> list[str]:
     return [
         name
         for name, available, _ in rwkv_kernels.backends()
-        if available and name != "reference" and (name != "cpu") == device.is_gpu
+        if available and name != "reference" and BACKENDS[name].device_type == device.type
     ]
 
 

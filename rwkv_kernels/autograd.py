@@ -11,12 +11,23 @@ every pass through the key calls back into Python, and a Function with setup_con
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# By name, because looking them up is a part of every call's latency.
+from torch._C import (
+    _are_functorch_transforms_active,
+    _AutoDispatchBelowAutograd,
+    _is_fwd_grad_enabled,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+)
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from .inputs import BACKWARD, FORWARD, STEP, Inputs
 from .reference import state_dtype
@@ -49,30 +60,25 @@ def refuse_onnx() -> None:
         raise NotImplementedError(NO_ONNX)
 
 
-def _needs_derivative(*arguments: Tensor | None) -> bool:
-    if torch.autograd.forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
+def _needs_derivative(arguments: Iterable[Tensor | None]) -> bool:
+    if forward_ad._current_level >= 0 and _is_fwd_grad_enabled():
         return True
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
 
 
 def _below_autograd(operator: OpOverload, *arguments: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
+    with _AutoDispatchBelowAutograd():
         return operator(*arguments)
 
 
 def _untraced() -> bool:
     """Whether this call is run and not also recorded or transformed: by torch.compile, jit, torch.func, or a mode."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-    )
+    return not (is_compiling() or _is_tracing() or _are_functorch_transforms_active() or _len_torch_dispatch_stack())
 
 
 def _transforms_active() -> bool:
     """Whether torch.func is at work: it follows an autograd.Function from outside, but not from inside an operator."""
-    return torch._C._are_functorch_transforms_active()
+    return _are_functorch_transforms_active()
 
 
 def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, Any, Any]:
@@ -200,16 +206,17 @@ def attach(
     # ---- derivatives ----
 
     def forward_autograd(*arguments: Any) -> Outputs:
-        *inputs, checkpoint = arguments
-        if not _needs_derivative(*inputs):
-            return _below_autograd(forward, *arguments)  # type: ignore[no-any-return]
+        inputs, checkpoint = arguments[:-1], arguments[-1]
+        if not _needs_derivative(inputs):
+            with _AutoDispatchBelowAutograd():
+                return forward(*arguments)  # type: ignore[no-any-return]
         if _transforms_active():
             raise NotImplementedError(f"torch.func transforms do not reach inside {forward_name}: use rwkv_kernels.wkv")
         y, state_out, checkpoints = ForwardFunction.apply(*inputs)
         return y, state_out, checkpoints if checkpoint else checkpoints[:, :0].clone()
 
     def backward_autograd(*arguments: Tensor | None) -> Outputs:
-        if not _needs_derivative(*arguments):
+        if not _needs_derivative(arguments):
             return _below_autograd(backward, *arguments)  # type: ignore[no-any-return]
         return BackwardFunction.apply(*arguments)  # type: ignore[no-any-return]
 
@@ -250,10 +257,11 @@ def attach(
     def differentiable(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         refuse_onnx()
         if _untraced():
-            if _needs_derivative(*inputs):
+            if _needs_derivative(inputs):
                 y, state_out, _ = UntracedFunction.apply(*inputs)
             else:
-                y, state_out, _ = _below_autograd(forward, *inputs, False)
+                with _AutoDispatchBelowAutograd():
+                    y, state_out, _ = forward(*inputs, False)
         elif _transforms_active():
             y, state_out, _ = ForwardFunction.apply(*inputs)
         else:

@@ -7,12 +7,13 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import reference
 from ._backends.registry import Forward, select
 from .autograd import refuse_onnx
-from .inputs import check
+from .inputs import SEQUENCE, TOKEN, check
 
 __all__ = ["empty_state", "wkv", "wkv_step"]
 
@@ -88,7 +89,7 @@ def wkv(
     elif k.dtype != v.dtype and torch.is_autocast_enabled(k.device.type):
         dtype = torch.promote_types(k.dtype, v.dtype)
         k, v = k.to(dtype), v.to(dtype)
-    check("[B, T, C]", w, u, k, v, state)
+    check(SEQUENCE, w, u, k, v, state)
     y, state_out = select(backend, k).forward(w, u, k, v, state)
     return (y, state_out) if return_state else y
 
@@ -148,7 +149,7 @@ def wkv_step(
         k, v = k.to(dtype), v.to(dtype)
     if state is None:
         raise TypeError("state: expected a torch.Tensor, got NoneType")
-    check("[B, C]", w, u, k, v, state, r)
+    check(TOKEN, w, u, k, v, state, r)
     if torch.is_grad_enabled():
         for name, tensor in (("w", w), ("u", u), ("k", k), ("v", v), ("state", state), ("r", r)):
             if tensor is not None and tensor.requires_grad:
@@ -161,7 +162,7 @@ def wkv_step(
     ):
         raise ValueError("state: expected elements of their own to write to, got an expanded tensor")
     chosen = select(backend, k)
-    if chosen.step is None or torch.compiler.is_compiling():
+    if chosen.step is None or is_compiling():
         # torch.compile loses the symbolic storage offset of a view that a custom operator mutates, and would write to
         # another place of the base. A copy from a functional operator is torch's own mutation, which it keeps right.
         return _step_by_forward(chosen.forward, w, u, k, v, state, r)

@@ -11,7 +11,19 @@ from torch import Tensor
 
 from .reference import state_dtype
 
-__all__ = ["BACKWARD", "DTYPES", "FORWARD", "STEP", "Inputs", "check", "check_like", "either"]
+__all__ = [
+    "BACKWARD",
+    "DTYPES",
+    "FORWARD",
+    "SEQUENCE",
+    "STATE",
+    "STEP",
+    "TOKEN",
+    "Inputs",
+    "check",
+    "check_like",
+    "either",
+]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -36,52 +48,66 @@ BACKWARD = (
 # One token, k, v and r [B, C]; the state moves on in place.
 STEP = "(Tensor w, Tensor u, Tensor k, Tensor v, Tensor(a!) state, Tensor? r=None) -> Tensor y"
 
+SEQUENCE, TOKEN, PARAMETER, STATE = ("B", "T", "C"), ("B", "C"), ("C",), ("B", 3, "C")
+
 # Name, tensor, axes, and the shape and dtypes that fit.
-Row = tuple[str, Tensor, str, Sequence[int], tuple[torch.dtype, ...]]
+Row = tuple[str, Tensor, Sequence[str | int], Sequence[int], tuple[torch.dtype, ...]]
 
 
-def check(axes: str, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, r: Tensor | None = None) -> None:
-    """Raises ValueError or TypeError for the first argument that does not fit; `axes` are those of k."""
-    if not isinstance(k, Tensor):
-        raise _not_a_tensor("k", k)
-    size, dtype = k.shape, k.dtype
-    if len(size) != axes.count(",") + 1:
-        raise ValueError(f"k: expected shape {axes}, got {list(size)}")
-    if dtype not in DTYPES:
-        raise TypeError(f"k: expected {either(DTYPES)}, got {dtype}")
-    C = size[-1:]
-    check_like(k, ("v", v, axes, size, (dtype,)), ("w", w, "[C]", C, DTYPES), ("u", u, "[C]", C, DTYPES))
+def check(
+    axes: tuple[str, ...], w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, r: Tensor | None = None
+) -> None:
+    """Raises ValueError or TypeError for the first argument that does not fit; k has `axes`, SEQUENCE or TOKEN."""
+    try:
+        size, dtype = k.shape, k.dtype
+    except AttributeError:
+        raise _not_a_tensor("k", k) from None
+    if len(size) != len(axes) or dtype not in DTYPES:
+        raise _misfit_of_k(k, axes)
+    of_k, C = (dtype,), size[-1:]
+    rows: tuple[Row, ...] = ("v", v, axes, size, of_k), ("w", w, PARAMETER, C, DTYPES), ("u", u, PARAMETER, C, DTYPES)
     if r is not None:
-        check_like(k, ("r", r, axes, size, (dtype,)))
+        rows += (("r", r, axes, size, of_k),)
     if state is not None:
-        check_like(k, ("state", state, "[B, 3, C]", (size[0], 3, size[-1]), (state_dtype(dtype),)))
+        rows += (("state", state, STATE, (size[0], 3, size[-1]), (state_dtype(dtype),)),)
+    check_like(k, rows)
 
 
-def check_like(k: Tensor, *rows: Row) -> None:
+def check_like(k: Tensor, rows: Sequence[Row]) -> None:
     """Raises ValueError or TypeError for the first tensor without its shape, one of its dtypes, or k's device."""
     device = k.device
-    for row in rows:
-        _, tensor, _, shape, dtypes = row
+    for name, tensor, axes, shape, dtypes in rows:
         try:
             if tensor.shape == shape and tensor.dtype in dtypes and tensor.device == device:
                 continue
         except AttributeError:
             pass
-        raise _misfit(k, *row)
+        raise _misfit(k, name, tensor, axes, shape, dtypes)
+
+
+def _misfit_of_k(k: Tensor, axes: Sequence[str]) -> Exception:
+    if not isinstance(k, Tensor):
+        return _not_a_tensor("k", k)
+    if len(k.shape) != len(axes):
+        return ValueError(f"k: expected shape {_brackets(axes)}, got {list(k.shape)}")
+    return TypeError(f"k: expected {either(DTYPES)}, got {k.dtype}")
 
 
 def _misfit(
-    k: Tensor, name: str, tensor: Tensor, axes: str, shape: Sequence[int], dtypes: tuple[torch.dtype, ...]
+    k: Tensor, name: str, tensor: Tensor, axes: Sequence[str | int], shape: Sequence[int], dtypes: Sequence[torch.dtype]
 ) -> Exception:
     if not isinstance(tensor, Tensor):
         return _not_a_tensor(name, tensor)
-    of_state = axes == "[B, 3, C]"
+    of_state = axes == STATE
     if tensor.shape != shape:
         as_k = " as k" if shape == k.shape and not of_state else ""
         converter = _converter(tensor, *shape) if of_state else ""
-        return ValueError(f"{name}: expected shape {axes} = {list(shape)}{as_k}, got {list(tensor.shape)}{converter}")
+        return ValueError(
+            f"{name}: expected shape {_brackets(axes)} = {list(shape)}{as_k}, got {list(tensor.shape)}{converter}"
+        )
     if tensor.dtype not in dtypes:
-        expected = either(dtypes) if len(dtypes) > 1 else f"{dtypes[0]} {f'for k of {k.dtype}' if of_state else 'as k'}"
+        of_k = f"for k of {k.dtype}" if of_state else "as k"
+        expected = either(dtypes) if len(dtypes) > 1 else f"{dtypes[0]} {of_k}"
         return TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
     return ValueError(f"{name}: expected device {k.device} as k, got {tensor.device}")
 
@@ -99,6 +125,10 @@ def _converter(state: Tensor, B: int, _: int, C: int) -> str:
     """The function that converts a state of other code, where this one has its shape."""
     origin = {(B, C, 3): "infctx", (B, 3, 1, C): "fla"}.get(tuple(state.shape))
     return f"; rwkv_kernels.compat.{origin}.import_state converts it" if origin else ""
+
+
+def _brackets(axes: Sequence[str | int]) -> str:
+    return f"[{', '.join(map(str, axes))}]"
 
 
 def either(dtypes: Sequence[torch.dtype]) -> str:

@@ -306,3 +306,29 @@ except rwkv_kernels.BackendUnavailable as error:
     compiled, interpreted = (run_python(code, TRITON_INTERPRET=value).strip() for value in "01")
     assert compiled == f"{refused} on cpu, and this backend takes tensors on cuda). {can}"
     assert interpreted == f"{refused} torch.float64, and this backend takes float32, float16 or bfloat16). {can}"
+
+
+def test_a_new_backend_is_a_module_and_its_registration() -> None:
+    """The list, both functions, the doctor, and the fixtures of the operators' tests."""
+    code = """
+import torch, toy_backend, rwkv_kernels
+from rwkv_kernels import __main__
+assert rwkv_kernels.backends()[-1] == ("toy", True, None)
+x, state = torch.zeros(1, 2, 3), rwkv_kernels.empty_state(1, 3)
+for backend in ("toy", "cpu"):
+    y = rwkv_kernels.wkv(x[0, 0], x[0, 0], x, x + 1, backend=backend)
+    yt = rwkv_kernels.wkv_step(x[0, 0], x[0, 0], x[:, 0], x[:, 0] + 1, state, backend=backend)
+    assert torch.equal(y[:, 0], yt) and torch.equal(yt, torch.ones(1, 3)), backend
+try:
+    rwkv_kernels.wkv(x[0, 0], x[0, 0], x[:, :0], x[:, :0], backend="toy")
+except rwkv_kernels.BackendUnavailable as error:
+    assert "'toy' refused (toy: k has no steps)" in str(error)
+raise SystemExit(__main__.main())
+"""
+    here = Path(__file__).parent
+    assert "\n  toy         available: off the float64 oracle by" in run_python(code, PYTHONPATH=str(here))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "toy_backend", "-p", "no:cacheprovider", "test_operator.py"]
+    result = subprocess.run(
+        [*command, "-k", "toy and (small or another_dtype)"], cwd=here, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0 and "backend toy: " in result.stdout, result.stdout[-3000:]

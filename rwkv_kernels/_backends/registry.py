@@ -81,13 +81,15 @@ class Backend:
         return None
 
 
-# By name; "auto" asks them in this order.
 BACKENDS: dict[str, Backend] = {}
+AUTOMATIC: list[str] = []  # in the order in which "auto" asks them
 
 
 def register(backend: Backend) -> None:
     """Adds a backend, behind those that are there."""
     BACKENDS[backend.name] = backend
+    if backend.automatic:
+        AUTOMATIC.append(backend.name)
 
 
 def constant(function: Callable[..., str | None]) -> Callable[..., str | None]:
@@ -132,13 +134,18 @@ def _check_name(name: str) -> None:
         raise ValueError(f"wkv backend {name!r} is unknown. Known: auto, {', '.join(BACKENDS)}.")
 
 
-def _candidates(name: str) -> list[Backend]:
-    return [backend for backend in BACKENDS.values() if backend.automatic] if name == "auto" else [BACKENDS[name]]
-
-
 def _can(backend: Backend, k: Tensor) -> bool:
     # In this order, so that no call on the CPU makes torch look for GPUs, which would break processes that fork later.
-    return backend.why_elsewhere(k) is None and backend.why_not(k) is None and backend.why_unavailable() is None
+    return (
+        (backend.device_types is None or k.device.type in backend.device_types)
+        and k.dtype in backend.dtypes
+        and backend.why_not(k) is None
+        and backend.why_unavailable() is None
+    )
+
+
+def _why_not(backend: Backend, k: Tensor) -> str | None:
+    return backend.why_unavailable() or backend.why_elsewhere(k) or backend.why_not(k)
 
 
 def select(name: str, k: Tensor) -> Backend:
@@ -146,18 +153,13 @@ def select(name: str, k: Tensor) -> Backend:
     if name == "auto":
         name = _chosen()
     _check_name(name)
-    for backend in _candidates(name):
-        if _can(backend, k):
+    candidates = AUTOMATIC if name == "auto" else (name,)
+    for candidate in candidates:
+        if _can(backend := BACKENDS[candidate], k):
             return backend
-    raise _refusal(name, k)
-
-
-def _refusal(name: str, k: Tensor) -> BackendUnavailable:
-    reasons = "; ".join(
-        f"{x.name}: {x.why_unavailable() or x.why_elsewhere(k) or x.why_not(k)}" for x in _candidates(name)
-    )
+    reasons = "; ".join(f"{candidate}: {_why_not(BACKENDS[candidate], k)}" for candidate in candidates)
     can = [backend.name for backend in BACKENDS.values() if _can(backend, k)]
-    return BackendUnavailable(f"wkv backend {name!r} refused ({reasons}). Available for this call: {', '.join(can)}.")
+    raise BackendUnavailable(f"wkv backend {name!r} refused ({reasons}). Available for this call: {', '.join(can)}.")
 
 
 def backends() -> list[BackendInfo]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import autograd, native
-from ...inputs import Inputs, check, check_like
+from ...inputs import SEQUENCE, STATE, TOKEN, Inputs, Row, check, check_like
 from ...reference import empty_state
 from ..registry import Backend, constant
 from .plan import CHECKPOINT_INTERVAL, PARKED_STATES, Plan, make_plan, widths
@@ -215,7 +215,7 @@ def _run(launches: list[Launch], device: torch.device) -> None:
 # operators from touching memory it should not.
 
 
-def _check(axes: str, w: Tensor, u: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> None:
+def _check(axes: tuple[str, ...], w: Tensor, u: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> None:
     refusal = BACKEND.why_elsewhere(k) or why_unavailable()
     if refusal is not None:
         raise RuntimeError(refusal)
@@ -230,7 +230,7 @@ def _checkpoint_shape(k: Tensor, checkpoint: bool) -> tuple[int, ...]:
 def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *given, checkpoint = arguments
     inputs = Inputs(*given)
-    _check("[B, T, C]", *inputs)
+    _check(SEQUENCE, *inputs)
     k, state = inputs.k, inputs.state
     if k.numel() == 0:
         # No steps leave the state as it is, an empty one in its normal form.
@@ -246,13 +246,16 @@ def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
     *given, checkpoints, gy, gstate_out = arguments
     inputs = Inputs(*given)
-    _check("[B, T, C]", *inputs)
+    _check(SEQUENCE, *inputs)
     k, (B, _, C) = inputs.k, inputs.k.shape
     float32 = (torch.float32,)
-    check_like(k, ("gy", gy, "[B, T, C]", k.shape, (k.dtype,)))
-    check_like(k, ("checkpoints", checkpoints, "[B, n, 3, C]", _checkpoint_shape(k, True), float32))
+    rows: list[Row] = [
+        ("gy", gy, SEQUENCE, k.shape, (k.dtype,)),
+        ("checkpoints", checkpoints, ("B", "n", 3, "C"), _checkpoint_shape(k, True), float32),
+    ]
     if gstate_out is not None:
-        check_like(k, ("gstate_out", gstate_out, "[B, 3, C]", (B, 3, C), float32))
+        rows.append(("gstate_out", gstate_out, STATE, (B, 3, C), float32))
+    check_like(k, rows)
     if k.numel() == 0:
         gstate = _float32(k, B, 3, C).zero_() if gstate_out is None else gstate_out.clone()
         return (*(torch.zeros_like(x) for x in (inputs.w, inputs.u, k, inputs.v)), gstate)
@@ -262,7 +265,7 @@ def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _step_operator(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None = None) -> Tensor:
-    _check("[B, C]", w, u, k, v, state, r)
+    _check(TOKEN, w, u, k, v, state, r)
     if k.numel() == 0:
         return k.new_empty(k.shape)
     y, launches = step(w, u, k, v, state, r)
