@@ -1,8 +1,12 @@
-"""The Triton kernels: the formulas of csrc/common/math.h, and walks over time that are written in terms of them.
+"""The Triton kernels: the formulas of csrc/common/math.h, and the recurrence over time in terms of them.
 
-A program is one warp. It owns a tile of neighbouring channels of one sequence over one chunk of its steps and walks
-step by step with the sums in registers; rows are loaded several at a time, so that a warp waits once for all of them.
+A program is one warp. It owns a tile of neighbouring channels of one sequence over one chunk of its steps and takes
+them one by one with the sums in registers; rows are loaded several at a time, so that a warp waits once for them.
 docs/triton.md leads through this file and has the counts behind its choices. Knows nothing of torch.
+
+A state is the tuple (num, den, max), its adjoint (gnum, gden): the gradients of num and den relative to that max, which
+whoever passes an adjoint on passes as well. A sequence is the tuple of the address of its step 0 and the stride of a
+step.
 """
 
 import inspect
@@ -37,7 +41,7 @@ LOG2E = constant(1.4426950408889634)
 
 # Steps whose rows are loaded together.
 LOADED = constant(LOADED_STEPS)
-# Steps that backward walks forward and then back with all that they need in registers.
+# Steps that backward takes forward and then back with all that they need in registers.
 REPLAYED = constant(REPLAYED_STEPS)
 PARKED = constant(PARKED_STATES)
 
@@ -74,15 +78,15 @@ def weigh(past_log, present_log):
 
 
 @triton.jit
-def mix(num, den, past, present, v):
-    return past * num + present * v, past * den + present
+def mix(state, weights, v):
+    past, present = weights
+    return past * state[0] + present * v, past * state[1] + present
 
 
 @triton.jit
-def advance(num, den, max, log_decay, k, v):
-    past, present = weigh(max + log_decay, k)
-    num, den = mix(num, den, past, present, v)
-    return num, den, tl.maximum(max + log_decay, k)
+def advance(state, log_decay, k, v):
+    num, den = mix(state, weigh(state[2] + log_decay, k), v)
+    return num, den, tl.maximum(state[2] + log_decay, k)
 
 
 @triton.jit
@@ -93,17 +97,18 @@ def reciprocal(x):
 
 
 @triton.jit
-def join(num, den, max, decay, own_num, own_den, own_max):
-    past, present = weigh(max + decay, own_max)
-    return past * num + present * own_num, past * den + present * own_den, tl.maximum(max + decay, own_max)
+def join(state, decay, own):
+    past, present = weigh(state[2] + decay, own[2])
+    joined_max = tl.maximum(state[2] + decay, own[2])
+    return past * state[0] + present * own[0], past * state[1] + present * own[1], joined_max
 
 
-# ---- where a program stands, and what it brings from memory ----
+# ---- where a program stands, and what it loads and stores ----
 
 
 @triton.jit
 def locate(C_aligned, per_sequence, CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """Where the program stands: sequence, which of `per_sequence`, channels, and which of them exist.
+    """The program's sequence, which of `per_sequence` it is, C, its channels, and which of them exist.
 
     Threads behind the last channel repeat channels that exist, so that only stores need a mask.
     """
@@ -113,7 +118,7 @@ def locate(C_aligned, per_sequence, CHANNELS: tl.constexpr, ALIGNMENT: tl.conste
     exists = c < C_aligned * ALIGNMENT
     c = tl.minimum(c // ALIGNMENT, C_aligned - 1) * ALIGNMENT + c % ALIGNMENT
     c = tl.max_contiguous(tl.multiple_of(c, ALIGNMENT), ALIGNMENT)
-    return (row // per_sequence).to(tl.int64), row % per_sequence, c, exists
+    return (row // per_sequence).to(tl.int64), row % per_sequence, C_aligned.to(tl.int64) * ALIGNMENT, c, exists
 
 
 @triton.jit
@@ -123,12 +128,19 @@ def columns(row, c, ALIGNMENT: tl.constexpr):
 
 
 @triton.jit
+def sequence(x, b, batch_stride, time_stride, c, ALIGNMENT: tl.constexpr):
+    return columns(x + b * batch_stride * ALIGNMENT, c, ALIGNMENT), time_stride * ALIGNMENT
+
+
+@triton.jit
 def load_parameter(values, c, ALIGNMENT: tl.constexpr):
     return tl.load(columns(values, c, ALIGNMENT)).to(tl.float32)
 
 
 @triton.jit
-def load_rows(rows, stride, STEPS: tl.constexpr):
+def load_rows(x, t, STEPS: tl.constexpr):
+    rows, stride = x
+    rows += t * stride
     loaded = ()
     for i in tl.static_range(STEPS):
         loaded = loaded + (tl.load(rows + i * stride),)
@@ -141,49 +153,72 @@ def load_state(state, C):
 
 
 @triton.jit
-def store_state(state, C, num, den, max, exists):
-    tl.store(state, num, mask=exists)
-    tl.store(state + C, den, mask=exists)
-    tl.store(state + 2 * C, max, mask=exists)
+def store_state(place, C, state, exists):
+    for i in tl.static_range(3):
+        tl.store(place + i * C, state[i], mask=exists)
+
+
+@triton.jit
+def load_adjoint(row, C, c, ALIGNMENT: tl.constexpr):
+    row = columns(row, c, ALIGNMENT)
+    return tl.load(row), tl.load(row + C)
+
+
+@triton.jit
+def store_pair(row, C, c, pair, exists, ALIGNMENT: tl.constexpr):
+    row = columns(row, c, ALIGNMENT)
+    tl.store(row, pair[0], mask=exists)
+    tl.store(row + C, pair[1], mask=exists)
+
+
+@triton.jit
+def normal(state):
+    # den == 0 means empty, whatever the other two say.
+    num, den, max = state
+    return tl.where(den == 0, 0.0, num), den, tl.where(den == 0, EMPTY_MAX, max)
 
 
 @triton.jit
 def load_first_state(state, b, C, c, ALIGNMENT: tl.constexpr):
-    """The caller's state of sequence b, or the empty one; den == 0 means empty, whatever the other two say."""
-    num = tl.zeros(c.shape, tl.float32)
-    den = num
-    max = num + EMPTY_MAX
+    """The caller's state of sequence b, or the empty one."""
+    zero = tl.zeros(c.shape, tl.float32)
+    first = (zero, zero, zero + EMPTY_MAX)
     if state is not None:
-        given_num, given_den, given_max = load_state(columns(state + b * 3 * C, c, ALIGNMENT), C)
-        num = tl.where(given_den == 0, num, given_num)
-        max = tl.where(given_den == 0, max, given_max)
-        den = given_den
-    return num, den, max
+        first = normal(load_state(columns(state + b * 3 * C, c, ALIGNMENT), C))
+    return first
+
+
+@triton.jit
+def checkpoints_of(checkpoints, b, T, C, c, ALIGNMENT: tl.constexpr):
+    return columns(checkpoints + b * tl.cdiv(T, INTERVAL) * 3 * C, c, ALIGNMENT)
 
 
 # ---- forward ----
 
 
 @triton.jit
-def sum_up(k, v, k_stride, v_stride, log_decay, num, den, max, STEPS: tl.constexpr):
-    ks = load_rows(k, k_stride, STEPS)
-    vs = load_rows(v, v_stride, STEPS)
+def advance_steps(k, v, t, log_decay, state, STEPS: tl.constexpr):
+    ks = load_rows(k, t, STEPS)
+    vs = load_rows(v, t, STEPS)
     for i in tl.static_range(STEPS):
-        num, den, max = advance(num, den, max, log_decay, key_logit(ks[i]), vs[i].to(tl.float32))
-    return num, den, max
+        state = advance(state, log_decay, key_logit(ks[i]), vs[i].to(tl.float32))
+    return state
 
 
 @triton.jit
-def walk(k, v, y, k_stride, v_stride, C, log_decay, u, num, den, max, exists, STEPS: tl.constexpr):
-    ks = load_rows(k, k_stride, STEPS)
-    vs = load_rows(v, v_stride, STEPS)
+def forward_steps(k, v, y, checkpoints, t, begin, C, log_decay, u, state, exists, STEPS: tl.constexpr):
+    if checkpoints is not None:
+        if (t % INTERVAL == 0) & (t > begin):
+            store_state(checkpoints + (t // INTERVAL - 1) * 3 * C, C, state, exists)
+    ks = load_rows(k, t, STEPS)
+    vs = load_rows(v, t, STEPS)
+    y += t * C
     for i in tl.static_range(STEPS):
         kt, vt = key_logit(ks[i]), vs[i].to(tl.float32)
-        past, present = weigh(max, u + kt)
-        y_num, y_den = mix(num, den, past, present, vt)
+        y_num, y_den = mix(state, weigh(state[2], u + kt), vt)
         tl.store(y + i * C, (y_num * reciprocal(y_den)).to(y.dtype.element_ty), mask=exists)
-        num, den, max = advance(num, den, max, log_decay, kt, vt)
-    return num, den, max
+        state = advance(state, log_decay, kt, vt)
+    return state
 
 
 @kernel
@@ -193,35 +228,29 @@ def summarise_states(
     C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32, rows: tl.int32, rows_per_chunk: tl.int32,
     CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """What every chunk but the last sums up to, alone, or the first one from the given state."""
-    b, chunk, c, exists = locate(C_aligned, chunks - 1, CHANNELS, ALIGNMENT)
-    C = C_aligned.to(tl.int64) * ALIGNMENT
+    """The state after every chunk but the last, each from empty, the first one from the given state."""
+    b, chunk, C, c, exists = locate(C_aligned, chunks - 1, CHANNELS, ALIGNMENT)
     log_decay = log_decay_of(load_parameter(w, c, ALIGNMENT))
-    num, den, max = load_first_state(None, b, C, c, ALIGNMENT)
+    own = load_first_state(None, b, C, c, ALIGNMENT)
     if chunk == 0:
-        num, den, max = load_first_state(state, b, C, c, ALIGNMENT)
-    k_time_stride *= ALIGNMENT
-    v_time_stride *= ALIGNMENT
-    k = columns(k + b * k_batch_stride * ALIGNMENT, c, ALIGNMENT)
-    v = columns(v + b * v_batch_stride * ALIGNMENT, c, ALIGNMENT)
+        own = load_first_state(state, b, C, c, ALIGNMENT)
+    k = sequence(k, b, k_batch_stride, k_time_stride, c, ALIGNMENT)
+    v = sequence(v, b, v_batch_stride, v_time_stride, c, ALIGNMENT)
     for i in range(0, chunk_len, LOADED):
-        t = chunk * chunk_len + i
-        num, den, max = sum_up(
-            k + t * k_time_stride, v + t * v_time_stride, k_time_stride, v_time_stride, log_decay, num, den, max, LOADED
-        )
+        own = advance_steps(k, v, chunk * chunk_len + i, log_decay, own, LOADED)
     after = b * rows + (chunk + 1) * rows_per_chunk - 1
-    store_state(columns(states + after * 3 * C, c, ALIGNMENT), C, num, den, max, exists)
+    store_state(columns(states + after * 3 * C, c, ALIGNMENT), C, own, exists)
 
 
 @triton.jit
-def carry_state(slots, stride, C, decay, num, den, max, exists, SLOTS: tl.constexpr):
+def carry_state(slots, stride, C, decay, state, exists, SLOTS: tl.constexpr):
     own = ()
     for i in tl.static_range(SLOTS):
         own = own + (load_state(slots + i * stride, C),)
     for i in tl.static_range(SLOTS):
-        num, den, max = join(num, den, max, decay, own[i][0], own[i][1], own[i][2])
-        store_state(slots + i * stride, C, num, den, max, exists)
-    return num, den, max
+        state = join(state, decay, own[i])
+        store_state(slots + i * stride, C, state, exists)
+    return state
 
 
 @kernel
@@ -229,18 +258,17 @@ def carry_states(
     w, states, C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32, rows: tl.int32, rows_per_chunk: tl.int32,
     CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """Joins the sums of the chunks in order, in place: each becomes the state after its chunk."""
-    b, _, c, exists = locate(C_aligned, 1, CHANNELS, ALIGNMENT)
-    C = C_aligned.to(tl.int64) * ALIGNMENT
+    """Joins the states of the chunks in order, in place: each becomes the true state after its chunk."""
+    b, _, C, c, exists = locate(C_aligned, 1, CHANNELS, ALIGNMENT)
     decay = chunk_len * log_decay_of(load_parameter(w, c, ALIGNMENT))
     stride = rows_per_chunk * 3 * C
     first = columns(states + (b * rows + rows_per_chunk - 1) * 3 * C, c, ALIGNMENT)
-    num, den, max = load_state(first, C)
+    state = load_state(first, C)
     whole = chunks - 1 - (chunks - 2) % LOADED
     for chunk in range(1, whole, LOADED):
-        num, den, max = carry_state(first + chunk * stride, stride, C, decay, num, den, max, exists, LOADED)
+        state = carry_state(first + chunk * stride, stride, C, decay, state, exists, LOADED)
     for chunk in range(whole, chunks - 1):
-        num, den, max = carry_state(first + chunk * stride, stride, C, decay, num, den, max, exists, 1)
+        state = carry_state(first + chunk * stride, stride, C, decay, state, exists, 1)
 
 
 @kernel
@@ -251,103 +279,80 @@ def forward(
     CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """y, the checkpoints within every chunk, and the state after the last one."""
-    b, chunk, c, exists = locate(C_aligned, chunks, CHANNELS, ALIGNMENT)
-    C = C_aligned.to(tl.int64) * ALIGNMENT
+    b, chunk, C, c, exists = locate(C_aligned, chunks, CHANNELS, ALIGNMENT)
     log_decay = log_decay_of(load_parameter(w, c, ALIGNMENT))
     u = load_parameter(u, c, ALIGNMENT)
-    num, den, max = load_first_state(state, b, C, c, ALIGNMENT)
+    running = load_first_state(state, b, C, c, ALIGNMENT)
     if chunk > 0:
         before = b * rows + chunk * rows_per_chunk - 1
-        num, den, max = load_state(columns(states + before * 3 * C, c, ALIGNMENT), C)
-    k_time_stride *= ALIGNMENT
-    v_time_stride *= ALIGNMENT
-    k = columns(k + b * k_batch_stride * ALIGNMENT, c, ALIGNMENT)
-    v = columns(v + b * v_batch_stride * ALIGNMENT, c, ALIGNMENT)
+        running = load_state(columns(states + before * 3 * C, c, ALIGNMENT), C)
+    k = sequence(k, b, k_batch_stride, k_time_stride, c, ALIGNMENT)
+    v = sequence(v, b, v_batch_stride, v_time_stride, c, ALIGNMENT)
     y = columns(y + b * T * C, c, ALIGNMENT)
     if checkpoints is not None:
-        checkpoints = columns(checkpoints + b * tl.cdiv(T, INTERVAL) * 3 * C, c, ALIGNMENT)
+        checkpoints = checkpoints_of(checkpoints, b, T, C, c, ALIGNMENT)
     begin = chunk * chunk_len
     end = tl.minimum(begin + chunk_len, T)
     whole = end - (end - begin) % LOADED
     for t in range(begin, whole, LOADED):
-        if checkpoints is not None:
-            if (t % INTERVAL == 0) & (t > begin):
-                store_state(checkpoints + (t // INTERVAL - 1) * 3 * C, C, num, den, max, exists)
-        num, den, max = walk(
-            k + t * k_time_stride, v + t * v_time_stride, y + t * C, k_time_stride, v_time_stride, C,
-            log_decay, u, num, den, max, exists, LOADED,
-        )  # fmt: skip
+        running = forward_steps(k, v, y, checkpoints, t, begin, C, log_decay, u, running, exists, LOADED)
     for t in range(whole, end):
-        if checkpoints is not None:
-            if (t % INTERVAL == 0) & (t > begin):
-                store_state(checkpoints + (t // INTERVAL - 1) * 3 * C, C, num, den, max, exists)
-        num, den, max = walk(
-            k + t * k_time_stride, v + t * v_time_stride, y + t * C, k_time_stride, v_time_stride, C,
-            log_decay, u, num, den, max, exists, 1,
-        )  # fmt: skip
+        running = forward_steps(k, v, y, checkpoints, t, begin, C, log_decay, u, running, exists, 1)
     if chunk == chunks - 1:
-        store_state(columns(state_out + b * 3 * C, c, ALIGNMENT), C, num, den, max, exists)
+        store_state(columns(state_out + b * 3 * C, c, ALIGNMENT), C, running, exists)
         if checkpoints is not None:
-            store_state(checkpoints + (tl.cdiv(T, INTERVAL) - 1) * 3 * C, C, num, den, max, exists)
+            store_state(checkpoints + (tl.cdiv(T, INTERVAL) - 1) * 3 * C, C, running, exists)
 
 
 # ---- backward ----
-#
-# The gradient of a state's (num, den) is relative to that state's max, so whoever passes it on passes the max as well.
 
 
 @triton.jit
-def load_adjoint(row, C, c, ALIGNMENT: tl.constexpr):
-    row = columns(row, c, ALIGNMENT)
-    return tl.load(row), tl.load(row + C)
-
-
-@triton.jit
-def sum_up_adjoint(
-    k, v, gy, k_stride, v_stride, gy_stride, log_decay, u, num, den, max, passed, gnum, gden, STEPS: tl.constexpr
-):
-    # The adjoint's recurrence runs backward, but as a sum it can be taken forward: what a step gives to the state
-    # before the chunk is what it gives to the state before itself, times all weights of the past up to there, `passed`.
-    ks = load_rows(k, k_stride, STEPS)
-    vs = load_rows(v, v_stride, STEPS)
-    gs = load_rows(gy, gy_stride, STEPS)
+def summarise_adjoint_steps(k, v, gy, t, log_decay, u, state, passed, adjoint, STEPS: tl.constexpr):
+    # The adjoint's recurrence runs backward, but as a sum it can be taken forward: the share of a step in the adjoint
+    # before the chunk is its share in the one before itself times all weights of the past up to there, `passed`.
+    ks = load_rows(k, t, STEPS)
+    vs = load_rows(v, t, STEPS)
+    gs = load_rows(gy, t, STEPS)
+    gnum, gden = adjoint
     for i in tl.static_range(STEPS):
         kt, vt = key_logit(ks[i]), vs[i].to(tl.float32)
-        past, present = weigh(max, u + kt)
-        y_num, y_den = mix(num, den, past, present, vt)
+        reads = weigh(state[2], u + kt)
+        y_num, y_den = mix(state, reads, vt)
         inverse = reciprocal(y_den)
-        h = passed * past * (gs[i].to(tl.float32) * inverse)
+        h = passed * reads[0] * (gs[i].to(tl.float32) * inverse)
         gnum += h
         gden -= h * (y_num * inverse)
-        past, present = weigh(max + log_decay, kt)
-        passed *= past
-        num, den = mix(num, den, past, present, vt)
-        max = tl.maximum(max + log_decay, kt)
-    return num, den, max, passed, gnum, gden
+        advances = weigh(state[2] + log_decay, kt)
+        passed *= advances[0]
+        num, den = mix(state, advances, vt)
+        state = (num, den, tl.maximum(state[2] + log_decay, kt))
+    return state, passed, (gnum, gden)
 
 
 @triton.jit
-def replay_and_reverse(
-    k, v, gy, gk, gv, k_stride, v_stride, gy_stride, C, log_decay, u, num, den, max, gnum, gden,
-    g_log_decay, gu, exists, STEPS: tl.constexpr,
-):  # fmt: skip
-    """Forward from the state before some steps, and back from the gradient of the one after them."""
-    ks = load_rows(k, k_stride, STEPS)
-    vs = load_rows(v, v_stride, STEPS)
-    gs = load_rows(gy, gy_stride, STEPS)
+def backward_steps(k, v, gy, gk, gv, t, C, log_decay, u, state, adjoint, sums, exists, STEPS: tl.constexpr):
+    """Forward from the state before some steps, and back from the adjoint after them; sums are of log_decay and u."""
+    ks = load_rows(k, t, STEPS)
+    vs = load_rows(v, t, STEPS)
+    gs = load_rows(gy, t, STEPS)
+    gk += t * C
+    gv += t * C
     replayed = ()
     for i in tl.static_range(STEPS):
         kt, vt = key_logit(ks[i]), vs[i].to(tl.float32)
-        reads = weigh(max, u + kt)
-        advances = weigh(max + log_decay, kt)
-        replayed = replayed + ((num, den, reads, advances),)
-        num, den = mix(num, den, advances[0], advances[1], vt)
-        max = tl.maximum(max + log_decay, kt)
+        reads = weigh(state[2], u + kt)
+        advances = weigh(state[2] + log_decay, kt)
+        replayed = replayed + ((state, reads, advances),)
+        num, den = mix(state, advances, vt)
+        state = (num, den, tl.maximum(state[2] + log_decay, kt))
+    gnum, gden = adjoint
+    g_log_decay, gu = sums
     for i in tl.static_range(STEPS - 1, -1, -1):
-        num, den, reads, advances = replayed[i]
+        state, reads, advances = replayed[i]
         vt = vs[i].to(tl.float32)
 
-        y_num, y_den = mix(num, den, reads[0], reads[1], vt)
+        y_num, y_den = mix(state, reads, vt)
         inverse = reciprocal(y_den)
         y = y_num * inverse
         h = gs[i].to(tl.float32) * inverse
@@ -363,12 +368,12 @@ def replay_and_reverse(
         # Paired step by step: recovering it from sums of gk is exact on paper and noise in float32 (docs/wkv.md).
         gnum *= advances[0]
         gden *= advances[0]
-        g_log_decay += num * gnum + den * gden
+        g_log_decay += state[0] * gnum + state[1] * gden
 
         h_past = reads[0] * h
         gnum += h_past
         gden -= h_past * y
-    return gnum, gden, g_log_decay, gu
+    return (gnum, gden), (g_log_decay, gu)
 
 
 @kernel
@@ -379,55 +384,45 @@ def summarise_adjoints(
     T: tl.int32, C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32,
     CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """What every chunk but the first gives to the state before it, alone, or the last one with what follows it."""
-    b, slot, c, exists = locate(C_aligned, chunks - 1, CHANNELS, ALIGNMENT)
-    C = C_aligned.to(tl.int64) * ALIGNMENT
+    """The adjoint before every chunk but the first, each of that chunk alone, the last one with gstate_out."""
+    b, slot, C, c, exists = locate(C_aligned, chunks - 1, CHANNELS, ALIGNMENT)
     begin = (slot + 1) * chunk_len
     end = tl.minimum(begin + chunk_len, T)
     log_decay = log_decay_of(load_parameter(w, c, ALIGNMENT))
     u = load_parameter(u, c, ALIGNMENT)
-    checkpoints = columns(checkpoints + b * tl.cdiv(T, INTERVAL) * 3 * C, c, ALIGNMENT)
-    num, den, max = load_state(checkpoints + (begin // INTERVAL - 1) * 3 * C, C)
+    checkpoints = checkpoints_of(checkpoints, b, T, C, c, ALIGNMENT)
+    state = load_state(checkpoints + (begin // INTERVAL - 1) * 3 * C, C)
     gnum = tl.zeros(c.shape, tl.float32)
     gden = gnum
     if gstate_out is not None:
         if slot == chunks - 2:
             last_max = tl.load(checkpoints + ((tl.cdiv(T, INTERVAL) - 1) * 3 + 2) * C)
-            factor = tl.exp2((max + (end - begin) * log_decay - last_max) * LOG2E)
+            factor = tl.exp2((state[2] + (end - begin) * log_decay - last_max) * LOG2E)
             gnum, gden = load_adjoint(gstate_out + b * 3 * C, C, c, ALIGNMENT)
             gnum *= factor
             gden *= factor
-    k_time_stride *= ALIGNMENT
-    v_time_stride *= ALIGNMENT
-    gy_time_stride *= ALIGNMENT
-    k = columns(k + b * k_batch_stride * ALIGNMENT, c, ALIGNMENT)
-    v = columns(v + b * v_batch_stride * ALIGNMENT, c, ALIGNMENT)
-    gy = columns(gy + b * gy_batch_stride * ALIGNMENT, c, ALIGNMENT)
+    k = sequence(k, b, k_batch_stride, k_time_stride, c, ALIGNMENT)
+    v = sequence(v, b, v_batch_stride, v_time_stride, c, ALIGNMENT)
+    gy = sequence(gy, b, gy_batch_stride, gy_time_stride, c, ALIGNMENT)
     passed = tl.full(c.shape, 1.0, tl.float32)
+    adjoint = (gnum, gden)
     whole = end - (end - begin) % LOADED
     for t in range(begin, whole, LOADED):
-        num, den, max, passed, gnum, gden = sum_up_adjoint(
-            k + t * k_time_stride, v + t * v_time_stride, gy + t * gy_time_stride,
-            k_time_stride, v_time_stride, gy_time_stride, log_decay, u, num, den, max, passed, gnum, gden, LOADED,
-        )  # fmt: skip
+        state, passed, adjoint = summarise_adjoint_steps(k, v, gy, t, log_decay, u, state, passed, adjoint, LOADED)
     for t in range(whole, end):
-        num, den, max, passed, gnum, gden = sum_up_adjoint(
-            k + t * k_time_stride, v + t * v_time_stride, gy + t * gy_time_stride,
-            k_time_stride, v_time_stride, gy_time_stride, log_decay, u, num, den, max, passed, gnum, gden, 1,
-        )  # fmt: skip
-    chunk_adjoints = columns(chunk_adjoints + (b * (chunks - 1) + slot) * 2 * C, c, ALIGNMENT)
-    tl.store(chunk_adjoints, gnum, mask=exists)
-    tl.store(chunk_adjoints + C, gden, mask=exists)
+        state, passed, adjoint = summarise_adjoint_steps(k, v, gy, t, log_decay, u, state, passed, adjoint, 1)
+    store_pair(chunk_adjoints + (b * (chunks - 1) + slot) * 2 * C, C, c, adjoint, exists, ALIGNMENT)
 
 
 @triton.jit
-def carry_adjoint(slots, maxes, last, C, stride, decay, gnum, gden, exists, SLOTS: tl.constexpr):
+def carry_adjoint(slots, maxes, last, C, stride, decay, adjoint, exists, SLOTS: tl.constexpr):
     # From slot `last` + 1 to SLOTS slots before it.
     own = ()
     for i in tl.static_range(SLOTS):
         slot = slots + (last - i) * 2 * C
         change = tl.load(maxes + (last - i) * stride) - tl.load(maxes + (last - i + 1) * stride)
         own = own + ((tl.load(slot), tl.load(slot + C), tl.exp2((decay + change) * LOG2E)),)
+    gnum, gden = adjoint
     for i in tl.static_range(SLOTS):
         slot = slots + (last - i) * 2 * C
         gnum = own[i][0] + own[i][2] * gnum
@@ -442,21 +437,20 @@ def carry_adjoints(
     w, checkpoints, chunk_adjoints, T: tl.int32, C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32,
     CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """Joins what the chunks give from the last to the first, in place: slot i becomes the gradient after chunk i."""
-    b, _, c, exists = locate(C_aligned, 1, CHANNELS, ALIGNMENT)
-    C = C_aligned.to(tl.int64) * ALIGNMENT
+    """Joins the adjoints of the chunks from the last to the first, in place: slot i becomes that after chunk i."""
+    b, _, C, c, exists = locate(C_aligned, 1, CHANNELS, ALIGNMENT)
     decay = chunk_len * log_decay_of(load_parameter(w, c, ALIGNMENT))
     # The max of the state after chunk i lies at maxes + i * stride.
     stride = chunk_len // INTERVAL * 3 * C
-    maxes = columns(checkpoints + b * tl.cdiv(T, INTERVAL) * 3 * C, c, ALIGNMENT) + stride - C
+    maxes = checkpoints_of(checkpoints, b, T, C, c, ALIGNMENT) + stride - C
     slots = columns(chunk_adjoints + b * (chunks - 1) * 2 * C, c, ALIGNMENT)
     # The last slot is true already.
-    gnum, gden = load_adjoint(chunk_adjoints + ((b + 1) * (chunks - 1) - 1) * 2 * C, C, c, ALIGNMENT)
+    adjoint = load_adjoint(chunk_adjoints + ((b + 1) * (chunks - 1) - 1) * 2 * C, C, c, ALIGNMENT)
     left_over = (chunks - 2) % LOADED
     for passed in range(0, chunks - 2 - left_over, LOADED):
-        gnum, gden = carry_adjoint(slots, maxes, chunks - 3 - passed, C, stride, decay, gnum, gden, exists, LOADED)
+        adjoint = carry_adjoint(slots, maxes, chunks - 3 - passed, C, stride, decay, adjoint, exists, LOADED)
     for passed in range(left_over):
-        gnum, gden = carry_adjoint(slots, maxes, left_over - 1 - passed, C, stride, decay, gnum, gden, exists, 1)
+        adjoint = carry_adjoint(slots, maxes, left_over - 1 - passed, C, stride, decay, adjoint, exists, 1)
 
 
 @kernel
@@ -469,37 +463,32 @@ def backward(
 ):  # fmt: skip
     """gk, gv, the gradient of the first state, and each chunk's part of the gradients of log_decay and u.
 
-    Takes the chunk interval by interval, from the last to the first. It walks one forward from its checkpoint and parks
-    the state before every few steps in memory of its own; then it takes these few steps, from the last to the first,
-    forward once more and back.
+    Takes the chunk interval by interval, from the last to the first. It advances from the interval's checkpoint and
+    parks the state before every few steps in memory of its own; then it takes these few steps, from the last to the
+    first, forward once more and back.
     """
-    b, chunk, c, exists = locate(C_aligned, chunks, CHANNELS, ALIGNMENT)
-    C = C_aligned.to(tl.int64) * ALIGNMENT
+    b, chunk, C, c, exists = locate(C_aligned, chunks, CHANNELS, ALIGNMENT)
     log_decay = log_decay_of(load_parameter(w, c, ALIGNMENT))
     u = load_parameter(u, c, ALIGNMENT)
     begin = chunk * chunk_len
     end = tl.minimum(begin + chunk_len, T)
-    checkpoints = columns(checkpoints + b * tl.cdiv(T, INTERVAL) * 3 * C, c, ALIGNMENT)
-    gnum = tl.zeros(c.shape, tl.float32)
-    gden = gnum
+    checkpoints = checkpoints_of(checkpoints, b, T, C, c, ALIGNMENT)
+    zero = tl.zeros(c.shape, tl.float32)
+    adjoint = (zero, zero)
     if chunk < chunks - 1:
-        gnum, gden = load_adjoint(chunk_adjoints + (b * (chunks - 1) + chunk) * 2 * C, C, c, ALIGNMENT)
+        adjoint = load_adjoint(chunk_adjoints + (b * (chunks - 1) + chunk) * 2 * C, C, c, ALIGNMENT)
     elif gstate_out is not None:
-        gnum, gden = load_adjoint(gstate_out + b * 3 * C, C, c, ALIGNMENT)
-    g_log_decay = tl.zeros(c.shape, tl.float32)
-    gu = g_log_decay
+        adjoint = load_adjoint(gstate_out + b * 3 * C, C, c, ALIGNMENT)
+    sums = (zero, zero)
 
-    k_time_stride *= ALIGNMENT
-    v_time_stride *= ALIGNMENT
-    gy_time_stride *= ALIGNMENT
-    k = columns(k + b * k_batch_stride * ALIGNMENT, c, ALIGNMENT)
-    v = columns(v + b * v_batch_stride * ALIGNMENT, c, ALIGNMENT)
-    gy = columns(gy + b * gy_batch_stride * ALIGNMENT, c, ALIGNMENT)
+    k = sequence(k, b, k_batch_stride, k_time_stride, c, ALIGNMENT)
+    v = sequence(v, b, v_batch_stride, v_time_stride, c, ALIGNMENT)
+    gy = sequence(gy, b, gy_batch_stride, gy_time_stride, c, ALIGNMENT)
     gk = columns(gk + b * T * C, c, ALIGNMENT)
     gv = columns(gv + b * T * C, c, ALIGNMENT)
     parked += tl.program_id(0).to(tl.int64) * (PARKED * 3 * CHANNELS)
     parked = tl.max_contiguous(tl.multiple_of(parked + tl.arange(0, CHANNELS), 16), 16)
-    own = tl.full(c.shape, 1, tl.int1)
+    all_channels = tl.full(c.shape, 1, tl.int1)
 
     intervals = tl.cdiv(end - begin, INTERVAL)
     for behind in range(intervals):
@@ -507,62 +496,47 @@ def backward(
         steps = tl.minimum(end - t_first, INTERVAL)
         left_over = steps % LOADED
         whole = t_first + steps - left_over
-        num, den, max = load_first_state(state, b, C, c, ALIGNMENT)
+        running = load_first_state(state, b, C, c, ALIGNMENT)
         if t_first > 0:
-            num, den, max = load_state(checkpoints + (t_first // INTERVAL - 1) * 3 * C, C)
+            running = load_state(checkpoints + (t_first // INTERVAL - 1) * 3 * C, C)
 
         slot = parked
         for t in range(t_first, whole, LOADED):
             for part in tl.static_range(LOADED // REPLAYED):
-                store_state(slot, CHANNELS, num, den, max, own)
+                store_state(slot, CHANNELS, running, all_channels)
                 slot += 3 * CHANNELS
-                t_part = t + part * REPLAYED
-                num, den, max = sum_up(
-                    k + t_part * k_time_stride, v + t_part * v_time_stride, k_time_stride, v_time_stride,
-                    log_decay, num, den, max, REPLAYED,
-                )  # fmt: skip
+                running = advance_steps(k, v, t + part * REPLAYED, log_decay, running, REPLAYED)
         for t in range(whole, whole + left_over):
-            store_state(slot, CHANNELS, num, den, max, own)
+            store_state(slot, CHANNELS, running, all_channels)
             slot += 3 * CHANNELS
-            num, den, max = sum_up(
-                k + t * k_time_stride, v + t * v_time_stride, k_time_stride, v_time_stride, log_decay, num, den, max, 1
-            )
+            running = advance_steps(k, v, t, log_decay, running, 1)
         # Triton may give a channel's store and load to two threads.
         tl.debug_barrier()
 
-        # The next checkpoint may have been joined, and not walked to: the same state in another gauge.
+        # The next checkpoint may have been joined, and not advanced to: the same state in another gauge.
         max_after = tl.load(checkpoints + (t_first // INTERVAL * 3 + 2) * C)
-        change = tl.exp2((max - max_after) * LOG2E)
-        gnum *= change
-        gden *= change
+        change = tl.exp2((running[2] - max_after) * LOG2E)
+        adjoint = (adjoint[0] * change, adjoint[1] * change)
         for i in range(left_over):
+            slot -= 3 * CHANNELS
+            before = load_state(slot, CHANNELS)
             t = whole + left_over - 1 - i
-            slot -= 3 * CHANNELS
-            num, den, max = load_state(slot, CHANNELS)
-            gnum, gden, g_log_decay, gu = replay_and_reverse(
-                k + t * k_time_stride, v + t * v_time_stride, gy + t * gy_time_stride, gk + t * C, gv + t * C,
-                k_time_stride, v_time_stride, gy_time_stride, C, log_decay, u, num, den, max,
-                gnum, gden, g_log_decay, gu, exists, 1,
-            )  # fmt: skip
+            adjoint, sums = backward_steps(k, v, gy, gk, gv, t, C, log_decay, u, before, adjoint, sums, exists, 1)
         for i in range(REPLAYED, whole - t_first + 1, REPLAYED):
-            t = whole - i
             slot -= 3 * CHANNELS
-            num, den, max = load_state(slot, CHANNELS)
-            gnum, gden, g_log_decay, gu = replay_and_reverse(
-                k + t * k_time_stride, v + t * v_time_stride, gy + t * gy_time_stride, gk + t * C, gv + t * C,
-                k_time_stride, v_time_stride, gy_time_stride, C, log_decay, u, num, den, max,
-                gnum, gden, g_log_decay, gu, exists, REPLAYED,
-            )  # fmt: skip
+            before = load_state(slot, CHANNELS)
+            adjoint, sums = backward_steps(
+                k, v, gy, gk, gv, whole - i, C, log_decay, u, before, adjoint, sums, exists, REPLAYED
+            )
         tl.debug_barrier()
 
-    partials = columns(partials + (b * chunks + chunk) * 2 * C, c, ALIGNMENT)
-    tl.store(partials, g_log_decay, mask=exists)
-    tl.store(partials + C, gu, mask=exists)
+    store_pair(partials + (b * chunks + chunk) * 2 * C, C, c, sums, exists, ALIGNMENT)
     if chunk == 0:
         # The gradient of max follows from the others for consumers that respect the state's gauge.
-        num, den, max = load_first_state(state, b, C, c, ALIGNMENT)
-        of_first = columns(gstate + b * 3 * C, c, ALIGNMENT)
-        store_state(of_first, C, gnum, gden, num * gnum + den * gden, exists)
+        num, den, _ = load_first_state(state, b, C, c, ALIGNMENT)
+        gnum, gden = adjoint
+        gradient = (gnum, gden, num * gnum + den * gden)
+        store_state(columns(gstate + b * 3 * C, c, ALIGNMENT), C, gradient, exists)
 
 
 @kernel
@@ -595,19 +569,15 @@ def step(
     C: tl.int32, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """y of one token, gated where there is an r, and the state in place."""
-    b, _, c, exists = locate(C, 1, CHANNELS, 1)
+    b, _, _, c, exists = locate(C, 1, CHANNELS, 1)
     log_decay = log_decay_of(load_parameter(w, c, 1))
     kt = key_logit(tl.load(k + b * k_stride + c))
     vt = tl.load(v + b * v_stride + c).to(tl.float32)
     state += b * state_batch_stride + c * state_channel_stride
-    num, den, max = load_state(state, state_row_stride)
-    max = tl.where(den == 0, EMPTY_MAX, max)
-    num = tl.where(den == 0, 0.0, num)
-    past, present = weigh(max, load_parameter(u, c, 1) + kt)
-    y_num, y_den = mix(num, den, past, present, vt)
+    before = normal(load_state(state, state_row_stride))
+    y_num, y_den = mix(before, weigh(before[2], load_parameter(u, c, 1) + kt), vt)
     yt = y_num * reciprocal(y_den)
     if r is not None:
         yt *= tl.sigmoid(tl.load(r + b * r_stride + c).to(tl.float32))
     tl.store(y + b * C + c, yt.to(y.dtype.element_ty), mask=exists)
-    num, den, max = advance(num, den, max, log_decay, kt, vt)
-    store_state(state, state_row_stride, num, den, max, exists)
+    store_state(state, state_row_stride, advance(before, log_decay, kt, vt), exists)
