@@ -1,8 +1,8 @@
 """The doctor, `python -m rwkv_kernels`: what is installed, what works, and if something does not, why.
 
 It exits with 0 where the operators' library is loaded and every backend that can run here is right, otherwise with 1.
-The library is no option: without it, the package is usable, but `wkv` on the CPU only with backend="reference". CUDA
-kernels and Triton are options: their absence is told and is no error.
+The library is required: without it, `wkv` runs on the CPU only with backend="reference". CUDA kernels and Triton are
+optional: their absence is reported and is no error.
 """
 
 import platform

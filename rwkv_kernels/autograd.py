@@ -1,4 +1,4 @@
-"""What torch must know of the operators beyond their kernels: shapes, derivatives, vmap and autocast.
+"""The operators as torch sees them, beyond their kernels: shapes, derivatives, vmap and autocast.
 
 `attach` gives all of it to one forward and backward pair. The derivative is an autograd.Function behind the operator's
 Autograd key, and not torch.library.register_autograd, because the latter's functions work under neither torch.func.grad
@@ -76,11 +76,6 @@ def _untraced() -> bool:
     return not (is_compiling() or _is_tracing() or _are_functorch_transforms_active() or _len_torch_dispatch_stack())
 
 
-def _transforms_active() -> bool:
-    """Whether torch.func is at work: it follows an autograd.Function from outside, but not from inside an operator."""
-    return _are_functorch_transforms_active()
-
-
 def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, Any, Any]:
     """The derivative of backward, which raises; of forward; and of forward in calls that nothing traces."""
 
@@ -123,7 +118,7 @@ def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, A
             if gy is None:
                 gy = torch.zeros_like(Inputs(*inputs).k)
             call: Any = backward  # in general: its Autograd key refuses a second derivative
-            if _transforms_active():
+            if _are_functorch_transforms_active():
                 call = Backward.apply
             elif _untraced() and not torch.is_grad_enabled():
                 call = functools.partial(_below_autograd, backward)
@@ -210,7 +205,8 @@ def attach(
         if not _needs_derivative(inputs):
             with _AutoDispatchBelowAutograd():
                 return forward(*arguments)  # type: ignore[no-any-return]
-        if _transforms_active():
+        # torch.func follows an autograd.Function from outside, but not from inside an operator.
+        if _are_functorch_transforms_active():
             raise NotImplementedError(f"torch.func transforms do not reach inside {forward_name}: use rwkv_kernels.wkv")
         y, state_out, checkpoints = ForwardFunction.apply(*inputs)
         return y, state_out, checkpoints if checkpoint else checkpoints[:, :0].clone()
@@ -262,7 +258,7 @@ def attach(
             else:
                 with _AutoDispatchBelowAutograd():
                     y, state_out, _ = forward(*inputs, False)
-        elif _transforms_active():
+        elif _are_functorch_transforms_active():
             y, state_out, _ = ForwardFunction.apply(*inputs)
         else:
             y, state_out, _ = forward(*inputs, False)

@@ -80,7 +80,7 @@ PROBLEMS = {
 
 @dataclass
 class Tensors:
-    """What goes into the operator (w, u, k, v, state) and into its backward (gy, gstate)."""
+    """The tensors of the operator (w, u, k, v, state) and of its backward (gy, gstate)."""
 
     w: Tensor
     u: Tensor
@@ -217,7 +217,7 @@ def assert_solves(tensors: Tensors, backend: str, exact_backend: str = "referenc
 
 
 def least_scale(name: str, tensors: Tensors) -> float:
-    """What an error is relative to even where the exact result is smaller.
+    """The size that an error is relative to even where the exact result is smaller.
 
     Roundings are relative to the terms of a sum, not to what cancellation leaves: gy·(v - y) is made of terms of the
     size of gy·v even where v = y.

@@ -170,3 +170,11 @@ def test_every_file_is_python_3_10_and_has_no_doubtful_syntax() -> None:
             text = path.read_text()
             ast.parse(text, str(path), feature_version=(3, 10))
             compile(text, str(path), "exec")
+
+
+def test_no_comment_or_docstring_opens_with_what() -> None:
+    """The subject comes first; `# What` also where a comment follows code."""
+    opener = re.compile(r"""(^|\s)(#|//+|\"\"\") *What """, re.MULTILINE)
+    texts = {path: path.read_text() for path in _python_files() if PACKAGE in path.parents}
+    found = {path: [text[m.start() :].split("\n")[0] for m in opener.finditer(text)] for path, text in texts.items()}
+    assert {str(path.relative_to(ROOT)): lines for path, lines in found.items() if lines} == {}

@@ -1,4 +1,4 @@
-"""What a user of PyTorch expects of an operator: compile, export, functional transforms, checkpointing, autocast."""
+"""A user's expectations of an operator of PyTorch: compile, export, functional transforms, checkpointing, autocast."""
 
 import concurrent.futures
 import contextlib

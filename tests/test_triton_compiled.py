@@ -19,7 +19,7 @@ triton_report = pytest.importorskip("triton_report")
 if op.INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-# ---- what they take of a GPU ----
+# ---- registers and variants ----
 
 
 # Triton 3.6 spills two or three registers on AMD's GPUs.
@@ -83,7 +83,7 @@ def runner() -> Any:
 
 
 def _memory(tensor: Tensor) -> numpy.ndarray[Any, Any]:
-    """What lies behind the tensor's address, in its storage."""
+    """The storage from the tensor's address on."""
     storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
     return storage[tensor.storage_offset() * tensor.element_size() :]
 

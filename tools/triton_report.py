@@ -1,4 +1,4 @@
-"""What Triton makes of its kernels, for GPUs that need not be here: `make kernel-report` writes docs/triton-report.md.
+"""The Triton kernels as compiled, for GPUs that need not be here: `make kernel-report` writes docs/triton-report.md.
 
 Registers, spills and shared memory for every target; for NVIDIA's the instructions for each element; and how many
 variants of a kernel a sweep of shapes asks for. Fails if a kernel spills registers.
@@ -74,7 +74,7 @@ def launches_of(plan: Plan, dtype: torch.dtype, B: int, T: int, C: int) -> list[
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
-    """What Triton makes of a launch's kernel when the launch is the first of its kind."""
+    """A launch's kernel as Triton compiles it when the launch is the first of its kind."""
     kernel = getattr(kernels, launch.kernel)
     signature, constants = {}, {}
     values = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | launch.constants
@@ -109,7 +109,7 @@ class Row:
 
 
 def _read_by(tool: str, flag: str, compiled: Any) -> str:
-    """What one of the tools that Triton brings along says of an NVIDIA kernel."""
+    """The output of one of Triton's own tools about an NVIDIA kernel."""
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -118,7 +118,7 @@ def _read_by(tool: str, flag: str, compiled: Any) -> str:
 
 
 # The steps of the loops that every element passes, from the shorter loop to the longer one.
-WALKS = {
+LOOPS = {
     "summarise_states": (LOADED_STEPS,),
     "forward": (LOADED_STEPS,),
     "summarise_adjoints": (LOADED_STEPS,),
@@ -128,11 +128,11 @@ WALKS = {
 
 def _per_element(kernel: str, listing: str, channels_of_thread: int) -> tuple[float, float]:
     """Instructions and MUFU for each element and step, summed over the loops that an element passes."""
-    walks = WALKS[kernel]
+    expected = LOOPS[kernel]
     instructions = mufu = 0.0
-    # The walks over single steps that are left over are shorter.
+    # The loops over single steps that are left over are shorter.
     loops = sorted(sass.innermost_loops(listing), key=lambda loop: loop.instructions)
-    for steps, loop in zip(walks, loops[-len(walks) :], strict=True):
+    for steps, loop in zip(expected, loops[-len(expected) :], strict=True):
         elements = steps * channels_of_thread
         instructions += loop.instructions / elements
         mufu += loop.mufu / elements
@@ -155,7 +155,7 @@ def _row(launch: Launch, target: GPUTarget, dtype: torch.dtype, channels: int, c
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         assert found is not None, usage
         registers, spilled = int(found[1]), int(found[2])
-        if counted and launch.kernel in WALKS:
+        if counted and launch.kernel in LOOPS:
             listing = _read_by("nvdisasm", "-c", compiled)
             instructions, mufu = _per_element(launch.kernel, listing, channels // target.warp_size)
     else:
@@ -199,7 +199,7 @@ def variants(launches: Iterable[Launch]) -> dict[str, int]:
 
 
 def launches_of_sweep() -> Iterator[Launch]:
-    """What an H100 would run for every shape of the sweep, in bfloat16."""
+    """The launches of an H100 for every shape of the sweep, in bfloat16."""
     for B, T, C in SWEEP:
         yield from launches_of(make_plan(B, T, C, multiprocessors=132, warp=32), torch.bfloat16, B, T, C)
 
@@ -252,11 +252,11 @@ def _comparison(compiled: Sequence[Row]) -> str:
     counts = {
         (row.kernel, row.dtype, row.channels): f"{row.instructions:.1f} / {row.mufu:.1f}"
         for row in compiled
-        if row.kernel in WALKS
+        if row.kernel in LOOPS
     }
     cuda = _cuda_counts()
     lines = []
-    for kernel, dtype in itertools.product(WALKS, DTYPES.values()):
+    for kernel, dtype in itertools.product(LOOPS, DTYPES.values()):
         ours = (counts[kernel, dtype, channels] for channels in widths(32))
         lines.append((kernel, dtype, *ours, cuda.get((kernel, dtype), "")))
     columns = (f"Triton, {channels} channels" for channels in widths(32))

@@ -118,7 +118,7 @@ _choice = _Choice()
 
 
 def _chosen() -> str:
-    """What "auto" means here."""
+    """The meaning of "auto" here."""
     if _choice.region is None or torch.compiler.is_compiling():
         return _choice.name
     region = recomputation.current()
