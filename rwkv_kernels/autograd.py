@@ -190,10 +190,8 @@ def attach(
 
     @torch.library.register_fake(backward_name, lib=library)
     def fake_backward(*arguments: Any) -> Outputs:
-        *inputs, checkpoints, gy, _ = arguments
-        B, _, C = gy.shape
-        like = Inputs(*inputs)._replace(state=checkpoints.new_empty((B, 3, C)))
-        return tuple(x.new_empty(x.shape) for x in like if x is not None)
+        *inputs, checkpoints, _, _ = arguments
+        return tuple(x.new_empty(x.shape) for x in Inputs(*inputs).all_present(checkpoints))
 
     if step is not None:
         torch.library.register_fake(step._schema.name, _fake_step, lib=library)

@@ -37,6 +37,11 @@ class Inputs(NamedTuple):
     v: Tensor
     state: Tensor | None  # [B, 3, C], None for the empty one
 
+    def all_present(self, sums: Tensor) -> Sequence[Tensor]:
+        """With tensors for absent inputs, whose gradients backward returns too; `sums` has the dtype of sums."""
+        B, _, C = self.k.shape
+        return self.w, self.u, self.k, self.v, sums.new_empty((B, 3, C))
+
 
 _INPUTS = "Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state"
 # checkpoints [B, n, 3, C] are the states that backward replays from; n = 0 without `checkpoint`.
