@@ -10,9 +10,8 @@ from torch import Tensor
 import rwkv_kernels
 from rwkv_kernels import native
 from rwkv_kernels._backends.registry import BACKENDS
-from rwkv_kernels.inputs import Inputs
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+from rwkv_kernels._backends.triton.plan import CHECKPOINT_INTERVAL
+from rwkv_kernels.reference import state_dtype
 
 
 def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
@@ -24,7 +23,7 @@ def widest_dtype(backend: str) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes_of(backend) else torch.float32
 
 
-INTERVAL = 64  # steps between checkpoints in float32; cases lie on both sides of it
+INTERVAL = CHECKPOINT_INTERVAL  # in float32; cases lie on both sides of it
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,8 @@ class Tensors:
     gstate: Tensor
 
     @property
-    def inputs(self) -> Inputs:
-        return Inputs(self.w, self.u, self.k, self.v, self.state)
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        return self.w, self.u, self.k, self.v, self.state
 
     def exact(self) -> "Tensors":
         """The same numbers in float64, so that only the operator's own rounding remains between two results."""
@@ -118,10 +117,6 @@ def _lay_out(x: Tensor, layout: str) -> Tensor:
     if layout == "expanded":
         return x[:1].expand(x.shape)
     return x
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def checkpoint_interval(dtype: torch.dtype | str) -> int:
@@ -163,7 +158,7 @@ def solve(tensors: Tensors, backend: str, scale_of_state: Tensor | None = None) 
     A state is known up to its gauge: it is reported as num/den and log of den·e^max, and its gradient is taken at one
     scale for everybody, e^scale_of_state [B, C], by default its own denominator.
     """
-    given = {name: x for name, x in tensors.inputs._asdict().items() if x is not None}
+    given = {name: x for name, x in zip(["w", "u", "k", "v", "state"], tensors.inputs, strict=True) if x is not None}
     leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
     y, state = rwkv_kernels.wkv(**leaves, return_state=True, backend=backend)
     own_scale = log_denominator(state.detach()) if scale_of_state is None else scale_of_state

@@ -5,7 +5,11 @@ import re
 import warnings
 from pathlib import Path
 
+import pytest
+import torch
+
 from rwkv_kernels import native
+from rwkv_kernels.inputs import BACKWARD, FORWARD, STEP, Inputs
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
@@ -96,7 +100,7 @@ def test_the_oldest_torch_is_the_same_wherever_it_is_said() -> None:
     assert [name for name, words in said.items() if words not in (ROOT / name).read_text()] == []
 
 
-# By module, or by folder with all that is in it: what it may import of the package, besides its own folder.
+# The imports that are allowed to a module; to a folder's modules, those of the same folder besides.
 MAY_IMPORT = {
     "reference": set(),
     "native": set(),
@@ -108,10 +112,25 @@ MAY_IMPORT = {
     "functional": {"_backends", "autograd", "inputs", "reference"},
     "nn": {"functional"},
     "compat": {"functional", "nn"},
-    "compat.torchscript": {"native"},  # which registers an operator in the library's namespace
-    "_backends.triton.plan": {"no other module of its folder"},
-    "_backends.triton.kernels": {"_backends.triton.plan"},
+    "compat.torchscript": {"functional", "native"},  # which registers an operator in the library's namespace
+    "_backends.registry": {"inputs", "_backends.recomputation"},  # no backend
+    "_backends.triton.plan": set(),
+    "_backends.triton.kernels": {"_backends.triton.plan", "reference"},
 }
+
+
+def test_the_schemas_are_the_same_in_cpp_and_in_python() -> None:
+    if native.operators.why_missing is not None:
+        pytest.skip(native.operators.why_missing)
+    ops = getattr(torch.ops, native.NAMESPACE)
+    for name, schema in (("wkv_forward", FORWARD), ("_wkv_backward", BACKWARD), ("wkv_step", STEP)):
+        operator = getattr(ops, name).default._schema
+        assert str(operator) == str(torch._C.parse_schema(f"{native.NAMESPACE}::{name}{schema}"))
+    arguments = [(x.name, str(x.type)) for x in ops.wkv_forward.default._schema.arguments]
+    annotations = [
+        (name, "Optional[Tensor]" if "None" in str(x) else "Tensor") for name, x in Inputs.__annotations__.items()
+    ]
+    assert arguments == [*annotations, ("checkpoint", "bool")]
 
 
 def test_python_modules_import_downwards_only() -> None:
@@ -120,9 +139,7 @@ def test_python_modules_import_downwards_only() -> None:
         if module in ("__init__", "__main__"):
             continue
         layer = module.split(".")[0]
-        allowed = MAY_IMPORT[layer] | MAY_IMPORT.get(module, set()) | {layer}
-        if module.startswith("_backends.triton.") and module in MAY_IMPORT:  # which know no torch
-            allowed = MAY_IMPORT[module]
+        allowed = MAY_IMPORT[layer] | {layer} if module not in MAY_IMPORT else MAY_IMPORT[module]
         above = {name for name in _imports(path) if name not in allowed and name.split(".")[0] not in allowed}
         assert above == set(), f"{module} imports {sorted(above)}"
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from rwkv_kernels._backends.triton import op
 from rwkv_kernels._backends.triton.op import Launch
 from rwkv_kernels._backends.triton.plan import Plan
+from rwkv_kernels.inputs import Inputs
 
 triton = pytest.importorskip("triton")
 triton_report = pytest.importorskip("triton_report")
@@ -118,12 +119,12 @@ PTX_CASES = {
 def test_ptx_equals_the_oracle(name: str, runner: Any) -> None:
     problem, dtype, plan = PTX_CASES[name]
     tensors = make(problem, dtype)
-    (y, final, checkpoints), launches = op.forward(plan, tensors.inputs, True)
+    (y, final, checkpoints), launches = op.forward(plan, Inputs(*tensors.inputs), True)
     _run(runner, launches)
     scale = log_denominator(final.double())
     gstate = tensors.gstate.clone()
     gstate[:, :2] *= torch.exp(final[:, 2].double() - scale)[:, None]
-    gradients, launches = op.backward(plan, tensors.inputs, checkpoints, tensors.gy, gstate)
+    gradients, launches = op.backward(plan, Inputs(*tensors.inputs), checkpoints, tensors.gy, gstate)
     _run(runner, launches)
     found = {"y": y, "state_mean": final[:, 0] / final[:, 1], "state_log_den": log_denominator(final)}
     found |= dict(zip(("gw", "gu", "gk", "gv", "gstate"), gradients, strict=True))
@@ -134,14 +135,16 @@ def test_ptx_equals_the_oracle(name: str, runner: Any) -> None:
 @pytest.mark.ptx
 def test_ptx_the_gauge_of_a_checkpoint_does_not_matter(runner: Any) -> None:
     tensors = make(Problem(B=1, T=331, C=80, with_state=True))
+    inputs = Inputs(*tensors.inputs)
     for plan in (Plan(64, 64, 6), Plan(64, 384, 1)):
-        (_, _, checkpoints), launches = op.forward(plan, tensors.inputs, True)
+        (_, _, checkpoints), launches = op.forward(plan, inputs, True)
         _run(runner, launches)
         moved = checkpoints.clone()
         moved[:, 1:3, :2] *= torch.exp(torch.tensor(5.0))
         moved[:, 1:3, 2] -= 5.0
         found, expected = (
-            op.backward(plan, tensors.inputs, given, tensors.gy, tensors.gstate) for given in (moved, checkpoints)
+            op.backward(plan, Inputs(*tensors.inputs), given, tensors.gy, tensors.gstate)
+            for given in (moved, checkpoints)
         )
         _run(runner, found[1] + expected[1])
         for name, a, b in zip(("gw", "gu", "gk", "gv", "gstate"), found[0], expected[0], strict=True):
@@ -153,9 +156,9 @@ def test_ptx_does_not_depend_on_the_order_of_programs_and_threads(runner: Any) -
     tensors = make(Problem(B=2, T=331, C=80, with_state=True), torch.bfloat16)
     plan, results = Plan(64, 64, 6), []
     for order in ("fwd", "rev", "random"):
-        (y, final, checkpoints), launches = op.forward(plan, tensors.inputs, True)
+        (y, final, checkpoints), launches = op.forward(plan, Inputs(*tensors.inputs), True)
         _run(runner, launches, order)
-        gradients, launches = op.backward(plan, tensors.inputs, checkpoints, tensors.gy, tensors.gstate)
+        gradients, launches = op.backward(plan, Inputs(*tensors.inputs), checkpoints, tensors.gy, tensors.gstate)
         _run(runner, launches, order)
         results.append((y, final, checkpoints, *gradients))
     for other in results[1:]:

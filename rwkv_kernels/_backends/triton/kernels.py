@@ -2,7 +2,7 @@
 
 A program is one warp. It owns a tile of neighbouring channels of one sequence over one chunk of its steps and takes
 them one by one with the sums in registers; rows are loaded several at a time, so that a warp waits once for them.
-docs/triton.md leads through this file and has the counts behind its choices. Knows nothing of torch.
+docs/triton.md leads through this file and has the counts behind its choices.
 
 A state is the tuple (num, den, max), its adjoint (gnum, gden): the gradients of num and den relative to that max, which
 whoever passes an adjoint on passes as well. A sequence is the tuple of the address of its step 0 and the stride of a
@@ -16,6 +16,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from ... import reference
 from .plan import CHECKPOINT_INTERVAL, LOADED_STEPS, PARKED_STATES, REPLAYED_STEPS
 
 __all__ = [
@@ -36,7 +37,7 @@ def constant(value: float) -> Any:
 
 
 INTERVAL = constant(CHECKPOINT_INTERVAL)
-EMPTY_MAX = constant(-1e38)  # finite, because inf - inf is NaN
+EMPTY_MAX = constant(reference.EMPTY_MAX)
 LOG2E = constant(1.4426950408889634)
 
 # Steps whose rows are loaded together.
