@@ -40,24 +40,28 @@ Outputs = tuple[Tensor, ...]
 AUTOCAST_KEYS = [key for name, key in torch._C.DispatchKey.__members__.items() if name.startswith("Autocast")]
 AUTOCAST = functools.reduce(lambda a, b: a | b, map(torch._C.DispatchKeySet, AUTOCAST_KEYS))
 
-NO_SECOND_DERIVATIVE = (
-    "wkv has no second derivative in its compiled backends; backend='reference' is differentiable to any order"
-)
-NO_FORWARD_MODE = (
-    "wkv has no forward-mode derivative (jvp) in its compiled backends; backend='reference' is differentiable in "
-    "either mode"
-)
-NO_ONNX = (
-    "ONNX has no operator for the compiled backends of wkv: export under rwkv_kernels.use_backend('reference'), which "
-    "writes the steps of the example one by one"
-)
-
 
 def refuse_onnx() -> None:
     """Raises while torch.onnx exports."""
     # Only its users have it imported, so that most calls ask nothing more.
     if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
-        raise NotImplementedError(NO_ONNX)
+        raise NotImplementedError(
+            "ONNX has no operator for the compiled backends of wkv: export under "
+            "rwkv_kernels.use_backend('reference'), which writes the steps of the example one by one"
+        )
+
+
+def _refuse_second_derivative(ctx: Any, *gradients: Tensor | None) -> Any:
+    raise NotImplementedError(
+        "wkv has no second derivative in its compiled backends; backend='reference' is differentiable to any order"
+    )
+
+
+def _refuse_forward_mode(ctx: Any, *tangents: Tensor | None) -> Any:
+    raise NotImplementedError(
+        "wkv has no forward-mode derivative (jvp) in its compiled backends; backend='reference' is differentiable in "
+        "either mode"
+    )
 
 
 def _needs_derivative(arguments: Iterable[Tensor | None]) -> bool:
@@ -90,13 +94,8 @@ def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, A
         def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Outputs) -> None:
             pass
 
-        @staticmethod
-        def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-            raise NotImplementedError(NO_SECOND_DERIVATIVE)
-
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-            raise NotImplementedError(NO_FORWARD_MODE)
+        backward = staticmethod(_refuse_second_derivative)
+        jvp = staticmethod(_refuse_forward_mode)
 
     class Forward(torch.autograd.Function):
         generate_vmap_rule = True
@@ -125,9 +124,7 @@ def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, A
             gradients = call(*inputs, checkpoints, gy, gstate_out)
             return tuple(None if x is None else gradient for x, gradient in zip(inputs, gradients, strict=True))
 
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-            raise NotImplementedError(NO_FORWARD_MODE)
+        jvp = staticmethod(_refuse_forward_mode)
 
     class Untraced(torch.autograd.Function):
         @staticmethod
@@ -136,8 +133,8 @@ def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, A
             Forward.setup_context(ctx, inputs, outputs)
             return outputs
 
-        backward = Forward.backward
-        jvp = Forward.jvp
+        backward = staticmethod(Forward.backward)
+        jvp = staticmethod(_refuse_forward_mode)
 
     return Backward, Forward, Untraced
 
