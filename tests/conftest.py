@@ -1,11 +1,12 @@
 """Fixtures that every test may use, and the closing line that says which backends ran."""
 
 import collections
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from problems import dtypes_of
+from torch._ops import OpOverload
 
 import rwkv_kernels
 from rwkv_kernels._backends.registry import BACKENDS
@@ -65,6 +66,24 @@ def compiled_backend(request: pytest.FixtureRequest) -> str:
 def native_backend(request: pytest.FixtureRequest) -> str:
     """Every backend behind the operators of torch.ops.rwkv_kernels."""
     return _start(request.param, request)
+
+
+class Operators(NamedTuple):
+    """A backend's operators of torch.ops.rwkv_kernels."""
+
+    backend: str
+    forward: OpOverload
+    backward: OpOverload
+    step: OpOverload
+
+
+@pytest.fixture(params=[name for name in NAMES if isinstance(BACKENDS[name].step, OpOverload)])
+def operators(request: pytest.FixtureRequest) -> Operators:
+    """Those of every backend that has some."""
+    backend = _start(request.param, request)
+    prefix = BACKENDS[backend].step._schema.name.split("::")[1].removesuffix("_step")
+    names = (f"{prefix}_forward", f"_{prefix}_backward", f"{prefix}_step")
+    return Operators(backend, *(getattr(torch.ops.rwkv_kernels, name).default for name in names))
 
 
 @pytest.fixture(params=GPU_NAMES)
