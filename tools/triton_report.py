@@ -207,7 +207,7 @@ def launches_of_sweep() -> Iterator[Launch]:
 # ---- the report ----
 
 COLUMNS = ("kernel", "dtype", "channels", "registers", "spilled", "shared", "instructions / element", "MUFU / element")
-PREFACE = f"""# What Triton makes of its kernels
+PREFACE = f"""# The Triton kernels as compiled
 
 `make kernel-report`, Triton {triton.__version__}. Channels are those of a program; spilled registers and shared memory
 are in bytes. Instructions, and MUFU, the unit of exponentials and roots, are counted in machine code, in the loops over
@@ -216,7 +216,7 @@ groups of steps, for each element of a group.
 ## Beside the CUDA kernels
 
 Instructions / MUFU for each element, {COMPARED}; those of CUDA are from [kernel-report.md](kernel-report.md), of
-kernels that sum up chunks and walk them at once.
+kernels that summarise chunks and compute them in one launch.
 
 """
 VARIANTS = f"""## Variants
