@@ -67,7 +67,11 @@ def _refuse_forward_mode(ctx: Any, *tangents: Tensor | None) -> Any:
 def _needs_derivative(arguments: Iterable[Tensor | None]) -> bool:
     if forward_ad._current_level >= 0 and _is_fwd_grad_enabled():
         return True
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
+    if torch.is_grad_enabled():
+        for x in arguments:  # not any() of a generator, for the latency of every call
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def _below_autograd(operator: OpOverload, *arguments: Any) -> Any:
@@ -122,7 +126,7 @@ def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, A
             elif _untraced() and not torch.is_grad_enabled():
                 call = functools.partial(_below_autograd, backward)
             gradients = call(*inputs, checkpoints, gy, gstate_out)
-            return tuple(None if x is None else gradient for x, gradient in zip(inputs, gradients, strict=True))
+            return tuple([None if x is None else gradient for x, gradient in zip(inputs, gradients, strict=True)])
 
         jvp = staticmethod(_refuse_forward_mode)
 
