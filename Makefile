@@ -1,4 +1,4 @@
-# make demo | test | test-ptx | bench | bench-micro | gpu-check | lint | wheel | wheel-test | hub | cross-compile |
+# make demo | test | test-ptx | bench | gpu-check | lint | wheel | wheel-test | hub | cross-compile |
 # kernel-report | kernel-check | test-aotinductor: each sets up what it needs first.
 #
 # make wheel makes dist/*.whl, of the CPU kernels and, where nvcc is, of the CUDA kernels for every architecture, and audits
@@ -13,7 +13,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BENCH ?=
-MICRO ?=
 TEXT ?=
 MINUTES ?= 3.5
 DEVICE ?= cuda
@@ -41,7 +40,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 
-.PHONY: demo test test-ptx bench bench-micro gpu-check lint setup doctor wheel \
+.PHONY: demo test test-ptx bench gpu-check lint setup doctor wheel \
 	wheel-test wheel-test-oldest wheel-test-newest cross-compile hub kernel-report kernel-check test-aotinductor clean
 
 # The command that follows, without its output where it succeeds.
@@ -58,7 +57,7 @@ test: setup
 	@printf 'test: pytest, $(or $(WORKERS),1) at a time\n'
 	@$(PYTEST) -m 'not ptx and not aotinductor'
 
-# The GPU kernels as their PTX, translated to this processor's code by the program that RWKV_KERNELS_PTX_RUNNER names.
+# The GPU kernels on this processor, from their PTX, by tools/ptx; what needs nvcc, Triton or g++ is skipped without it.
 test-ptx: setup
 	@printf 'test-ptx: pytest, $(or $(WORKERS),1) at a time\n'
 	@$(PYTEST) -m ptx
@@ -67,15 +66,11 @@ bench: setup
 	@printf 'bench: every benchmark\n'
 	@$(RUN) -m benchmarks all $(BENCH)
 
-bench-micro: setup
-	@printf 'bench-micro: pytest-benchmark\n'
-	@$(RUN) -m pytest benchmarks/micro.py $(MICRO)
-
 # Takes $(VENV) where one has been made and otherwise what $(PYTHON) has, installs nothing, and builds by itself, for the
 # GPU that is there; NO_BUILD=1 takes the libraries that lie in the tree. PEERS="name=file.py ..." are measured beside it.
 gpu-check:
 	@printf 'gpu-check: on $(DEVICE), for at most $(BUDGET) s\n'
-	@$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) -m benchmarks.gpu_check --device $(DEVICE) --results $(RESULTS) \
+	@$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) tools/gpu_check.py --device $(DEVICE) --results $(RESULTS) \
 		--budget $(BUDGET) $(if $(NO_BUILD),--no-build) $(PEERS:%=--peer %) $(ONLY:%=--only %)
 
 lint: setup
@@ -85,7 +80,7 @@ lint: setup
 	@printf 'lint: mypy\n'
 	@$(RUN) -m mypy
 	@printf 'lint: clang-format\n'
-	@clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	@clang-format --dry-run --Werror $(shell find csrc tools -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 doctor: setup
 	@$(RUN) -m rwkv_kernels

@@ -9,24 +9,14 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import CANNOT_RUN, DEVICES
 from benchmarks.compare import compare
 from benchmarks.device import Device, keep_freed_memory
 from benchmarks.records import Record, environment, write_tables
-from benchmarks.stage import CANNOT_RUN
 
-# The modules of this package that measure, and where each runs.
-EVERYWHERE = ("cpu", "cuda")
-BENCHMARKS = {
-    "op": EVERYWHERE,
-    "counters": ("cuda",),
-    "latency": EVERYWHERE,
-    "attention": EVERYWHERE,
-    "decode": EVERYWHERE,
-    "train": EVERYWHERE,
-    "accuracy": ("cpu",),
-    "migrating": EVERYWHERE,
-    "peers": EVERYWHERE,
-}
+# The modules of this package that measure, and the devices of those that do not run on all.
+BENCHMARKS = ("op", "counters", "latency", "attention", "decode", "train", "accuracy", "migrating", "peers")
+ONLY_ON = {"counters": ("cuda",)}
 
 
 def _named_file(text: str) -> tuple[str, Path]:
@@ -41,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "--device", choices=EVERYWHERE, help="default: a GPU, if there is one and the benchmark has a use"
+        "--device", choices=DEVICES, help="default: a GPU, if there is one and the benchmark runs on it"
     )
     common.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
     common.add_argument("--results", type=Path, help="folder for the record; `plots` draws it")
@@ -53,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         module = importlib.import_module(f"benchmarks.{name}")
         command = commands.add_parser(name, parents=[common], help=module.__doc__, description=module.__doc__)
         if name == "latency":
-            command.add_argument("--beside", type=Path, metavar="TREE", help="see benchmarks/beside.py")
+            command.add_argument("--beside", type=Path, metavar="TREE", help="small calls of another tree, too")
     comparison = commands.add_parser("compare", help=compare.__doc__, description=compare.__doc__)
     comparison.add_argument("before", type=Path)
     comparison.add_argument("after", type=Path)
@@ -64,18 +54,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run_all(arguments: argparse.Namespace, options: list[str]) -> int:
-    # Each in a process of its own: what one does to memory and caches, or a crash, must not meet the next.
-    names = [name for name, devices in BENCHMARKS.items() if arguments.device in devices]
+    # Each in a process of its own: its effect on memory and caches, or its crash, must not meet the next.
+    names = [name for name in BENCHMARKS if arguments.device in ONLY_ON.get(name, DEVICES)]
     status = {name: subprocess.run([sys.executable, "-m", "benchmarks", name, *options]).returncode for name in names}
     failed = [name for name in names if status[name] not in (0, CANNOT_RUN)]
     if failed:
         print(f"FAILED: {', '.join(failed)}")
     return 1 if failed else 0
-
-
-def _of_its_own(arguments: argparse.Namespace) -> list[object]:
-    """What a benchmark is told that the others are not."""
-    return {"peers": [dict(arguments.peer)], "latency": [vars(arguments).get("beside")]}.get(arguments.command, [])
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -84,9 +69,10 @@ def _run(arguments: argparse.Namespace) -> int:
     device = Device(arguments.device, arguments.smoke)
     record = Record(arguments.command, arguments.results, environment(device.type) | {"smoke": device.smoke})
     module = importlib.import_module(f"benchmarks.{arguments.command}")
+    own = {"peers": [dict(arguments.peer)], "latency": [vars(arguments).get("beside")]}.get(arguments.command, [])
     try:
         with record.attempt(arguments.command):
-            module.run(device, record, *_of_its_own(arguments))
+            module.run(device, record, *own)
     except KeyboardInterrupt:
         record.failures.append("interrupted: what it had measured until then is kept")
     record.save()
@@ -113,11 +99,12 @@ def main(options: list[str]) -> int:
     if arguments.command == "plots":
         _draw(arguments.folder)
         return 0
-    devices = BENCHMARKS.get(arguments.command, EVERYWHERE)
+    devices = ONLY_ON.get(arguments.command, DEVICES)
     if arguments.device is None:
         arguments.device = "cuda" if "cuda" in devices and torch.cuda.is_available() else "cpu"
     if arguments.device not in devices:
-        parser.error(f"{arguments.command} runs on {' and '.join(devices)}, not on {arguments.device}")
+        print(f"{arguments.command} runs on {' and '.join(devices)}, not on {arguments.device}", file=sys.stderr)
+        return CANNOT_RUN
     return _run_all(arguments, options[1:]) if arguments.command == "all" else _run(arguments)
 
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 import rwkv_kernels
-from benchmarks.device import Device
+from benchmarks.device import Device, backends
+from benchmarks.problem import name_of
 from benchmarks.records import Record, Row
 
 TITLE = "Accuracy: worst error against the float64 oracle, relative to the largest element; in brackets the step loop's"
@@ -17,21 +18,22 @@ NAMES = ["y", "state", "gw", "gu", "gk", "gv", "gstate"]
 
 
 def run(device: Device, record: Record) -> None:
-    """A row for every dtype and length; the columns are outputs and gradients."""
+    """A row for every dtype, length and backend; the columns are outputs and gradients."""
     rows: list[Row] = []
     for T in LENGTHS[:2] if device.smoke else LENGTHS:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             inputs = _inputs(T, dtype)
             exact = _results(tuple(x.double() for x in inputs), "reference")
-            ours = _results(inputs, "cpu")
             loop = _results(inputs, "reference") if T <= LONGEST_OF_THE_LOOP else None
-            row: Row = {"T": T, "dtype": str(dtype).removeprefix("torch.")}
-            for name in NAMES:
-                row[name] = f"{_error(ours[name], exact[name]):.1e}"
-                if loop is not None:
-                    row[name] += f" ({_error(loop[name], exact[name]):.1e})"
-            rows.append(row)
-            record.add(TITLE, ["T", "dtype"], rows)
+            for backend in backends(device):
+                ours = _results(tuple(x.to(device.type) for x in inputs), backend)
+                row: Row = {"T": T, "dtype": name_of(dtype), "backend": backend}
+                for name in NAMES:
+                    row[name] = f"{_error(ours[name], exact[name]):.1e}"
+                    if loop is not None:
+                        row[name] += f" ({_error(loop[name], exact[name]):.1e})"
+                rows.append(row)
+            record.add(TITLE, ["T", "dtype", "backend"], rows)
 
 
 def _inputs(T: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -56,7 +58,7 @@ def _results(inputs: tuple[Tensor, ...], backend: str) -> dict[str, Tensor]:
     loss = (y * gy).sum() + (num / den).sum()
     gw, gu, gk, gv, gstate = torch.autograd.grad(loss, leaves)
     results = {"y": y, "state": num / den, "gw": gw, "gu": gu, "gk": gk, "gv": gv, "gstate": gstate}
-    return {name: x.detach().double() for name, x in results.items()}
+    return {name: x.detach().double().cpu() for name, x in results.items()}
 
 
 def _error(found: Tensor, exact: Tensor) -> float:

@@ -23,7 +23,7 @@ SHORTEST = 128
 LONGEST = {"cuda": 2**17, "cpu": 2**15, "smoke": 256}
 # Seconds after which a call is long enough: the next one would take twice or four times as long.
 LONG_ENOUGH = {"cuda": 0.1, "cpu": 0.2, "smoke": 0.1}
-PATIENCE = 20.0  # seconds for the runs of one call: more than 20 of what takes four times as long
+PATIENCE = 20.0  # seconds for the runs of one call: enough for 20 of the next length, four times as long
 FITTED = 3
 PASSES = ("forward", "training step")
 
@@ -136,7 +136,7 @@ def _crossover(ours: list[Row], others: list[Row]) -> Row:
 
 
 def _check_against_each_other() -> None:
-    """In float64, where mixers are cases of each other: what is timed must be what its name says."""
+    """Compares mixers in float64 where they are cases of each other: each must be what its name says."""
     torch.manual_seed(0)
     T, C = 48, 2 * mixers.HEAD_CHANNELS
     r, k, v = torch.randn(3, 1, T, C, dtype=torch.float64)

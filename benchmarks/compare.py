@@ -1,4 +1,4 @@
-"""Two records of one benchmark, row by row: what became slower or faster beyond the noise of either."""
+"""Two records of one benchmark, row by row: slower or faster beyond the noise of either."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from benchmarks.records import Record, Row, Table
 
 TITLE = "{before} -> {after}: medians, the lower and upper quartile in brackets"
 LEAST_SAMPLES = 3  # which a verdict rests on
-# What two records must share for their times to be comparable.
+# Two records are comparable if they share these.
 PLACE = ("device", "smoke", "processor", "threads", "instruction_set", "gpu")
 
 
@@ -48,7 +48,7 @@ def compared(before: Record, after: Record, tolerance: float) -> list[Row]:
 
 
 def _samples(record: Record) -> dict[str, list[float]]:
-    """Seconds by what was measured."""
+    """Seconds of every timed row, by its keys."""
     samples: dict[str, list[float]] = {}
     for table in record.tables:
         for row in table.rows:

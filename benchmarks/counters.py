@@ -1,4 +1,4 @@
-"""What the hardware counts of forward, backward and a step: time, traffic, and what the kernels were limited by.
+"""Hardware counters of forward, backward and a step: time, traffic, and the limits of the kernels.
 
 Under Nsight Compute (ncu), which runs every kernel several times, with its caches empty and its clock as it is.
 """
@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.device import Device
-from benchmarks.op import backends, function_of
-from benchmarks.problem import Problem, Shape
+from benchmarks import CANNOT_RUN, ROOT
+from benchmarks.device import Device, backends
+from benchmarks.problem import Problem, Shape, function_of
 from benchmarks.records import Record, Row
-from benchmarks.stage import CANNOT_RUN, ROOT
 from rwkv_kernels import empty_state, wkv_step
 
 TITLE = "Counters of every kernel, in the order of the cases: forward with checkpoints, backward, a step with r"
@@ -51,7 +50,7 @@ OURS = re.compile(r"wkv_kernel<(?:wkv::)?(Forward|Backward|Reduce|Step)<(?:wkv::
 
 
 def run(device: Device, record: Record) -> None:
-    """A row for every kernel that the cases launch; ends the process with CANNOT_RUN where nothing can be counted."""
+    """A row for every kernel that the cases launch; ends the process with CANNOT_RUN where ncu cannot count."""
     ncu = _program()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
@@ -103,7 +102,7 @@ def _give_up(why: str) -> str:
 
 
 def launch_all(scale: str) -> None:
-    """What is profiled: every case once to warm up, and once within the profiler's range."""
+    """Runs every case once to warm up, and once within the profiler's range."""
     device = Device("cpu" if scale == "smoke" else "cuda", scale == "smoke")
     for shape, dtype in CASES[scale]:
         for backend in backends(device):

@@ -9,16 +9,15 @@ from torch import Tensor
 
 from benchmarks.device import Device, powers_of_two, timed
 from benchmarks.records import Record, Row
-from benchmarks.transformer import KeyValueCache, Transformer, parameters
+from benchmarks.transformer import SIZES, VOCAB, KeyValueCache, Transformer, parameters
 from rwkv_kernels.nn import RWKV
 
 TITLE = "Generation of one sequence: a token after so many others, and all of them together"
 
-VOCAB, BATCH = 256, 1
-SIZES = {"cuda": (1024, 12), "cpu": (256, 4), "smoke": (64, 1)}  # channels and layers
+BATCH = 1
 SHORTEST = 128
 LONGEST = {"cuda": 2**13, "cpu": 2**13, "smoke": 256}
-SAMPLED = 64  # tokens before a length tell what one takes there
+SAMPLED = 64  # tokens before a length, whose times are those of a token there
 BURST = 16  # tokens that one model generates before the other has its turn
 
 
@@ -74,7 +73,7 @@ def _generate(device: Device, steps: dict[str, Callable[[Tensor], Tensor]], toke
 
 
 def _check(transformer: Transformer) -> None:
-    """The cache must give what the whole sequence at once gives; the package's tests say the same of RWKV."""
+    """Compares the cache with the whole sequence at once, as the package's tests do with RWKV's state."""
     tokens = torch.randint(VOCAB, (BATCH, 24))
     cache = KeyValueCache(transformer, BATCH, tokens.shape[1])
     one_by_one = torch.stack([transformer.step(token, cache) for token in tokens.unbind(1)], 1)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+import rwkv_kernels
 from benchmarks import footprint
 from benchmarks.records import Row
 
@@ -17,7 +18,7 @@ Call = Callable[[], object]
 Seconds = dict[str, list[float]]
 
 RUNS = 25
-PER_SECOND = {"s": 1.0, "ms": 1e3, "µs": 1e6}
+PER_SECOND = {"ms": 1e3, "µs": 1e6}
 
 
 def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
@@ -56,11 +57,21 @@ def powers_of_two(first: int, last: int) -> list[int]:
     return [first << i for i in range((last // first).bit_length())]
 
 
+def takes(backend: str, device: str) -> bool:
+    """Whether the backend runs on tensors of this type of device, and here."""
+    w, nothing = torch.empty(1, device=device), torch.empty(1, 0, 1, device=device)
+    try:
+        rwkv_kernels.wkv(w, w, nothing, nothing, backend=backend)
+    except rwkv_kernels.BackendUnavailable:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Device:
-    """Where to measure, and whether only to see that everything runs."""
+    """The place of a measurement; `smoke` takes tiny sizes, to see that everything runs."""
 
-    type: str  # "cuda" or "cpu"
+    type: str  # one of DEVICES
     smoke: bool = False
 
     @property
@@ -70,11 +81,11 @@ class Device:
 
     @property
     def scale(self) -> str:
-        """What the sizes of a benchmark are chosen by: "cuda", "cpu" or "smoke"."""
+        """The key of a benchmark's sizes: a type of device, or "smoke"."""
         return "smoke" if self.smoke else self.type
 
     def default(self) -> AbstractContextManager[object]:
-        """Where new tensors are made inside the block; not for what is timed, as every call pays for a default."""
+        """Makes this the device of new tensors inside the block; not for timing, as every call pays for a default."""
         return torch.device(self.type) if self.is_gpu else nullcontext()
 
     def alternate(self, calls: dict[str, Call], runs: int = RUNS, warm_up: int = 2) -> Seconds:
@@ -91,10 +102,10 @@ class Device:
 
         def evict() -> None:
             cold.zero_()
-            # What was written last still waits in the cache to go to memory: these reads send it there.
+            # The last writes still wait in the cache to go to memory: these reads send them there.
             cold[: size // 4].view(torch.int64).sum()
             if self.is_gpu:
-                # Some 2 ms, in which the CPU has queued what is timed: the events then enclose the kernels alone.
+                # Some 2 ms, in which the CPU queues the timed call: the events then enclose the kernels alone.
                 torch.cuda._sleep(4_000_000)
 
         turns = [(name, call) for _ in range(warm_up + runs) for name, call in calls.items()]
@@ -110,18 +121,18 @@ class Device:
         return self.alternate(calls, max(3, min(RUNS, round(limit / slowest))), warm_up=0)
 
     def synchronize(self) -> None:
-        """Waits for what was launched."""
+        """Waits for all launches."""
         if self.is_gpu:
             torch.cuda.synchronize()
 
     def triad(self) -> tuple[int, Call]:
-        """What the bandwidth of the memory is told by: the bytes that it moves, and a sum of two large tensors."""
+        """The yardstick of bandwidth: the bytes that it moves, and a sum of two large tensors."""
         elements = {"cuda": 2**27, "cpu": 2**23, "smoke": 2**10}[self.scale]
         a, b, target = (torch.ones(elements, device=self.type) for _ in range(3))
         return 3 * a.nbytes, lambda: torch.add(a, b, alpha=2.0, out=target)
 
     def peak_bytes(self, prepare: Callable[..., Call], *arguments: object) -> int | None:
-        """The most memory that prepare(*arguments)() has held at once, beyond what was held before the call.
+        """The peak of memory during prepare(*arguments)(), beyond what was held before the call.
 
         None where the system does not tell. On a CPU it is called in another process, by its name.
         """
@@ -137,6 +148,12 @@ class Device:
         torch.cuda.synchronize()
         del results
         return torch.cuda.max_memory_allocated() - before
+
+
+def backends(device: Device) -> list[str]:
+    """The backends that run on the device, but for the oracle."""
+    names = [info.name for info in rwkv_kernels.backends() if info.name != "reference"]
+    return [name for name in names if takes(name, device.type)]
 
 
 def _cpu_seconds(calls: list[Call], evict: Call) -> list[float]:

@@ -11,7 +11,7 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def peak_bytes(prepare: Callable[..., Callable[[], object]], *arguments: object) -> int | None:
-    """What `benchmarks.device.Device.peak_bytes` says, for a CPU."""
+    """`benchmarks.device.Device.peak_bytes`, for a CPU."""
     return _other_process().submit(_measured, prepare, *arguments).result() if CLEAR_REFS.exists() else None
 
 
@@ -21,7 +21,7 @@ def _other_process() -> ProcessPoolExecutor:
 
 
 def _return_freed_memory() -> None:
-    """Has glibc return freed blocks at once: what an earlier call has left must not serve the next one unseen."""
+    """Makes glibc return freed blocks at once: an earlier call's leftovers must not serve the next one unseen."""
     M_MMAP_THRESHOLD, least = -3, 2**16
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, least)
 
@@ -29,7 +29,7 @@ def _return_freed_memory() -> None:
 def _measured(prepare: Callable[..., Callable[[], object]], *arguments: object) -> int:
     call = prepare(*arguments)
     call()  # threads and code are there from now on
-    CLEAR_REFS.write_text("5")  # the peak starts anew from what is held now
+    CLEAR_REFS.write_text("5")  # the peak starts anew
     before = _peak()
     results = call()
     peak = _peak()

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 
 from benchmarks.device import Device, timed
+from benchmarks.problem import Shape, written
 from benchmarks.records import Record, Row
 from rwkv_kernels.compat import transformers as compat
 
@@ -21,7 +22,7 @@ LONGEST_OF_MANY_RUNS = 512  # beyond it, the loop is measured once
 
 
 def run(device: Device, record: Record) -> None:
-    """Seconds before and after, and how many times faster; what part of them the operator is."""
+    """Seconds before and after of the model and of its operator, and their ratio."""
     try:
         import transformers
     except ImportError as error:
@@ -35,7 +36,7 @@ def run(device: Device, record: Record) -> None:
             record.add(TITLE, ["B, T, C", "operation", "code"], rows)
 
 
-def _rows(device: Device, shape: tuple[int, int, int], version: str) -> list[Row]:
+def _rows(device: Device, shape: Shape, version: str) -> list[Row]:
     import transformers
 
     B, T, C = shape
@@ -87,16 +88,9 @@ def _rows(device: Device, shape: tuple[int, int, int], version: str) -> list[Row
                 if turn >= 0:
                     seconds[way].append(elapsed)
         before = statistics.median(next(iter(seconds.values())))
-        rows += [
-            {
-                "B, T, C": f"{B}, {T}, {C}",
-                "operation": name,
-                "code": way,
-                **timed(samples),
-                "times faster": before / statistics.median(samples),
-            }
-            for way, samples in seconds.items()
-        ]
+        for way, samples in seconds.items():
+            where = {"B, T, C": written(shape), "operation": name, "code": way}
+            rows.append({**where, **timed(samples), "times faster": before / statistics.median(samples)})
     return rows
 
 

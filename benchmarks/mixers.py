@@ -1,4 +1,4 @@
-"""What can fill a language model's token mixer: the same four projections around different ways to look back in time.
+"""Token mixers of language models: the same four projections around different ways to look back in time.
 
 Each way is a function of (r, k, v), [B, T, C] all, and gives [B, T, C], of which step t depends on steps up to t. For
 attention, r is the query. Sources: WKV and the gate sigmoid(r), arXiv 2305.13048, equations 14 and 15; AFT-full and
@@ -104,7 +104,7 @@ class AftSimple(nn.Module):
 
 
 class Mixer(nn.Module):
-    """x [B, T, C] -> [B, T, C]: projections to r, k and v, a way to look back, a projection of what it gives."""
+    """x [B, T, C] -> [B, T, C]: projections to r, k and v, a way to look back, a projection of its result."""
 
     def __init__(self, C: int, look_back: nn.Module) -> None:
         super().__init__()

@@ -6,13 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
-import rwkv_kernels
-from benchmarks.device import Call, Device, quartiles, timed
-from benchmarks.problem import Function, Problem, Shape
+from benchmarks.device import Call, Device, backends, quartiles, timed
+from benchmarks.problem import Problem, Shape, function_of, name_of, written
 from benchmarks.records import Record, Row
-from rwkv_kernels._backends.registry import BACKENDS
 
 TITLE = "The operator: minimal bytes (3 tensors forward, 5 backward) over time, against a triad in the same run"
 TITLE_OF_MEMORY = "Memory of a training step of the operator, B = 1, its inputs k, v and the gradient of y included"
@@ -41,7 +38,7 @@ DTYPES = {
 # Shared CPUs change their speed for many seconds at a time; several rounds over all cases show it in the spread.
 ROUNDS = {"cuda": 1, "cpu": 4, "smoke": 1}
 TENSORS = {"forward": 3, "backward": 5}
-# What a gradient will be asked of: 12/64 bytes an element more, which the minimum has not.
+# Checkpoints for backward take 12/64 bytes an element, which the minimum has not.
 WITH_CHECKPOINTS = "forward with checkpoints"
 OF_A_STEP = 6  # k, v, gy, y, gk, gv
 LEAST_ELEMENTS_TOLD = 2**20  # a process's memory is counted in pages
@@ -50,24 +47,8 @@ STEPS = {"cuda": [2**14, 2**15, 2**16, 2**17], "cpu": [2**11, 2**12, 2**13, 2**1
 CHANNELS = 768
 
 
-def backends(device: Device) -> list[str]:
-    """The compiled backends that run on the device."""
-    return [
-        name
-        for name, available, _ in rwkv_kernels.backends()
-        if available and name != "reference" and BACKENDS[name].device_type == device.type
-    ]
-
-
-def function_of(backend: str) -> Function:
-    def function(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return rwkv_kernels.wkv(w, u, k, v, backend=backend)
-
-    return function
-
-
 def calls_of(problem: Problem, backend: str) -> dict[str, Callable[[], object]]:
-    """Forward, forward that keeps what backward needs, and backward, each to be timed by itself."""
+    """Forward, forward with checkpoints, and backward, each to be timed by itself."""
     function = function_of(backend)
     return {
         "forward": lambda: problem.forward(function),
@@ -77,7 +58,7 @@ def calls_of(problem: Problem, backend: str) -> dict[str, Callable[[], object]]:
 
 
 def planned(backend: str, operation: str, dtype: torch.dtype, shape: Shape) -> dict[str, object]:
-    """The plan as the planner tells it, nothing for a backend without one."""
+    """The planner's plan, nothing for a backend without one."""
     if backend != "cuda":
         return {}
     from rwkv_kernels import _introspection  # of an in-place build alone, and nobody else needs it
@@ -90,14 +71,6 @@ def planned(backend: str, operation: str, dtype: torch.dtype, shape: Shape) -> d
         "architecture": 100 * properties.major + 10 * properties.minor,
     }
     return dict(_introspection.plan_cuda(operation.split()[0], name_of(dtype), *shape, limits))
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def written(shape: Shape) -> str:
-    return ", ".join(map(str, shape))
 
 
 def run(device: Device, record: Record) -> None:
@@ -116,7 +89,7 @@ def run(device: Device, record: Record) -> None:
 
 @dataclass
 class Case:
-    """One shape and dtype, and what has been measured of it."""
+    """One shape and dtype, and its measurements."""
 
     shape: Shape
     dtype: torch.dtype
@@ -127,7 +100,7 @@ class Case:
     triad_bytes: int = 0
 
     def measure(self, device: Device) -> None:
-        """A round of runs, and before the first one what there is to know besides time."""
+        """A round of runs; before the first one, errors and memory."""
         with device.default():
             problem = Problem(self.shape, self.dtype)
         names = backends(device)

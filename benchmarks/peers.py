@@ -1,8 +1,8 @@
-"""The operator against what people run today: fla and transformers where installed, and others from files of the user.
+"""The operator against those in use: fla and transformers where installed, and others from files of the user.
 
 Such a file is Python with a differentiable function `wkv(w, u, k, v)` -> y in this package's conventions: w [C] the raw
-decay, u [C], k and v [B, T, C]. It may compile or load what it likes: how a peer is built is the peer's affair. Around
-the `RUN_CUDA` of BlinkDL's RWKV-LM it is one line, `return RUN_CUDA(*k.shape, w, u, k, v)`, below its import.
+decay, u [C], k and v [B, T, C]. It may compile and load anything. Around the `RUN_CUDA` of BlinkDL's
+RWKV-LM it is one line, `return RUN_CUDA(*k.shape, w, u, k, v)`, below its import.
 """
 
 import importlib.metadata
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import rwkv_kernels
-from benchmarks.device import Device, timed
-from benchmarks.op import TENSORS, backends, function_of, name_of, written
-from benchmarks.problem import Function, Problem, Shape
+from benchmarks.device import Device, backends, timed
+from benchmarks.op import TENSORS
+from benchmarks.problem import Function, Problem, Shape, function_of, name_of, written
 from benchmarks.records import Record, Row
 
 TITLE = "Peers, each through autograd; errors are against float64, relative to the largest element"
@@ -92,7 +92,7 @@ def load(device: Device, files: dict[str, Path]) -> dict[str, Function]:
     loaders |= {name: lambda path=path: _from_file(path) for name, path in files.items()}
     peers = {}
     for name, loader in loaders.items():
-        # Whatever a peer's import or build raises is that peer's affair.
+        # A peer whose import or build fails is left out, whatever it raises.
         try:
             peers[name] = loader()
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Draws records; nothing is measured or computed here but the place of a label."""
+"""Draws records, and computes nothing but the place of a label."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +34,7 @@ mpl.rcParams.update(
 
 
 def draw(folder: Path) -> list[Path]:
-    """A picture beside every record that says more as one; returns their paths."""
+    """Draws a picture beside every record that has a figure; returns their paths."""
     drawn = []
     for record in records_in(folder):
         if record.name in FIGURES and record.tables:
@@ -107,47 +107,47 @@ def _lines(axis: Axes, rows: list[Row], series: str, x: str, y: str) -> None:
     axis.grid(color="#eeeeee")
 
 
-def _attention(record: Record) -> Figure:
-    rows = record.tables[0].rows
-    training = [row for row in rows if row["pass"] == "training step"]
-    panels: list[tuple[str, list[Row], str, Callable[..., str]]] = [
-        ("time of forward", [row for row in rows if row["pass"] == "forward"], "ms", _seconds),
-        ("time of a training step", training, "ms", _seconds),
-        ("memory of a training step", training, "MB", _bytes),
-    ]
+def _curves(record: Record, series: str, x: str, *panels: tuple[str, Row, str, Callable[..., str]]) -> Figure:
+    """A panel for each title, with the rows that agree with it, a column of theirs and its unit."""
     figure, axes = _panels(len(panels), 4)
     for axis, (title, chosen, column, unit) in zip(axes, panels, strict=True):
-        _lines(axis, chosen, "mixer", "T", column)
+        rows = [row for row in record.tables[0].rows if all(row[key] == value for key, value in chosen.items())]
+        _lines(axis, rows, series, x, column)
         axis.yaxis.set_major_formatter(unit)
         axis.set_title(title)
     return figure
+
+
+def _attention(record: Record) -> Figure:
+    training = {"pass": "training step"}
+    return _curves(
+        record,
+        "mixer",
+        "T",
+        ("time of forward", {"pass": "forward"}, "ms", _seconds),
+        ("time of a training step", training, "ms", _seconds),
+        ("memory of a training step", training, "MB", _bytes),
+    )
 
 
 def _decode(record: Record) -> Figure:
-    rows = record.tables[0].rows
-    figure, axes = _panels(3, 4)
-    panels: list[tuple[str, str, Callable[..., str]]] = [
-        ("time of a token after so many", "ms", _seconds),
-        ("time of all tokens", "all of them, s", lambda seconds, _: _seconds(1e3 * seconds)),
-        ("what is kept of them", "state or cache, MB", _bytes),
-    ]
-    for axis, (title, column, unit) in zip(axes, panels, strict=True):
-        _lines(axis, rows, "model", "tokens", column)
-        axis.yaxis.set_major_formatter(unit)
-        axis.set_title(title)
-    return figure
+    return _curves(
+        record,
+        "model",
+        "tokens",
+        ("time of a token after so many", {}, "ms", _seconds),
+        ("time of all tokens", {}, "all of them, s", lambda seconds, _: _seconds(1e3 * seconds)),
+        ("what is kept of them", {}, "state or cache, MB", _bytes),
+    )
 
 
 def _train(record: Record) -> Figure:
-    figure, (axis,) = _panels(1, 4)
-    _lines(axis, record.tables[0].rows, "model", "T", "tokens/s")
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axis.set_title("tokens trained on per second")
-    return figure
+    rate = ("tokens trained on per second", {}, "tokens/s", lambda value, _: f"{value:,.0f}")
+    return _curves(record, "model", "T", rate)
 
 
 def _op(record: Record) -> Figure:
-    figure = _bars(record.tables[0].rows, lambda row: str(row["backend"]), "of triad")
+    figure = _bars(record.tables[0].rows, "backend", "of triad")
     for axis in figure.axes:
         axis.axvline(1, color="#888888", linewidth=0.8)
         axis.set_xlabel("minimal bytes over time, as a part of a triad's bandwidth")
@@ -155,23 +155,23 @@ def _op(record: Record) -> Figure:
 
 
 def _peers(record: Record) -> Figure:
-    figure = _bars(record.tables[0].rows, lambda row: str(row["who"]), "of our time")
+    figure = _bars(record.tables[0].rows, "who", "of our time")
     for axis in figure.axes:
         axis.set_xscale("log")
         axis.set_xlabel("time in units of ours")
     return figure
 
 
-def _bars(rows: list[Row], series: Callable[[Row], str], column: str) -> Figure:
+def _bars(rows: list[Row], series: str, column: str) -> Figure:
     """A panel for every operation, a group of bars for every shape and dtype, a bar for every series."""
     operations = _unique(rows, "operation")
     cases = list(dict.fromkeys((row["shape"], row["dtype"]) for row in rows))
-    names = list(dict.fromkeys(series(row) for row in rows))
+    names = _unique(rows, series)
     figure, axes = _panels(len(operations), 2 + 0.15 * len(cases) * (len(names) + 1))
     thickness = 0.8 / len(names)
     for axis, operation in zip(axes, operations, strict=True):
         for i, name in enumerate(names):
-            chosen = [row for row in rows if row["operation"] == operation and series(row) == name]
+            chosen = [row for row in rows if (row["operation"], row[series]) == (operation, name)]
             places = [cases.index((row["shape"], row["dtype"])) + i * thickness for row in chosen]
             axis.barh(places, [row[column] for row in chosen], thickness, label=name)
         middles = [i + (len(names) - 1) * thickness / 2 for i in range(len(cases))]

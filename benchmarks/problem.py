@@ -1,4 +1,4 @@
-"""A problem of a given size on the device, and the check that a backend solves it before anybody times it."""
+"""A problem of a given size, and the check that a backend solves it, which comes before its timing."""
 
 import functools
 from collections.abc import Callable
@@ -15,6 +15,21 @@ NAMES = ("y", "gw", "gu", "gk", "gv")
 LONGEST_FOR_THE_ORACLE = 4096  # steps, some 0.2 ms each
 
 
+def function_of(backend: str) -> Function:
+    """The operator by a backend."""
+    return lambda w, u, k, v: rwkv_kernels.wkv(w, u, k, v, backend=backend)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As records have it, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def written(shape: Shape) -> str:
+    """As records have it, such as "8, 1024, 768"."""
+    return ", ".join(map(str, shape))
+
+
 class Problem:
     """Inputs of the operator on torch's default device, y of a function of them, and the gradients of Σ y·gy."""
 
@@ -26,11 +41,10 @@ class Problem:
         self.k, self.v, self.gy = (torch.randn(shape, dtype=dtype) for _ in range(3))
         self.k.requires_grad_()
         self.v.requires_grad_()
-        self.bytes = self.k.nbytes
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What gradients are taken of: w, u, k, v."""
+        """The tensors that gradients are taken of: w, u, k, v."""
         return self.w, self.u, self.k, self.v
 
     def forward(self, function: Function) -> Tensor:

@@ -1,4 +1,4 @@
-"""Records: what was measured, with its raw samples, and what must be known of the place to compare it."""
+"""Records: measurements with their raw samples, and the place, without which they cannot be compared."""
 
 import json
 import platform
@@ -22,7 +22,7 @@ NOISY = 0.2
 
 @dataclass
 class Table:
-    """Rows of one kind. `keys` are the columns that say what was measured; hidden columns begin with an underscore."""
+    """Rows of one kind. `keys` are the columns that identify a row; hidden columns begin with an underscore."""
 
     title: str
     keys: list[str]
@@ -59,7 +59,7 @@ class Record:
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """Notes what the block raises as a failure of `what`, and goes on."""
+        """Notes an exception of the block as a failure of `what`, and goes on."""
         try:
             yield
         except Exception as error:
@@ -81,7 +81,7 @@ class Record:
             print(f"\n{table.markdown()}", flush=True)
 
     def save(self) -> None:
-        """Writes what there is so far, a row a line."""
+        """Writes all tables so far, a row a line."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def write_tables(folder: Path) -> None:
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """What a record of the device must say to be comparable."""
+    """The place of a measurement on the device: versions, commit, processor."""
     return {
         "device": device,
         "rwkv_kernels": rwkv_kernels.__version__,
@@ -148,7 +148,7 @@ def _gpu() -> dict[str, Any]:
 
 
 def _output(*command: str) -> str:
-    """What a program prints, nothing if it is not installed."""
+    """The output of a program, nothing if it is not installed."""
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which(command[0]) else ""
 
 

@@ -1,7 +1,8 @@
-"""Small calls of whichever rwkv_kernels this process imports, on one CPU: the program that benchmarks/beside.py starts.
+"""Small calls of the rwkv_kernels that this process imports, for both tables of benchmarks/latency.py.
 
-It imports torch and the package alone, and only names that every version of it has, so that another tree can run it.
-Prints the seconds of the import, then for each line that it reads a line of the seconds of every call.
+It is a program, too, which runs with the package of any tree: it imports torch and the package alone, and uses names
+that every version has. It prints where the package lies and the seconds of its import; then for each line that it
+reads, a number of repetitions, it prints the seconds of every call. Its argument is the type of a device.
 """
 
 import json
@@ -11,77 +12,103 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 started = time.perf_counter()
 import rwkv_kernels  # noqa: E402
 
 IMPORT_SECONDS = time.perf_counter() - started
 
-C = 768  # of a step
+Calls = dict[str, Callable[[], object]]
+
+C = 768
 BATCHES = 5  # of which the fastest counts: whatever else the machine does only adds
 
 
-def calls() -> dict[str, Callable[[], object]]:
-    """What is measured, by name."""
-    draw = torch.Generator().manual_seed(0)
+def calls(device: str, backend: str = "auto") -> Calls:
+    """Calls without gradients, by name: the same inputs each time."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        w, u, kt, vt, state = *torch.randn(2, C), *torch.randn(2, 64, C), rwkv_kernels.empty_state(64, C)
+        k, v = kt[:1, None], vt[:1, None]
+        longer = torch.randn(2, 1, 64, C)
 
-    def normal(*shape: int, requires_grad: bool = False) -> Tensor:
-        return torch.randn(shape, generator=draw).requires_grad_(requires_grad)
+    def step(B: int, r: Tensor | None) -> Callable[[], object]:
+        given = (w, u, kt[:B], vt[:B], state[:B])
+        return lambda: rwkv_kernels.wkv_step(*given, r=r, backend=backend)
 
-    w, u, kt, vt = normal(C), normal(C), normal(64, C), normal(64, C)
-    state = rwkv_kernels.empty_state(64, C)
-    short = [normal(*shape, requires_grad=True) for shape in [(64,), (64,), (1, 16, 64), (1, 16, 64)]]
-    plain = [x.detach() for x in short]
-    gy, short_state = torch.ones(1, 16, 64), rwkv_kernels.empty_state(1, 64)
-    token = [*plain[:2], plain[2][:, 0], plain[3][:, 0]]
+    def sequence(*inputs: Tensor) -> Callable[[], object]:
+        return lambda: rwkv_kernels.wkv(*inputs, backend=backend)
+
+    return {
+        f"wkv_step at (1, {C})": step(1, None),
+        **{f"wkv_step with r at ({B}, {C})": step(B, vt[:B]) for B in (1, 8, 64)},
+        f"wkv at (1, 1, {C})": sequence(w, u, k, v),
+        f"wkv with a state at (1, 1, {C})": sequence(w, u, k, v, state[:1]),
+        f"wkv at (1, 64, {C})": sequence(w, u, *longer),
+        f"wkv at (1, 64, {C}), bfloat16": sequence(w, u, *longer.bfloat16()),
+    }
+
+
+def gradient_calls(device: str, backend: str = "auto") -> Calls:
+    """Forward and the gradients of w, u, k and v, by name: the same inputs each time."""
+    found: Calls = {}
+    for T, channels, dtype in [(16, 64, torch.float32), (64, C, torch.float32), (64, C, torch.bfloat16)]:
+        torch.manual_seed(0)
+        with torch.device(device):
+            w, u = torch.randn(2, channels)
+            k, v, gy = torch.randn(3, 1, T, channels, dtype=dtype)
+        leaves = [x.requires_grad_() for x in (w, u, k, v)]
+
+        def call(leaves: list[Tensor] = leaves, gy: Tensor = gy) -> object:
+            return torch.autograd.grad(rwkv_kernels.wkv(*leaves, backend=backend), leaves, gy)
+
+        found[f"wkv and its gradients at (1, {T}, {channels}){', bfloat16' * (dtype is torch.bfloat16)}"] = call
+    return found
+
+
+def operator_calls(device: str) -> Calls:
+    """The operators of torch.ops, without the package's own Python."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        w, u, k, v, state = *torch.randn(2, C), *torch.randn(2, 1, C), rwkv_kernels.empty_state(1, C)
+    sequence = (w, u, k[:, None], v[:, None], None, False)
     forward, step = torch.ops.rwkv_kernels.wkv_forward.default, torch.ops.rwkv_kernels.wkv_step.default
-
-    def without_gradients(function: Callable[[], object]) -> Callable[[], object]:
-        def call() -> None:
-            with torch.no_grad():
-                function()
-
-        return call
-
-    def stepping(B: int, r: Tensor | None) -> Callable[[], object]:
-        given = w, u, kt[:B], vt[:B], state[:B]
-        return lambda: rwkv_kernels.wkv_step(*given, r=r)
-
-    measured = {
-        **{f"wkv_step at ({B}, {C})": stepping(B, None) for B in (1, 8, 64)},
-        f"wkv_step with r at (1, {C})": stepping(1, vt[:1]),
-        "wkv at (1, 16, 64)": lambda: rwkv_kernels.wkv(*plain),
-        "wkv with a state at (1, 16, 64)": lambda: rwkv_kernels.wkv(*plain, short_state, return_state=True),
-        "torch.ops: wkv_forward at (1, 16, 64)": lambda: forward(*plain, None, False),
-        "torch.ops: wkv_step at (1, 64)": lambda: step(*token, short_state),
-    }
-    return {name: without_gradients(function) for name, function in measured.items()} | {
-        "wkv and its gradients at (1, 16, 64)": lambda: torch.autograd.grad(rwkv_kernels.wkv(*short), short, gy)
+    return {
+        f"torch.ops: wkv_forward at (1, 1, {C})": lambda: forward(*sequence),
+        f"torch.ops: wkv_step at (1, {C})": lambda: step(w, u, k, v, state),
     }
 
 
-def least_seconds(call: Callable[[], object], repetitions: int) -> float:
-    """Of one call, in the fastest of a few batches."""
-    seconds = []
-    for _ in range(BATCHES):
-        started = time.perf_counter()
-        for _ in range(repetitions):
-            call()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds) / repetitions
+def check(device: str, backend: str = "auto") -> None:
+    """Raises AssertionError where a call gives other than the oracle."""
+    for kind in (calls, gradient_calls):
+        for (name, call), exact in zip(kind(device, backend).items(), kind(device, "reference").values(), strict=True):
+            torch.testing.assert_close(
+                call(), exact(), rtol=1e-2, atol=1e-3, msg=lambda why, name=name: f"{name}: {why}"
+            )
 
 
-def main() -> None:
-    """Answers every line of standard input: how many calls a batch has, after which they are timed."""
-    torch.set_num_threads(1)  # a second thread would be waited for, at the mercy of what else the machine does
-    measured = calls()
-    for call in measured.values():
-        for _ in range(20):
-            call()
+def timers(measured: Calls, threads: int = 1) -> dict[str, Timer]:
+    """A timer of each call, by its name; with one thread none waits for another, whatever else the machine does."""
+    return {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in measured.items()}
+
+
+def seconds(timers: dict[str, Timer], repetitions: int, batches: int = 1) -> dict[str, float]:
+    """Seconds of each call, the mean of the repetitions in the fastest batch."""
+    return {name: min(timer.timeit(repetitions).mean for _ in range(batches)) for name, timer in timers.items()}
+
+
+def main(device: str) -> None:
+    """Answers every line of standard input."""
     print(json.dumps({"where": rwkv_kernels.__file__, "seconds": IMPORT_SECONDS}), flush=True)
+    check(device)
+    forward, training = timers(calls(device) | operator_calls(device)), timers(gradient_calls(device))
     for line in sys.stdin:
-        print(json.dumps({name: least_seconds(call, int(line)) for name, call in measured.items()}), flush=True)
+        with torch.no_grad():
+            found = seconds(forward, int(line), BATCHES)
+        print(json.dumps(found | seconds(training, int(line), BATCHES)), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

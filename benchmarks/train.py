@@ -1,7 +1,6 @@
 """Training whole models of equal size: tokens per second of RWKV and of a transformer, against T."""
 
 import statistics
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -9,13 +8,11 @@ from torch import Tensor, nn
 
 from benchmarks.device import Call, Device, timed
 from benchmarks.records import Record, Row
-from benchmarks.transformer import Transformer, parameters
+from benchmarks.transformer import SIZES, VOCAB, Transformer, parameters
 from rwkv_kernels.nn import RWKV
 
 TITLE = "A training step of a language model: forward, backward and AdamW"
 
-VOCAB = 256
-SIZES = {"cuda": (1024, 12), "cpu": (256, 4), "smoke": (64, 1)}  # channels and layers
 TOKENS = {"cuda": 2**15, "cpu": 2**12, "smoke": 256}  # in every step, whatever T
 LENGTHS = {"cuda": [2**9, 2**11, 2**13, 2**15], "cpu": [2**7, 2**9, 2**11, 2**12], "smoke": [128]}
 PATIENCE = 16.0  # seconds for the runs of the slower model
@@ -43,14 +40,14 @@ def run(device: Device, record: Record) -> None:
 
 def _training_step(model: nn.Module, tokens: Tensor, device: Device) -> Call:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    logits_of: Callable[[Tensor], Tensor] = (
-        (lambda given: model(given)[0]) if isinstance(model, RWKV) else lambda given: model(given)
-    )
 
     def step() -> None:
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.is_gpu):
-            loss = F.cross_entropy(logits_of(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            logits = model(tokens[:, :-1])
+            if isinstance(model, RWKV):
+                logits, _ = logits
+            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
         optimizer.step()
 

@@ -6,6 +6,10 @@ from torch import Tensor, nn
 
 HEAD_CHANNELS = 64
 
+# Of the models that are compared, RWKV and this one.
+VOCAB = 256
+SIZES = {"cuda": (1024, 12), "cpu": (256, 4), "smoke": (64, 1)}  # channels and layers
+
 
 class KeyValueCache:
     """Keys and values of the tokens so far, [L, 2, B, heads, T, channels of a head], with room for T of them."""
@@ -16,7 +20,7 @@ class KeyValueCache:
         self.length = 0
 
     def bytes_of(self, tokens: int) -> int:
-        """What so many tokens take."""
+        """The size of so many tokens."""
         return self.kept[..., :tokens, :].numel() * self.kept.element_size()
 
 
@@ -75,5 +79,5 @@ class Transformer(nn.Module):
 
 
 def parameters(model: nn.Module) -> int:
-    """How many there are."""
+    """The number of a model's parameters."""
     return sum(parameter.numel() for parameter in model.parameters())

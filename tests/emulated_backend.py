@@ -71,7 +71,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     else:
         folder = Path(tempfile.mkdtemp())
         early_config.add_cleanup(lambda: shutil.rmtree(folder))
-        executor = gpu_host.PtxRunner(folder, architecture, "random", limits=limits)
+        executor = gpu_host.PtxRunner(folder, architecture, "shuffled", limits=limits)
     context = emulated(executor)
     context.__enter__()
     early_config.add_cleanup(lambda: context.__exit__(None, None, None))

@@ -2,12 +2,11 @@
 
 gpu_host.cpp is the launcher that takes a GPU's place; the checks, allocations, plans and launches are the operators'
 own. Two executors run a launch: `Emulator` the kernels' phases, compiled by the host compiler; `PtxRunner` the PTX that
-nvcc makes of the kernels, by the program that RWKV_KERNELS_PTX_RUNNER names.
+nvcc makes of the kernels, by tools/ptx.
 """
 
 import ctypes
 import functools
-import importlib.util
 import os
 import subprocess
 from collections import Counter
@@ -123,15 +122,6 @@ class Emulator:
         pass
 
 
-def load_ptx_runner() -> Any:
-    """The module that RWKV_KERNELS_PTX_RUNNER names."""
-    specification = importlib.util.spec_from_file_location("run_ptx", os.environ["RWKV_KERNELS_PTX_RUNNER"])
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
 def symbol(kernel: str, dtype: str) -> str:
     """Enough of the kernel's mangled name to know it by."""
     element = {"float32": "f", "float16": "NS_4HalfE", "bfloat16": "NS_8Bfloat16E", "float64": "d"}[dtype]
@@ -141,32 +131,30 @@ def symbol(kernel: str, dtype: str) -> str:
 
 
 # Compiled for this processor, which takes longer than to run: by the PTX, the kernel, and whether it counts.
-_translated: dict[tuple[Path, str, bool], Any] = {}
+_kernels: dict[tuple[Path, str, bool], Any] = {}
 
 
 class PtxRunner:
-    """The PTX for one architecture; `order` is that in which blocks start and threads are switched.
+    """The PTX for one architecture, with the `order`, `seed` and `resident` blocks of ptx.Kernel.run.
 
-    Of `resident` blocks at a time, if that is given. With `counted`, that gathers how often all threads together
-    executed each operation of a kernel.
+    With `counted`, that gathers how often all threads together executed each operation of a kernel.
     """
 
     def __init__(
         self,
         folder: Path,
         architecture: str,
-        order: str = "fwd",
+        order: str = "forward",
         seed: int = 0,
         counted: dict[str, Counter[str]] | None = None,
         limits: Limits = H100,
-        resident: int | None = None,
+        resident: int = 0,
     ) -> None:
         self.order = order
         self.seed = seed
         self.limits = limits
-        self._options = {} if resident is None else {"resident": resident}
+        self.resident = resident
         self._counted = counted
-        self._runner = load_ptx_runner()
         self._ptx = folder / f"{architecture}.ptx"
         self._callback = _Runner(self._run)
         self._given: list[numpy.ndarray[Any, Any]] = []
@@ -193,21 +181,22 @@ class PtxRunner:
         try:
             name = symbol(kernel.decode(), dtype.decode())
             key = (self._ptx, name, self._counted is not None)
-            if key not in _translated:
-                _translated[key] = self._runner.Module(self._ptx.read_text(), only=name, profile=key[2])
-            statistics = _translated[key].run(
-                name,
+            if key not in _kernels:
+                import ptx  # in tools, which is on pytest's path only after its plugins are imported
+
+                _kernels[key] = ptx.Kernel(self._ptx.read_text(), name, counted=key[2])
+            executed = _kernels[key].run(
                 [ctypes.string_at(params, params_bytes)],
                 grid=tuple(grid[:3]),
-                block=threads,
-                shared=shared_bytes,
-                extra=[*self._given, *_allocated()],
+                threads=threads,
+                shared_bytes=shared_bytes,
+                memory=[*self._given, *_allocated()],
                 order=self.order,
                 seed=self.seed,
-                **self._options,
+                resident=self.resident,
             )
             if self._counted is not None:
-                self._counted.setdefault(kernel.decode(), Counter()).update(statistics["ops"])
+                self._counted.setdefault(kernel.decode(), Counter()).update(executed)
         except BaseException as error:  # to where the operator was called: nothing passes through C
             self._error = error
             return 1

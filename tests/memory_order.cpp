@@ -499,9 +499,9 @@ class Case {
   void run_forward(Schedule schedule, Outputs& out) const {
     const auto [B, T, C] = std::tie(problem_.B, problem_.T, problem_.C);
     SequenceParams params = {.parameters = parameters(),
-                             .B = B,
-                             .T = T,
-                             .C = C,
+                             .B = static_cast<uint32_t>(B),
+                             .T = static_cast<uint32_t>(T),
+                             .C = static_cast<uint32_t>(C),
                              .inputs = {sequence(tensors_.k), sequence(tensors_.v)},
                              .state = problem_.with_state ? tensors_.state.data() : nullptr,
                              .outputs = {out.add(B * T * C * sizeof(Element))},
@@ -514,9 +514,9 @@ class Case {
   void run_backward(Schedule schedule, const Outputs& from_forward, Outputs& out) const {
     const auto [B, T, C] = std::tie(problem_.B, problem_.T, problem_.C);
     SequenceParams params = {.parameters = parameters(),
-                             .B = B,
-                             .T = T,
-                             .C = C,
+                             .B = static_cast<uint32_t>(B),
+                             .T = static_cast<uint32_t>(T),
+                             .C = static_cast<uint32_t>(C),
                              .inputs = {sequence(tensors_.k), sequence(tensors_.v), sequence(tensors_.gy)},
                              .state = problem_.with_state ? tensors_.state.data() : nullptr,
                              .outputs = {out.add(B * T * C * sizeof(Element)), out.add(B * T * C * sizeof(Element))},
@@ -665,10 +665,10 @@ class Case {
     const int64_t message_bytes = columns * (plan.chunks - 1) * kStateBytes;
     std::vector<Word> exchange((message_bytes + columns * sizeof(uint32_t)) / sizeof(Word) + 1, ~Word{0});
     params.chunking = {.first_batch = 0,
-                       .chunks = plan.chunks,
+                       .chunks = static_cast<uint32_t>(plan.chunks),
                        .chunk_tiles = static_cast<int32_t>(plan.chunk_tiles),
-                       .channel_tiles = static_cast<int32_t>(plan.channel_tiles),
-                       .anchor = static_cast<int32_t>(plan.anchor),
+                       .channel_tiles = static_cast<uint32_t>(plan.channel_tiles),
+                       .anchor = static_cast<uint32_t>(plan.anchor),
                        .tickets = reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(exchange.data()) + message_bytes),
                        .messages = exchange.data()};
     run<Kernel>(pool_, kernel, params,

@@ -239,9 +239,9 @@ class Kernels {
     for (const bool checkpoint : {false, true}) {
       const Planned planned(*this, Operation::forward, limits);
       const wkv::SequenceParams params = {.parameters = parameters(),
-                                          .B = p.B,
-                                          .T = p.T,
-                                          .C = p.C,
+                                          .B = static_cast<uint32_t>(p.B),
+                                          .T = static_cast<uint32_t>(p.T),
+                                          .C = static_cast<uint32_t>(p.C),
                                           .inputs = {sequence(k), sequence(v)},
                                           .state = state.memory.get(),
                                           .outputs = {y.memory.get()},
@@ -267,9 +267,9 @@ class Kernels {
     const Output<Real> gw(p.C), gu(p.C), gstate(p.B * 3 * p.C);
     const Planned planned(*this, Operation::backward, limits);
     const wkv::SequenceParams params = {.parameters = parameters(),
-                                        .B = p.B,
-                                        .T = p.T,
-                                        .C = p.C,
+                                        .B = static_cast<uint32_t>(p.B),
+                                        .T = static_cast<uint32_t>(p.T),
+                                        .C = static_cast<uint32_t>(p.C),
                                         .inputs = {sequence(k), sequence(v), sequence(gy)},
                                         .state = state.memory.get(),
                                         .outputs = {gk.memory.get(), gv.memory.get()},
@@ -396,10 +396,10 @@ class Kernels {
     wkv::Chunking chunking() const {
       char* const tickets = exchange() + B * plan.channel_tiles * (plan.chunks - 1) * wkv::kStateBytes;
       return {.first_batch = 0,
-              .chunks = plan.chunks,
+              .chunks = static_cast<uint32_t>(plan.chunks),
               .chunk_tiles = static_cast<int32_t>(plan.chunk_tiles),
               .channel_tiles = static_cast<uint32_t>(plan.channel_tiles),
-              .anchor = static_cast<int32_t>(plan.anchor),
+              .anchor = static_cast<uint32_t>(plan.anchor),
               .tickets = plan.chunks > 1 ? reinterpret_cast<uint32_t*>(tickets) : nullptr,
               .messages = exchange()};
     }

@@ -1,4 +1,4 @@
-"""The benchmarks themselves: what is checked before the clock starts, what records keep, and what is read from them."""
+"""The benchmarks themselves: checks before the clock starts, records, and conclusions from them."""
 
 import json
 import shutil
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import rwkv_kernels
-from benchmarks import attention, beside, footprint, latency, op, peers, plots, records
+from benchmarks import CANNOT_RUN, ROOT, attention, footprint, latency, op, peers, plots, records, small_calls
 from benchmarks.__main__ import main
 from benchmarks.device import Device, powers_of_two, timed
-from benchmarks.problem import Problem
+from benchmarks.problem import Problem, function_of
 from benchmarks.records import Record, Row
 
 pytest.importorskip("rwkv_kernels._introspection", reason="rwkv_kernels._introspection is not built")
@@ -35,33 +35,23 @@ def test_a_wrong_result_is_seen_before_it_is_timed(wrong: str) -> None:
         return y
 
     problem = Problem((2, 70, 33), torch.float32)
-    assert problem.check(op.function_of("cpu")) < 1e-5
+    assert problem.check(function_of("cpu")) < 1e-5
     with pytest.raises(AssertionError, match="of the largest element"):
         problem.check(function)
 
 
-@pytest.fixture
-def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's kernel under the name "cuda", on what says of itself that it is an H100."""
-    wkv = rwkv_kernels.wkv
-    limits = {
-        "multi_processor_count": 132,
-        "major": 9,
-        "minor": 0,
-        "shared_memory_per_block_optin": 232448,
-        "shared_memory_per_multiprocessor": 233472,
-    }
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**limits))
-    monkeypatch.setattr(op, "backends", lambda device: ["cpu", "cuda"])
-    monkeypatch.setattr(rwkv_kernels, "wkv", lambda *given, backend: wkv(*given, backend="cpu"))
-
-    def called_here(prepare: Callable[..., Callable[[], object]], *arguments: object) -> None:
-        prepare(*arguments)()
-
-    monkeypatch.setattr(footprint, "peak_bytes", called_here)  # another process would not know of this
-
-
-def test_every_backend_is_measured_with_its_plan_and_drawn(a_gpu: None, tmp_path: Path) -> None:
+def test_every_registered_backend_is_measured_with_its_plan_and_drawn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The CPU's kernel under the names "cuda" and "new", which no benchmark mentions, on a seeming H100."""
+    wkv, actual = rwkv_kernels.wkv, {"cuda": "cpu", "new": "cpu", "reference": "reference"}
+    infos = [rwkv_kernels.BackendInfo(name, True, None) for name in actual]
+    monkeypatch.setattr(rwkv_kernels, "backends", lambda: infos)
+    monkeypatch.setattr(rwkv_kernels, "wkv", lambda *given, backend: wkv(*given, backend=actual[backend]))
+    monkeypatch.setattr(footprint, "peak_bytes", lambda *_: None)  # another process would not know of this
+    shared = {"shared_memory_per_block_optin": 232448, "shared_memory_per_multiprocessor": 233472}
+    h100 = SimpleNamespace(multi_processor_count=132, major=9, minor=0, **shared)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: h100)
     record = Record("op", tmp_path)
     op.run(SMOKE, record)
     rows = record.tables[0].rows
@@ -69,11 +59,11 @@ def test_every_backend_is_measured_with_its_plan_and_drawn(a_gpu: None, tmp_path
         for operation in ("forward", op.WITH_CHECKPOINTS, "backward"):
             chosen = [row for row in rows if (row["dtype"], row["operation"]) == (dtype, operation)]
             assert [(row["shape"], row["backend"]) for row in chosen] == [
-                (shape, backend) for shape in ("2, 130, 64", "2, 1, 64") for backend in ("cpu", "cuda")
+                (shape, backend) for shape in ("2, 130, 64", "2, 1, 64") for backend in ("cuda", "new")
             ]
             plans = [row["_plan"].get("chunks") for row in chosen]
             # Of 64 steps, and forward of 128 and 256.
-            assert plans == [None, 3 if operation == "backward" else 2 if dtype == "float32" else 1, None, 1]
+            assert plans == [3 if operation == "backward" else 2 if dtype == "float32" else 1, None, 1, None]
     assert not record.failures
     assert plots.draw(tmp_path) == [tmp_path / "op.png"]
 
@@ -112,18 +102,14 @@ def test_peers_come_from_files_and_their_faults_are_their_own(
 
 SLOWER = """
 import time
-
 _step = wkv_step
-
-
 def wkv_step(*arguments, **options):
-    time.sleep(1e-2)
-    return _step(*arguments, **options)
+    return time.sleep(1e-2) or _step(*arguments, **options)
 """
 
 
 def test_a_slower_tree_is_seen_beside_this_one(tmp_path: Path) -> None:
-    shutil.copytree(beside.ROOT / "rwkv_kernels", tmp_path / "rwkv_kernels")
+    shutil.copytree(ROOT / "rwkv_kernels", tmp_path / "rwkv_kernels")
     with (tmp_path / "rwkv_kernels" / "__init__.py").open("a") as file:
         file.write(SLOWER)
     record = Record("latency")
@@ -131,8 +117,30 @@ def test_a_slower_tree_is_seen_beside_this_one(tmp_path: Path) -> None:
     times = {row["call"]: (row["least here, µs"], row["least there, µs"]) for row in record.tables[0].rows}
     here, there = times["wkv_step at (1, 768)"]
     assert there - here > 5_000
-    here, there = times["torch.ops: wkv_step at (1, 64)"]
+    here, there = times["torch.ops: wkv_step at (1, 768)"]
     assert there < 5_000
+
+
+def test_a_tree_without_a_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "_answer", lambda _: {"where": rwkv_kernels.__file__, "seconds": 1.0})
+    with pytest.raises(RuntimeError, match="has no package of its own"):
+        latency._import_seconds(None, tmp_path)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", ["wkv", "wkv_step"])
+def test_a_small_call_that_is_wrong_is_not_timed(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_calls.check("cpu")
+    right = getattr(rwkv_kernels, wrong)
+
+    def slightly(*given: Tensor, backend: str, **options: Tensor | None) -> Tensor:
+        return right(*given, backend=backend, **options) * (1.0 if backend == "reference" else 1.05)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(rwkv_kernels, wrong, slightly)
+    with pytest.raises(AssertionError, match=f"^{wrong}"):
+        small_calls.check("cpu")
+    record = Record("latency")
+    latency.run(SMOKE, record)
+    assert not any(row["what"].startswith("cpu: ") for row in record.tables[0].rows) and len(record.failures) == 1
 
 
 def hold(megabytes: int, megabytes_in_passing: int) -> Callable[[], Tensor]:
@@ -172,13 +180,9 @@ def test_growth_and_crossover_are_read_from_times() -> None:
 
     linear = series("WKV", [3e-3 * T for T in lengths])
     quadratic = series("attention", [5e-6 * T**2 for T in lengths])
-    assert attention._growth(quadratic) == {
-        "mixer": "attention",
-        "pass": "forward",
-        "up to T": 4096,
-        "of time": pytest.approx(2),
-        "of memory": pytest.approx(1),
-    }
+    growth = attention._growth(quadratic)
+    assert [growth[name] for name in ("mixer", "up to T")] == ["attention", 4096]
+    assert [growth[name] for name in ("of time", "of memory")] == pytest.approx([2, 1])
     # 3e-3 T < 5e-6 T² from T = 600 on.
     assert attention._crossover(linear, quadratic)["from T"] == 1024
     assert attention._crossover(quadratic, linear)["from T"] == "not up to 4096"
@@ -227,13 +231,15 @@ def test_records_are_compared_beyond_their_noise(
 
 def test_what_cannot_be_compared_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = _record(tmp_path / "before", {"a": [1.0]})
-    assert main(["compare", str(before), str(_record(tmp_path, {"a": [1.0]}, processor="another"))]) == 2
-    assert "their processor differs" in capsys.readouterr().out
-    assert main(["compare", str(before), str(_record(tmp_path, {"a": [1.0]}, name="peers"))]) == 2
-    assert "the other of 'peers'" in capsys.readouterr().out
     (tmp_path / "other.json").write_text(json.dumps({"a": 1}))
-    assert main(["compare", str(before), str(tmp_path / "other.json")]) == 2
-    assert main(["compare", str(before), str(tmp_path / "nowhere.json")]) == 2
+    for after, why in [
+        (_record(tmp_path, {"a": [1.0]}, processor="another"), "their processor differs"),
+        (_record(tmp_path, {"a": [1.0]}, name="peers"), "the other of 'peers'"),
+        (tmp_path / "other.json", "cannot be compared"),
+        (tmp_path / "nowhere.json", "cannot be compared"),
+    ]:
+        assert main(["compare", str(before), str(after)]) == 2
+        assert why in capsys.readouterr().out
 
 
 def test_a_peer_may_be_wrong_but_not_we(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,6 +250,5 @@ def test_a_peer_may_be_wrong_but_not_we(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_benchmark_runs_where_it_can(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["counters", "--device", "cpu"])
+    assert main(["counters", "--device", "cpu"]) == CANNOT_RUN
     assert "counters runs on cuda, not on cpu" in capsys.readouterr().err

@@ -6,18 +6,24 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import gpu_check
 import pytest
+import stage
 import torch
+from stage import Stage
 
-from benchmarks import counters, gpu_check, stage
+from benchmarks import CANNOT_RUN, ROOT, counters
 from benchmarks.device import Device
 from benchmarks.records import Record
-from benchmarks.stage import Stage
 
 pytest.importorskip("rwkv_kernels._introspection", reason="rwkv_kernels._introspection is not built")
+
+
+NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this system has no /proc")
 
 
 def _python(name: str, code: str, limit: int = 60, why_not: str | None = None) -> Stage:
@@ -66,10 +72,8 @@ def test_what_does_not_fit_into_the_budget_is_left_for_another_call(
     assert outcomes["long"].startswith("skipped: 500 s no longer fit into the budget of 100 s, of which ")
     assert 'make gpu-check NO_BUILD=1 ONLY="long"' in capsys.readouterr().out
     # The later call keeps the outcomes of the earlier one.
-    assert check(stages, "--budget", "600", "--only", "long") == (
-        0,
-        {"build": "passed", "long": "passed", "short": "passed"},
-    )
+    passed = dict.fromkeys(["build", "long", "short"], "passed")
+    assert check(stages, "--budget", "600", "--only", "long") == (0, passed)
     assert check(stages, "--only", "longest")[0] == 2
     assert "no stage is called longest" in capsys.readouterr().err
 
@@ -96,7 +100,7 @@ def _is_gone(number: str) -> bool:
     return not status.exists() or "State:\tZ" in status.read_text()
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this system has no /proc")
+@NEEDS_PROC
 def test_the_end_of_a_stage_is_the_end_of_all_that_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,9 +110,7 @@ def test_the_end_of_a_stage_is_the_end_of_all_that_it_started(
 import os, pathlib, signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(flush=True); time.sleep(60)"
-for name, how in [("same", {{}}), ("group", {{"process_group": 0}}), ("session", {{"start_new_session": True}})]:
-    if sys.version_info < (3, 11) and name == "group":
-        how = {{"preexec_fn": os.setpgrp}}
+for name, how in [("same", {{}}), ("group", {{"preexec_fn": os.setpgrp}}), ("session", {{"start_new_session": True}})]:
     child = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE, **how)
     child.stdout.readline()
     (pathlib.Path({str(tmp_path)!r}) / name).write_text(str(child.pid))
@@ -121,13 +123,12 @@ waits_for_ever()
     assert "in waits_for_ever" in capfd.readouterr().err
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this system has no /proc")
+@NEEDS_PROC
 def test_what_a_stage_leaves_running_ends_with_it(tmp_path: Path) -> None:
-    code = (
-        f"import subprocess; print(subprocess.Popen(['sleep', '60']).pid, file=open({str(tmp_path / 'child')!r}, 'w'))"
-    )
+    note = tmp_path / "child"
+    code = f"import subprocess; print(subprocess.Popen(['sleep', '60']).pid, file=open({str(note)!r}, 'w'))"
     assert stage.run(_python("parent", code))["outcome"] == "passed"
-    assert _is_gone((tmp_path / "child").read_text().strip())
+    assert _is_gone(note.read_text().strip())
 
 
 def test_without_a_gpu_the_check_for_one_says_so(
@@ -147,20 +148,20 @@ def test_the_stages_for_a_gpu_come_by_importance_and_name_what_they_need(
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     stages = {each.name: each for each in gpu_check.stages("cuda", tmp_path, ["other=file.py"])}
     sanitized = ["program", "program_runs", *gpu_check.SANITIZERS]
-    tests = ["first_light", "first_light_triton", "stress", "tests"]
+    first_light = [f"first_light_{name}" for name in ("cuda", "triton")]
     assert list(stages) == [
-        *("build", "first_light", "first_light_triton", "stress", "op", "counters"),
+        *("build", *first_light, "stress", "op", "counters"),
         *(*sanitized, "tests", "peers", "latency"),
     ]
     assert stages["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
     assert "-lineinfo" in stages["build"].environment["NVCC_APPEND_FLAGS"]
     assert all(each.why_not is None and each.limit < 600 for each in stages.values())
-    assert all("--require-backend=cuda" in stages[name].command for name in tests)
+    assert all("--require-backend=cuda" in stages[name].command for name in [*first_light, "stress", "tests"])
     assert stages["racecheck"].command[:3] == [str(tmp_path / "compute-sanitizer"), "--tool", "racecheck"]
     assert stages["program"].command[-1] == "9.0"
     assert "--peer=other=file.py" in stages["peers"].command
     # check.json and the benchmarks' records.
-    assert 1 + len(gpu_check.BENCHMARKS) <= 8
+    assert 1 + len(gpu_check.FIRST_BENCHMARKS) + len(gpu_check.LAST_BENCHMARKS) <= 8
 
 
 def test_a_build_made_elsewhere_is_taken_if_it_loads() -> None:
@@ -212,13 +213,10 @@ def test_counters_are_skipped_where_they_cannot_be_read(
         (tmp_path / "ncu").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     record = Record("counters", tmp_path)
-    if ends_with is None:
+    with pytest.raises(ends_with) if ends_with else nullcontext() as end:
         counters.run(Device("cpu", smoke=True), record)
-        assert len(record.tables[0].rows) == 2
-        return
-    with pytest.raises(ends_with) as end:
-        counters.run(Device("cpu", smoke=True), record)
-    assert ends_with is not SystemExit or end.value.code == stage.CANNOT_RUN
+    assert len(record.tables) == (ends_with is None) and all(len(table.rows) == 2 for table in record.tables)
+    assert ends_with is not SystemExit or (end and end.value.code == CANNOT_RUN)
 
 
 def test_what_is_profiled_runs() -> None:
@@ -228,8 +226,8 @@ def test_what_is_profiled_runs() -> None:
 def test_a_python_without_torch_is_told_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-m", "benchmarks.gpu_check"]
-    result = subprocess.run(command, env=environment, cwd=stage.ROOT, capture_output=True, text=True)
+    command = [sys.executable, "tools/gpu_check.py"]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1 and "has no torch: `make setup`" in result.stderr
 
 
@@ -237,12 +235,12 @@ def test_the_check_ends_what_it_started_when_it_is_ended(tmp_path: Path) -> None
     note = tmp_path / "child"
     forever = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     code = (
-        "import sys; from benchmarks import gpu_check; from benchmarks.stage import Stage\n"
+        "import sys; sys.path.insert(0, 'tools'); import gpu_check; from stage import Stage\n"
         f"code = {forever!r}\n"
         "gpu_check.stages = lambda *_: [Stage('long', [sys.executable, '-c', code], 50)]\n"
         f"sys.argv = ['', '--device', 'cpu', '--results', {str(tmp_path)!r}]; gpu_check.main()"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=stage.ROOT)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     for _ in range(300):
         if note.exists() and note.read_text():
             break

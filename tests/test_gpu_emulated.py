@@ -127,7 +127,9 @@ LOOK_BACK = ["sum up and await messages", "hand on", "correct"]
 # Where every chunk is an anchor.
 LOOK_BACK_FORWARD = ["sum up and await messages", "hand on one message", "correct"]
 LOOK_BACK_BACKWARD = ["sum up and await one message", "hand on", "correct"]
-GO_ON = ["sum up alone", "hand on alone", "correct"]  # of the tiles of a chunk behind the first one
+# Of the tiles of a chunk behind the first one.
+GO_ON_FORWARD = ["sum up alone", "hand on alone", "correct"]
+GO_ON_BACKWARD = ["sum up alone", "hand on", "correct"]
 
 UNTRIED = {
     "take a ticket and stage": "without a ticket a block does not know which memory is its own",
@@ -178,11 +180,11 @@ SCENARIOS = {
         {
             "forward": [
                 *[*BEGIN, *FORWARD, *LOOK_BACK_FORWARD, "unstage"],
-                *[*STAGE_AGAIN, *FORWARD, *GO_ON],
+                *[*STAGE_AGAIN, *FORWARD, *GO_ON_FORWARD],
             ],
             "backward": [
                 *[*BEGIN, *BACKWARD, *LOOK_BACK_BACKWARD, "unstage"],
-                *7 * [*STAGE_AGAIN, *BACKWARD, *GO_ON, "unstage"],
+                *7 * [*STAGE_AGAIN, *BACKWARD, *GO_ON_BACKWARD, "unstage"],
             ],
         },
     ),

@@ -20,7 +20,7 @@ FLAGS = ["-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-pthread", "-Wno-psab
 # Barriers that order nothing by themselves: of what kind, and what the kernel says in their line. One that joins them
 # could go; one that no longer is among them is needed by something new.
 VOTE = ("vote", "team.agree(")  # threads learn of the vote, and nothing else
-ORDER_NOTHING: dict[str, list[tuple[str, str]]] = {"forward": [VOTE], "backward": [VOTE], "reduce": []}
+ORDER_NOTHING: dict[str, list[tuple[str, str]]] = {"forward": [], "backward": [VOTE], "reduce": []}
 KINDS = {"forward": {"block", "warp", "vote"}, "backward": {"block", "warp", "vote"}, "reduce": {"block"}}
 
 

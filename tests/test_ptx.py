@@ -1,8 +1,8 @@
 """The PTX that nvcc makes of the GPU kernels, run on the CPU as the host would launch it.
 
-The program that RWKV_KERNELS_PTX_RUNNER names translates PTX to machine code of this processor. It checks every access
-against the tensors of the call, starts shared memory as NaN, delivers asynchronous copies as late as allowed, and
-switches between threads in a chosen order.
+tools/ptx translates PTX to machine code of this processor. It checks every access against the tensors of the call,
+starts shared memory as NaN, delivers asynchronous copies as late as allowed, and switches between threads in a chosen
+order.
 """
 
 import os
@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import ptx
 import pytest
 import torch
 from problems import PROBLEMS, Problem, assert_solves, make, solve
@@ -29,7 +30,7 @@ HERE = Path(__file__).parent
 
 pytestmark = [
     pytest.mark.ptx,
-    pytest.mark.skipif("RWKV_KERNELS_PTX_RUNNER" not in os.environ, reason="RWKV_KERNELS_PTX_RUNNER names no program"),
+    pytest.mark.skipif(ptx.unavailable() is not None, reason=str(ptx.unavailable())),
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH"),
 ]
 
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_suite_passes_on_the_ptx() -> None:
-    """Outputs, states and gradients of every problem, dtype and special value, threads switched at random."""
+    """Outputs, states and gradients of every problem, dtype and special value, threads in random order."""
     files = [str(HERE / f"test_{name}.py") for name in ("operator", "state", "special_values")]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "emulated_backend", *files, "-k", "emulated"],
@@ -74,13 +75,13 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(limits: str, dtype: torc
         with emulated_backend.emulated(runner) as backend:
             assert_solves(tensors, backend)
             expected = solve(tensors, backend)
-            for runner.order in ("rev", "random"):
+            for runner.order in ("reversed", "shuffled"):
                 for name, value in solve(tensors, backend).items():
                     assert torch.equal(value, expected[name]), (runner.order, name)
 
 
 @pytest.mark.parametrize("resident", [1, 2])
-@pytest.mark.parametrize("order", ["fwd", "rev", "random"])
+@pytest.mark.parametrize("order", ["forward", "reversed", "shuffled"])
 def test_a_device_that_holds_few_blocks_ends(order: str, resident: int, folder: Path) -> None:
     """No block waits for one that has no place yet."""
     tensors = make(Problem(B=2, T=2100, C=72, with_state=True), torch.bfloat16)
@@ -93,7 +94,7 @@ def test_a_device_that_holds_few_blocks_ends(order: str, resident: int, folder: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=gpu_host.name_of)
 def test_the_oldest_architecture_equals_the_oracle(dtype: torch.dtype, folder: Path) -> None:
     problems = [*(PROBLEMS[name] for name in ("two_checkpoints_and_one", "k_of_1000", "u_of_plus_50")), WHOLE_VECTORS]
-    for order in ("fwd", "rev", "random"):
+    for order in ("forward", "reversed", "shuffled"):
         runner = gpu_host.PtxRunner(folder, OLDEST_ARCHITECTURE, order, limits=gpu_host.T4)
         with emulated_backend.emulated(runner) as backend:
             for problem in problems:
@@ -107,7 +108,7 @@ def test_states_are_handed_on_over_many_chunks(problem: str, dtype: torch.dtype,
     for operation in ("forward", "backward"):
         plan = plan_of(operation, dtype, given, gpu_host.H100)
         assert 1 < plan["anchor"] < plan["chunks"] - 1
-    with emulated_backend.emulated(gpu_host.PtxRunner(folder, SUITE_ARCHITECTURE, "random")) as backend:
+    with emulated_backend.emulated(gpu_host.PtxRunner(folder, SUITE_ARCHITECTURE, "shuffled")) as backend:
         assert_solves(make(given, dtype), backend, "cpu")
 
 

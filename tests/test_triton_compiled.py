@@ -1,12 +1,11 @@
 """The Triton kernels as they are compiled for GPUs that are not here: registers, variants, and their PTX on the CPU."""
 
-import os
 from typing import Any
 
 import numpy
+import ptx
 import pytest
 import torch
-from gpu_host import load_ptx_runner
 from problems import Problem, assert_close, assert_tensor_close, log_denominator, make, solve, tolerance
 from torch import Tensor
 
@@ -76,11 +75,7 @@ def test_fifty_shapes_compile_a_variant_for_each_width_and_alignment() -> None:
 # ---- their PTX, on the CPU ----
 
 
-@pytest.fixture(scope="module")
-def runner() -> Any:
-    if "RWKV_KERNELS_PTX_RUNNER" not in os.environ:
-        pytest.skip("RWKV_KERNELS_PTX_RUNNER does not name a program that runs PTX")
-    return load_ptx_runner()
+runs_ptx = pytest.mark.skipif(ptx.unavailable() is not None, reason=str(ptx.unavailable()))
 
 
 def _memory(tensor: Tensor) -> numpy.ndarray[Any, Any]:
@@ -89,17 +84,16 @@ def _memory(tensor: Tensor) -> numpy.ndarray[Any, Any]:
     return storage[tensor.storage_offset() * tensor.element_size() :]
 
 
-def _run(runner: Any, launches: list[Launch], order: str = "fwd") -> None:
+def _run(launches: list[Launch], order: str = "forward") -> None:
     for launch in launches:
         compiled = triton_report.compile_launch(launch, triton_report.TARGETS["sm_90"])
         arguments = [_memory(x) if isinstance(x, Tensor) else x for x in launch.arguments if x is not None]
         # Triton appends pointers to scratch memory of its own, which these kernels do not use.
-        runner.Module(compiled.asm["ptx"]).run(
-            compiled.metadata.name,
+        ptx.Kernel(compiled.asm["ptx"], compiled.metadata.name).run(
             [*arguments, None, None],
             grid=launch.programs,
-            block=32 * launch.warps,
-            shared=compiled.metadata.shared,
+            threads=32 * launch.warps,
+            shared_bytes=compiled.metadata.shared,
             order=order,
         )
 
@@ -115,17 +109,18 @@ PTX_CASES = {
 
 
 @pytest.mark.ptx
+@runs_ptx
 @pytest.mark.parametrize("name", PTX_CASES)
-def test_ptx_equals_the_oracle(name: str, runner: Any) -> None:
+def test_ptx_equals_the_oracle(name: str) -> None:
     problem, dtype, plan = PTX_CASES[name]
     tensors = make(problem, dtype)
     (y, final, checkpoints), launches = op.forward(plan, Inputs(*tensors.inputs), True)
-    _run(runner, launches)
+    _run(launches)
     scale = log_denominator(final.double())
     gstate = tensors.gstate.clone()
     gstate[:, :2] *= torch.exp(final[:, 2].double() - scale)[:, None]
     gradients, launches = op.backward(plan, Inputs(*tensors.inputs), checkpoints, tensors.gy, gstate)
-    _run(runner, launches)
+    _run(launches)
     found = {"y": y, "state_mean": final[:, 0] / final[:, 1], "state_log_den": log_denominator(final)}
     found |= dict(zip(("gw", "gu", "gk", "gv", "gstate"), gradients, strict=True))
     expected = solve(tensors.exact(), "reference", scale_of_state=scale)
@@ -133,42 +128,44 @@ def test_ptx_equals_the_oracle(name: str, runner: Any) -> None:
 
 
 @pytest.mark.ptx
-def test_ptx_the_gauge_of_a_checkpoint_does_not_matter(runner: Any) -> None:
+@runs_ptx
+def test_ptx_the_gauge_of_a_checkpoint_does_not_matter() -> None:
     tensors = make(Problem(B=1, T=331, C=80, with_state=True))
     inputs = Inputs(*tensors.inputs)
     for plan in (Plan(64, 64, 6), Plan(64, 384, 1)):
         (_, _, checkpoints), launches = op.forward(plan, inputs, True)
-        _run(runner, launches)
+        _run(launches)
         moved = checkpoints.clone()
         moved[:, 1:3, :2] *= torch.exp(torch.tensor(5.0))
         moved[:, 1:3, 2] -= 5.0
         found, expected = (
-            op.backward(plan, Inputs(*tensors.inputs), given, tensors.gy, tensors.gstate)
-            for given in (moved, checkpoints)
+            op.backward(plan, inputs, given, tensors.gy, tensors.gstate) for given in (moved, checkpoints)
         )
-        _run(runner, found[1] + expected[1])
+        _run(found[1] + expected[1])
         for name, a, b in zip(("gw", "gu", "gk", "gv", "gstate"), found[0], expected[0], strict=True):
             assert_tensor_close(name, a, b, tolerance(torch.float32, 331, 10.0))
 
 
 @pytest.mark.ptx
-def test_ptx_does_not_depend_on_the_order_of_programs_and_threads(runner: Any) -> None:
+@runs_ptx
+def test_ptx_does_not_depend_on_the_order_of_programs_and_threads() -> None:
     tensors = make(Problem(B=2, T=331, C=80, with_state=True), torch.bfloat16)
     plan, results = Plan(64, 64, 6), []
-    for order in ("fwd", "rev", "random"):
+    for order in ("forward", "reversed", "shuffled"):
         (y, final, checkpoints), launches = op.forward(plan, Inputs(*tensors.inputs), True)
-        _run(runner, launches, order)
+        _run(launches, order)
         gradients, launches = op.backward(plan, Inputs(*tensors.inputs), checkpoints, tensors.gy, tensors.gstate)
-        _run(runner, launches, order)
+        _run(launches, order)
         results.append((y, final, checkpoints, *gradients))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.ptx
+@runs_ptx
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ptx_steps_equal_the_oracle(dtype: torch.dtype, gated: bool, runner: Any) -> None:
+def test_ptx_steps_equal_the_oracle(dtype: torch.dtype, gated: bool) -> None:
     tensors = make(Problem(B=3, T=1, C=70, with_state=True), dtype)
     w, u, k, v, state = tensors.inputs
     assert w is not None and u is not None and k is not None and v is not None and state is not None
@@ -178,6 +175,6 @@ def test_ptx_steps_equal_the_oracle(dtype: torch.dtype, gated: bool, runner: Any
         expected["y"] *= r.double().sigmoid()[:, None]
     after = state.clone()
     y, launches = op.step(w, u, k[:, 0], v[:, 0], after, r)
-    _run(runner, launches)
+    _run(launches)
     found = {"y": y[:, None], "state_mean": after[:, 0] / after[:, 1], "state_log_den": log_denominator(after)}
     assert_close(found, {name: expected[name] for name in found}, tensors)

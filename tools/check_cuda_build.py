@@ -13,7 +13,7 @@ from rwkv_kernels import native
 
 
 def require(condition: bool, what: str) -> None:
-    """Ends the program with what is wrong unless the condition holds."""
+    """Ends the program with the fault unless the condition holds."""
     if not condition:
         sys.exit(f"cuda build: {what}")
 

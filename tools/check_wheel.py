@@ -2,9 +2,9 @@
 
 python tools/check_wheel.py dist/rwkv_kernels-1.0-py3-none-manylinux_2_28_x86_64.whl --cuda 13
 
-Every file is expected and every expected file is there, the tag is for any Python 3, the size is what a package index
-takes without asking, and the libraries need torch's stable ABI of the oldest torch, and nothing else that a machine
-with that torch might lack. What glibc they need is auditwheel's to judge, which gives the wheel its tag.
+Every file is expected and every expected file is there, the tag is for any Python 3, the size is bounded, and the
+libraries need torch's stable ABI of the oldest torch, and nothing else that a machine with that torch might lack.
+Their glibc is judged by auditwheel, which gives the wheel its tag.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def faults(wheel: Path, cuda: str | None) -> list[str]:
-    """What is wrong with a wheel, a line for each."""
+    """The faults of a wheel, a line for each."""
     # Libraries and what each needs beside the system's.
     libraries = {"rwkv_kernels/librwkv_kernels.so": {"libtorch_cpu.so"}}
     if cuda is not None:

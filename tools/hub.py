@@ -9,7 +9,7 @@ A variant is named by the ABI that it needs, its backend, processor and system, 
 CPU is always made, and one for CUDA beside it where setup.py builds CUDA kernels.
 
 The namespace is the variant's id, under which `kernels` also imports it, so that several copies can be loaded by one
-process, an installed package among them. It is a digest of the content: what differs has another id. Only the sources
+process, an installed package among them. It is a digest of the content. Only the sources
 that register operators are compiled with it; the objects of the others are those of the ordinary build.
 """
 
@@ -99,7 +99,7 @@ def copy_python(folder: Path) -> None:
 
 
 def lay_out_project(name: str) -> None:
-    """What kernel-builder builds from; the macros that setup.py would give are at the head of namespace.h."""
+    """Lays out the sources for kernel-builder; the macros that setup.py would give are at the head of namespace.h."""
     for folder in ("csrc", "torch-ext"):
         shutil.rmtree(OUT / folder, ignore_errors=True)
     copy(HUB / "build.toml", OUT / "build.toml")

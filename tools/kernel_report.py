@@ -1,40 +1,35 @@
-"""What the compiler makes of the CUDA kernels: `make kernel-report` writes docs/kernel-report.md; no GPU is needed.
+"""Registers, blocks and instructions of the CUDA kernels as compiled: `make kernel-report`; no GPU is needed.
 
-Registers and occupancy for every architecture; for two of them the instructions for each element of a full tile, and
-memory accesses. Fails if a kernel has a stack frame, which is where registers are spilled to, if fewer of its blocks
-fit on a multiprocessor than shall, or if it has more code than it may.
+It writes docs/kernel-report.md, the budgets and the numbers that they bound, and build/kernel-report/kernel.json, all
+numbers. It fails if a kernel has a stack frame, which is where registers are spilled to, if fewer of its blocks fit on
+a multiprocessor than shall, or if it has more code than it may.
 
 `make kernel-check` fails for the same reasons and writes nothing. Either takes LIBRARY=librwkv_kernels_cuda13.so, whose
 machine code is then read instead of compiled again, which is four fifths of the time.
 """
 
-import argparse
-import importlib.util
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import cuda_toolkit
+import report
 import sass
 
+from benchmarks.records import Row
 from rwkv_kernels import _introspection
 
-ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "csrc" / "cuda" / "kernels.cu"
-REPORT = ROOT / "docs" / "kernel-report.md"
+SOURCE = report.ROOT / "csrc" / "cuda" / "kernels.cu"
 
 COMPILERS = 2  # at a time
 
-# Of these the report counts instructions.
+# The instructions of these are counted, those of the last one are limited, too.
 COUNTED = ("8.0", "9.0")
-# Of this one the instructions are limited.
-LIMITED = "9.0"
+LIMITED = COUNTED[-1]
 
 # A sequence that has whole tiles: blocks are the same for every such problem.
 PROBLEM = (8, 1024, 768)
@@ -61,7 +56,7 @@ class Device:
     registers: int = 65536
 
     def limits(self, architecture: str) -> "_introspection.DeviceLimits":
-        """What a plan asks of a device."""
+        """The limits that a plan respects."""
         return {
             "multiprocessors": self.multiprocessors,
             "shared_per_block": self.shared_bytes - self.reserved_bytes,
@@ -104,9 +99,6 @@ class Kernel:
     code: sass.Code | None
 
 
-Codes = dict[tuple[str, str], sass.Code]
-
-
 @dataclass(frozen=True)
 class Block:
     """How the operators launch a kernel, and how many elements of a full tile one thread has, if there are tiles."""
@@ -118,11 +110,10 @@ class Block:
 
 NAMES = ("forward", "backward", "reduce", "step")
 DTYPES = {"f": "float32", "NS_4HalfE": "float16", "NS_8Bfloat16E": "bfloat16", "d": "float64"}
-RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)")
-MANGLED = re.compile(r"wkv_kernelINS_\d+(Forward|Backward|Reduce|Step)I(f|d|NS_4HalfE|NS_8Bfloat16E)EE")
+MANGLED = re.compile(rf"wkv_kernelINS_\d+({'|'.join(map(str.title, NAMES))})I({'|'.join(DTYPES)})EE")
 
 # Instructions and MUFU, which compute exponentials and quotients, of the code for a full tile on 9.0, for each of a
-# thread's elements: what a block does besides walking shall stay small.
+# thread's elements: the code around the recurrence shall stay small.
 CODE_LIMITS = {
     ("forward", "bfloat16"): (30, 2.3),
     ("forward", "float32"): (28, 2.3),
@@ -155,69 +146,45 @@ def identity(mangled: str) -> tuple[str, str]:
 # ---- machine code: compiled here, or out of a library ----
 
 
-@dataclass(frozen=True)
-class Tools:
-    """What compiles and reads machine code, and a folder for it."""
-
-    toolkit: cuda_toolkit.Toolkit
-    nvdisasm: Path
-    cuobjdump: Path
-    folder: Path
-
-    def compile(self, architecture: str, *macros: str) -> Path:
-        """The kernels of one architecture, compiled as the library compiles them."""
-        cubin = self.folder / f"{architecture}{''.join(macros)}.cubin"
-        flags = [f for f in cuda_toolkit.nvcc_flags([architecture]) if not f.startswith("-gencode")]
-        target = f"-arch=sm_{architecture.replace('.', '')}"
-        _output(self.toolkit.nvcc, *flags, *macros, target, "-cubin", SOURCE, "-o", cubin)
-        return cubin
-
-    def full_tiles(self, architecture: str) -> Codes:
-        """The code for full tiles whose keys share an exponent, and no other."""
-        return self.disassemble(self.compile(architecture, "-DWKV_FULL_TILES_ONLY"))
-
-    def extract(self, library: Path) -> dict[str, Path]:
-        """The kernels of every architecture that a library has been built for."""
-        _output(self.cuobjdump, "-xelf", "all", library.resolve(), cwd=self.folder)
-        found = {}
-        # nvcc's own linker leaves a second one for each architecture, which is small and has no kernels.
-        for path in sorted(self.folder.glob("*.sm_*.cubin"), key=lambda path: path.stat().st_size):
-            number = path.suffixes[-2].removeprefix(".sm_")
-            found[f"{number[:-1]}.{number[-1]}"] = path
-        return found
-
-    def resources(self, cubin: Path) -> dict[tuple[str, str], tuple[int, int]]:
-        """Registers and bytes of stack of every kernel."""
-        listing = _output(self.cuobjdump, "-res-usage", cubin)
-        return {identity(name): (int(registers), int(stack)) for name, registers, stack in RESOURCES.findall(listing)}
-
-    def disassemble(self, cubin: Path) -> Codes:
-        """The instructions of every kernel."""
-        return {identity(mangled): code for mangled, code in sass.kernels(_output(self.nvdisasm, "-c", cubin))}
+def compiled_cubin(nvcc: Path, folder: Path, architecture: str, *macros: str) -> Path:
+    """The kernels of one architecture, compiled as the library compiles them."""
+    cubin = folder / f"{architecture}{''.join(macros)}.cubin"
+    flags = [f for f in cuda_toolkit.nvcc_flags([architecture]) if not f.startswith("-gencode")]
+    target = f"-arch=sm_{architecture.replace('.', '')}"
+    sass.output(nvcc, *flags, *macros, target, "-cubin", SOURCE, "-o", cubin)
+    return cubin
 
 
-def _output(*command: str | Path, cwd: Path | None = None) -> str:
-    """What a program prints; ends this one with what it says if it fails."""
-    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
-    if result.returncode != 0:
-        sys.exit(f"kernel report: {' '.join(map(str, command))} fails\n{result.stderr}")
-    return result.stdout
+def extracted_cubins(library: Path, folder: Path) -> dict[str, Path]:
+    """The kernels of every architecture that a library has been built for."""
+    sass.output(sass.program("cuobjdump"), "-xelf", "all", library.resolve(), cwd=folder)
+    found = {}
+    # nvcc's own linker leaves a second one for each architecture, which is small and has no kernels.
+    for path in sorted(folder.glob("*.sm_*.cubin"), key=lambda path: path.stat().st_size):
+        number = path.suffixes[-2].removeprefix(".sm_")
+        found[f"{number[:-1]}.{number[-1]}"] = path
+    if missing := DEVICES.keys() - found.keys():
+        sys.exit(f"kernel report: {library} has no code for {', '.join(sorted(missing))}")
+    return found
 
 
-def kernels(tools: Tools, library: Path | None, counted: tuple[str, ...]) -> dict[str, list[Kernel]]:
-    """Every kernel, by architecture, for some of them with the code for full tiles."""
-    with ThreadPoolExecutor(COMPILERS) as pool:
-        full_tiles = {name: pool.submit(tools.full_tiles, name) for name in counted}
-        cubins = (
-            tools.extract(library) if library else dict(zip(DEVICES, pool.map(tools.compile, DEVICES), strict=True))
-        )
-        if missing := DEVICES.keys() - cubins.keys():
-            sys.exit(f"kernel report: {library} has no code for {', '.join(sorted(missing))}")
-        resources = dict(zip(DEVICES, pool.map(tools.resources, map(cubins.__getitem__, DEVICES)), strict=True))
-        codes = {name: future.result() for name, future in full_tiles.items()}
+def kernels(nvcc: Path, library: Path | None, counted: tuple[str, ...]) -> dict[str, list[Kernel]]:
+    """Every kernel, by architecture, for some of them with the code for full tiles whose keys share an exponent."""
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(COMPILERS) as pool:
+        folder = Path(name)
+        full = {name: pool.submit(compiled_cubin, nvcc, folder, name, "-DWKV_FULL_TILES_ONLY") for name in counted}
+        whole = {name: pool.submit(compiled_cubin, nvcc, folder, name) for name in DEVICES if library is None}
+        cubins = extracted_cubins(library, folder) if library else {name: made.result() for name, made in whole.items()}
+        codes = {
+            (name, *identity(mangled)): code
+            for name, made in full.items()
+            for mangled, code in sass.kernels(sass.listing(made.result()))
+        }
+        resources = {name: {identity(k): used for k, used in sass.resources(cubins[name]).items()} for name in DEVICES}
+    order = [(name, dtype) for name in NAMES for dtype in DTYPES.values()]
     return {
-        name: [Kernel(*key, *used, codes.get(name, {}).get(key)) for key, used in found.items()]
-        for name, found in resources.items()
+        name: [Kernel(*key, *used[key], codes.get((name, *key))) for key in sorted(used, key=order.index)]
+        for name, used in resources.items()
     }
 
 
@@ -238,61 +205,71 @@ def blocks(architecture: str) -> dict[tuple[str, str], Block]:
     return found
 
 
-COLUMNS = ("kernel", "dtype", "registers", "stack", "shared", "threads", "blocks")
-CODE_COLUMNS = ("kernel", "dtype", "instructions", "instructions / element", "MUFU / element", "accesses")
-
-PREFACE = """# What the compiler makes of the CUDA kernels
-
-`make kernel-report`, nvcc {version}. Bytes are of a thread's stack frame, where spilled registers would be, and of a
-block's shared memory; blocks are those that fit on a multiprocessor of the GPU that is named for the architecture.
-Threads and shared memory are those of the launches for B, T, C = {problem}.
-
-For {counted} the kernels are compiled once more for full tiles whose keys share an exponent alone, and the
-instructions and memory accesses of that code are counted. "Per element" divides all of it, the block's beginning and
-end and one turn of each loop included, by a thread's elements of a tile.
-"""
-
-
-def report(compiled: dict[str, list[Kernel]], version: str) -> str:
-    """All tables as Markdown."""
-    problem, counted = ", ".join(map(str, PROBLEM)), " and ".join(COUNTED)
-    parts = [PREFACE.format(version=version, problem=problem, counted=counted)]
-    dtypes = list(DTYPES.values())
+def rows(compiled: dict[str, list[Kernel]]) -> Iterator[Row]:
+    """All that is known of each kernel."""
     for architecture, found in compiled.items():
-        ordered = sorted(found, key=lambda kernel: (NAMES.index(kernel.name), dtypes.index(kernel.dtype)))
-        device = DEVICES[architecture]
-        launched = blocks(architecture)
-        blocks_of = [(kernel, launched[kernel.name, kernel.dtype]) for kernel in ordered]
-        parts.append(f"## {architecture}\n\n{device.name}, {device.multiprocessors} multiprocessors.\n")
-        parts.append(f"{_markdown(COLUMNS, [_resource_row(kernel, block, device) for kernel, block in blocks_of])}\n")
-        if architecture in COUNTED:
-            rows = [_code_row(kernel, kernel.code, block) for kernel, block in blocks_of if kernel.code is not None]
-            parts.append(f"{_markdown(CODE_COLUMNS, rows)}\n")
-    return "\n".join(parts)
+        launched, device = blocks(architecture), DEVICES[architecture]
+        for kernel in found:
+            block = launched[kernel.name, kernel.dtype]
+            row: Row = {
+                "architecture": architecture,
+                "kernel": kernel.name,
+                "dtype": kernel.dtype,
+                "registers": kernel.registers,
+                "stack bytes": kernel.stack_bytes,
+                "shared bytes": block.shared_bytes,
+                "threads": block.threads,
+                "blocks": _fitting(kernel, block, device),
+            }
+            if kernel.code is not None:
+                row["instructions"], row["MUFU"] = _counts(kernel.code)
+                row["elements"] = block.elements
+                row["accesses"] = {f"{a.instruction}.{8 * a.width}": n for a, n in sorted(kernel.code.accesses.items())}
+            yield row
+
+
+SHORT = """# The CUDA kernels as compiled
+
+`make kernel-report`, nvcc {version}; `make kernel-check` fails where a limit is exceeded. No kernel may have a stack
+frame, where spilled registers would be. Threads, shared memory and memory accesses are in
+build/kernel-report/kernel.json, too."""
+REGISTERS = """Registers of a thread / blocks that fit on a multiprocessor, as launched for B, T, C = {problem} /
+the least number of them that is allowed, 1 where there is none."""
+CODE = """Instructions / MUFU for each of a thread's elements, in the kernels compiled for full tiles whose keys share
+an exponent: all of the code, a block's beginning and end and one turn of each loop included."""
+
+
+def short_report(rows: list[Row], version: str) -> list[str]:
+    """The paragraphs of docs/kernel-report.md."""
+
+    def registers(row: Row) -> str:
+        least = LEAST_BLOCKS.get((row["kernel"], row["dtype"]), {}).get(row["architecture"])
+        return f"{row['registers']} / {row['blocks']}{f' / {least}' if least else ''}"
+
+    def per_element(row: Row) -> str:
+        return " / ".join(f"{row[count] / row['elements']:.1f}" for count in ("instructions", "MUFU"))
+
+    keys = ("kernel", "dtype")
+    named = [{**row, "gpu": f"{row['architecture']}, {DEVICES[row['architecture']].name}"} for row in rows]
+    counts = report.pivot((row for row in rows if row.get("elements")), keys, "architecture", per_element)
+    for row in counts:
+        limits = CODE_LIMITS.get((row["kernel"], row["dtype"]))
+        row[f"limit for {LIMITED}"] = f"{limits[0]} / {limits[1]}" if limits else "-"
+    return [
+        SHORT.format(version=version),
+        report.table("Registers and blocks", report.pivot(named, keys, "gpu", registers)),
+        REGISTERS.format(problem=", ".join(map(str, PROBLEM))),
+        report.table("Instructions", counts),
+        CODE,
+    ]
 
 
 def _fitting(kernel: Kernel, block: Block, device: Device) -> int:
     return device.blocks_that_fit(block.threads, kernel.registers, block.shared_bytes)
 
 
-def _resource_row(kernel: Kernel, block: Block, device: Device) -> tuple[object, ...]:
-    fit = _fitting(kernel, block, device)
-    return (kernel.name, kernel.dtype, kernel.registers, kernel.stack_bytes, block.shared_bytes, block.threads, fit)
-
-
-def _code_row(kernel: Kernel, code: sass.Code, block: Block) -> tuple[object, ...]:
-    per_element = (f"{count / block.elements:.1f}" if block.elements else "-" for count in _counts(code))
-    accesses = (f"{count} {access.instruction}.{8 * access.width}" for access, count in sorted(code.accesses.items()))
-    return (kernel.name, kernel.dtype, code.instructions, *per_element, ", ".join(accesses))
-
-
 def _counts(code: sass.Code) -> tuple[int, int]:
     return code.instructions, code.mufu
-
-
-def _markdown(names: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
-    lines = [names, ("---",) * len(names), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def complaints(compiled: dict[str, list[Kernel]]) -> Iterator[str]:
@@ -319,57 +296,21 @@ def complaints(compiled: dict[str, list[Kernel]]) -> Iterator[str]:
                         yield f"{name}: {per_element:.1f} {what} per element of a full tile, more than {limit}"
 
 
-def summary(architecture: str, found: list[Kernel]) -> str:
-    """One line."""
-    most = max(found, key=lambda kernel: kernel.registers)
-    on_stack = sum(kernel.stack_bytes > 0 for kernel in found)
-    return (
-        f"{architecture}: {len(found)} kernels, {most.registers} registers at most ({most.name} {most.dtype}), "
-        f"{on_stack or 'none'} with a stack frame"
-    )
-
-
-def find_cuobjdump() -> Path:
-    """The reader of CUDA libraries, which Triton brings along where the toolkit has none."""
-    if on_path := cuda_toolkit.find_program("cuobjdump"):
-        return Path(on_path)
-    triton = importlib.util.find_spec("triton")
-    bundled = (
-        Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if triton and triton.origin else None
-    )
-    if bundled is None or not bundled.exists():
-        sys.exit("kernel report: cuobjdump is neither on the PATH nor in the toolkit nor in the package triton")
-    return bundled
-
-
-def find_nvdisasm() -> Path:
-    """The disassembler, which is a package of requirements.txt and not part of every toolkit."""
-    try:
-        files = metadata.files("nvidia-cuda-nvdisasm") or []
-    except metadata.PackageNotFoundError:
-        sys.exit("kernel report: the package nvidia-cuda-nvdisasm is missing")
-    return next(Path(str(file.locate())) for file in files if file.name == "nvdisasm")
-
-
 def main() -> None:
     """Compiles or reads, complains, and writes the report unless only a check is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write no report")
+    parser = report.parser(__doc__)
     parser.add_argument("--library", type=Path, help="read its machine code instead of compiling")
     arguments = parser.parse_args()
     toolkit = cuda_toolkit.find_toolkit()
     if toolkit is None:
         print("kernel report: nvcc is neither in CUDA_HOME nor on the PATH, so there is nothing to report")
         return
-    with tempfile.TemporaryDirectory() as folder:
-        tools = Tools(toolkit, find_nvdisasm(), find_cuobjdump(), Path(folder))
-        compiled = kernels(tools, arguments.library, (LIMITED,) if arguments.check else COUNTED)
-    for architecture, found in compiled.items():
-        print(summary(architecture, found))
+    compiled = kernels(toolkit.nvcc, arguments.library, (LIMITED,) if arguments.check else COUNTED)
+    found = list(rows(compiled))
+    report.summarise(found, "architecture", "stack bytes")
     if not arguments.check:
-        REPORT.write_text(report(compiled, toolkit.version))
-    if wrong := sorted(complaints(compiled)):
-        sys.exit("kernel report:\n" + "\n".join(wrong))
+        report.write("kernel", found, short_report(found, toolkit.version))
+    report.fail_for(complaints(compiled))
 
 
 if __name__ == "__main__":

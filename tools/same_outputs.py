@@ -21,6 +21,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = 30  # differences that are printed
 PRINT = "print"  # asks a tree's process for its digests
@@ -68,7 +71,7 @@ def cases() -> Iterator[Case]:
         yield Case(*shape, dtype, threads=threads)
     for dtype, w_dtype, u_dtype in itertools.product(DTYPES, repeat=3):
         yield Case(2, 70, 37, dtype, w_dtype, u_dtype)
-    # One span, and spans that are joined.
+    # One chunk, and chunks that are joined.
     for shape, dtype in itertools.product([(2, 70, 37), (1, 2100, 64)], DTYPES):
         base = Case(*shape, dtype, threads=4)
         yield from (replace(base, state=state) for state in ("none", *STATES))
@@ -77,40 +80,39 @@ def cases() -> Iterator[Case]:
         yield from (replace(base, k_scale=scale) for scale in (1e-3, 30.0, 1e4))
 
 
-# ---- inputs, made of Python's own numbers: torch's may depend on its version and on the instruction set ----
+# ---- inputs, of Python's own numbers: torch's may depend on its version and on the instruction set ----
 
 
 class Numbers:
     """Draws tensors from one fixed list of normal numbers, each from where the one before has ended."""
 
     def __init__(self) -> None:
-        import torch
-
         draw = random.Random(0)
         self.pool = torch.tensor([draw.gauss(0, 1) for _ in range(100_003)], dtype=torch.float64)
         self.next = 0
 
-    def draw(self, *shape: int) -> Any:
+    def draw(self, *shape: int) -> Tensor:
         """A tensor of this shape in float64."""
-        import torch
-
         count = torch.Size(shape).numel()
         indices = torch.arange(self.next, self.next + count) % len(self.pool)
         self.next += count
         return self.pool[indices].view(shape)
 
 
-def _set(position: Any, value: float) -> Callable[[Any], None]:
-    def change(tensor: Any) -> None:
+Change = Callable[[Tensor], None]
+
+
+def _set(position: Any, value: float) -> Change:
+    def change(tensor: Tensor) -> None:
         tensor[position] = value
 
     return change
 
 
-def _each_of(values: dict[int, float]) -> Callable[[Any], None]:
+def _each_of(values: dict[int, float]) -> Change:
     """Sets channels to values, as far as there are so many."""
 
-    def change(tensor: Any) -> None:
+    def change(tensor: Tensor) -> None:
         for channel, value in values.items():
             if channel < tensor.shape[-1]:
                 tensor[..., channel] = value
@@ -122,12 +124,12 @@ NAN, INFINITY = float("nan"), float("inf")
 ODD = {0: NAN, 1: INFINITY, 2: -INFINITY}
 
 
-def _state_part(row: int, values: dict[int, float]) -> Callable[[Any], None]:
+def _state_part(row: int, values: dict[int, float]) -> Change:
     return lambda state: _each_of(values)(state[:, row])
 
 
-# What is changed of a given state (num, den, max).
-STATES: dict[str, list[Callable[[Any], None]]] = {
+# Changes of a given state (num, den, max).
+STATES: dict[str, list[Change]] = {
     "empty": [_set((slice(None), slice(0, 2)), 0.0), _set((slice(None), 2), -1e38)],
     "den 0": [_set((slice(None), 1, slice(None, None, 2)), 0.0), _state_part(0, ODD), _state_part(2, ODD)],
     "den -0": [_set((slice(None), 1, slice(None, None, 3)), -0.0)],
@@ -137,8 +139,8 @@ STATES: dict[str, list[Callable[[Any], None]]] = {
     "large": [_state_part(0, {0: 1e30, 1: -1e30}), _state_part(2, {2: 1e4, 3: -1e4, 4: 3e38})],
 }
 
-# Which argument is changed, and how.
-SPECIALS: dict[str, tuple[str, Callable[[Any], None]]] = {
+# Changes of an argument.
+SPECIALS: dict[str, tuple[str, Change]] = {
     "odd k": ("k", lambda k: _each_of(ODD)(k[:, 1])),
     "odd last k": ("k", lambda k: _each_of(ODD)(k[:, -1])),
     "odd v": ("v", lambda v: _each_of(ODD)(v[:, 1])),
@@ -154,7 +156,7 @@ SPECIALS: dict[str, tuple[str, Callable[[Any], None]]] = {
 }
 
 # How a tensor lies in memory; the first three do not fit a [C] and leave it as it is.
-LAYOUTS: dict[str, Callable[[Any], Any]] = {
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "batch and time swapped": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() > 1 else x,
     "time and channels swapped": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.dim() > 1 else x,
     "reversed axes": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))),
@@ -170,17 +172,15 @@ LAYOUTS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _into(x: Any, shape: tuple[int, ...], where: Any) -> Any:
-    """A view of a larger tensor that holds x; the rest is what no kernel may read or write."""
+def _into(x: Tensor, shape: tuple[int, ...], where: Any) -> Tensor:
+    """A view of a larger tensor that holds x; no kernel may read or write the rest."""
     view = x.new_full(shape, NAN)[where]
     view.copy_(x)
     return view
 
 
-def inputs_of(case: Case, numbers: Numbers) -> dict[str, Any]:
+def inputs_of(case: Case, numbers: Numbers) -> dict[str, Tensor]:
     """The arguments by name; kt, vt and r are those of a step."""
-    import torch
-
     B, T, C = case.B, case.T, case.C
     dtype = getattr(torch, case.dtype)
     state_dtype = torch.float64 if case.dtype == "float64" else torch.float32
@@ -212,34 +212,30 @@ def inputs_of(case: Case, numbers: Numbers) -> dict[str, Any]:
 # ---- outputs: one tree's process ----
 
 
-def digest(tensor: Any) -> str:
-    """All that can be seen of a tensor: dtype, shape, strides, every bit but those of a NaN, and these as well.
+def digest(tensor: Tensor) -> str:
+    """Dtype, shape, strides, a hash of every bit but those of NaNs, and one of all bits.
 
     IEEE 754 leaves open which sign and payload a NaN has that comes of two. On x86 they are those of the first operand,
     which the compiler chooses.
     """
-    import torch
-
     layout = f"{tensor.dtype}{list(tensor.shape)}{list(tensor.stride())}".removeprefix("torch.")
     has_nan = bool(tensor.isnan().any())
     one_nan = torch.where(tensor.isnan(), torch.full_like(tensor, NAN), tensor) if has_nan else tensor
     return " ".join((layout, *(_hash(x) for x in (one_nan, tensor))))
 
 
-def _hash(tensor: Any) -> str:
-    import torch
-
+def _hash(tensor: Tensor) -> str:
     data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _all_of(tensor: Any) -> Any:
+def _all_of(tensor: Tensor) -> Tensor:
     """The whole memory that a tensor is a view of."""
     return tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
 
 
 def _called(names: tuple[str, ...], operator: Any, *arguments: Any) -> dict[str, str]:
-    """Digests of what an operator returns, or that it refuses: how it words that may change between builds."""
+    """Digests of an operator's results, or that it refuses: the words of a refusal may change between builds."""
     try:
         found = operator(*arguments)
     except (RuntimeError, ValueError, TypeError):
@@ -252,8 +248,8 @@ FORWARD = ("y", "state_out", "checkpoints")
 BACKWARD = ("gw", "gu", "gk", "gv", "gstate")
 
 
-def _in_place(found: dict[str, str], what: str, operator: Any, arguments: tuple[Any, ...], state: Any) -> None:
-    """A step: its result, the state with all that lies around it, and whether autograd would learn that it moved."""
+def _in_place(found: dict[str, str], what: str, operator: Any, arguments: tuple[Any, ...], state: Tensor) -> None:
+    """A step: its result, the state with the memory around it, and whether autograd would learn that it moved."""
     before = state._version
     result = _called(("y",), operator, *arguments)
     found |= {f"{what}: {name}": value for name, value in result.items()}
@@ -264,8 +260,6 @@ def _in_place(found: dict[str, str], what: str, operator: Any, arguments: tuple[
 
 def outputs_of(case: Case, numbers: Numbers) -> dict[str, str]:
     """Digests by name, of the inputs as well: before the calls, and after them, when they shall be the same."""
-    import torch
-
     torch.set_num_threads(case.threads)
     ops = torch.ops.rwkv_kernels
     given = inputs_of(case, numbers)
@@ -286,9 +280,7 @@ def outputs_of(case: Case, numbers: Numbers) -> dict[str, str]:
 
 
 def refusals() -> dict[str, str]:
-    """What a direct call with arguments that do not fit comes to, for each operator: it shall touch nothing."""
-    import torch
-
+    """The outcome of direct calls with arguments that do not fit, for each operator: they shall touch nothing."""
     ops = torch.ops.rwkv_kernels
     numbers = Numbers()
     good = inputs_of(Case(2, 5, 4), numbers)
@@ -324,15 +316,13 @@ def _names(operation: str) -> tuple[str, ...]:
     return {"forward": FORWARD, "backward": BACKWARD, "step": ("y",)}[operation]
 
 
-def _of(given: dict[str, Any], names: tuple[str, ...]) -> list[Any]:
+def _of(given: dict[str, Tensor], names: tuple[str, ...]) -> list[Tensor]:
     return [given[name] for name in names]
 
 
 def print_outputs(every: int) -> None:
-    """What this process's package returns, as JSON: where it lies, and digests by case and output."""
-    import torch
-
-    import rwkv_kernels
+    """Prints JSON: where this process's package lies, and digests by case and output."""
+    import rwkv_kernels  # of the tree in PYTHONPATH
 
     torch.set_grad_enabled(False)
     numbers = Numbers()
@@ -352,7 +342,7 @@ Outputs = dict[str, dict[str, str]]
 def outputs_of_tree(
     tree: Path, python: str = sys.executable, every: int = 1, environment: dict[str, str] | None = None
 ) -> Outputs:
-    """What the package in a folder returns for every n-th case, in a process of its own.
+    """The outputs of the package in a folder for every n-th case, from a process of its own.
 
     Ends the program if the process fails or finds another package.
     """
@@ -385,13 +375,13 @@ def _numbers(what: str | None) -> str | None:
 
 
 def differing_nans(one: Outputs, other: Outputs) -> int:
-    """How many outputs are the same but for the signs and payloads of NaNs."""
+    """The number of outputs that are the same but for the signs and payloads of NaNs."""
     pairs = ((a, other.get(case, {}).get(name, a)) for case, found in one.items() for name, a in found.items())
     return sum(a != b and _numbers(a) == _numbers(b) for a, b in pairs)
 
 
 def main() -> None:
-    """Compares, and fails with what differs."""
+    """Compares, and fails where an output differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tree", type=Path)
     parser.add_argument("--python", default=sys.executable, help="of the other tree (default: this one)")

@@ -12,7 +12,7 @@ PROGRAM = ROOT / "tests" / "sanitized.cu"
 
 
 def build(program: Path, architectures: list[str], kernels: Path) -> None:
-    """Compiles and links; `kernels` is their source, or what a build of the CUDA library has made of it."""
+    """Compiles and links; `kernels` is their source, or its object file of a build of the CUDA library."""
     toolkit = cuda_toolkit.find_toolkit()
     if toolkit is None:
         raise SystemExit("there is no nvcc")
@@ -22,10 +22,10 @@ def build(program: Path, architectures: list[str], kernels: Path) -> None:
 
 
 def newest_kernels() -> Path:
-    """The object file of the CUDA library's kernels, if one lies in build/ and is no older than what it was made of."""
+    """The object file of the CUDA library's kernels, if one lies in build/ and is newer than the sources."""
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     changed = max(path.stat().st_mtime for path in sources)
-    # Those of setup.py with --inplace, which builds for the GPU that is there.
+    # Those of setup.py with --inplace, which builds for the GPU that is here.
     made = [path for path in (ROOT / "build").glob("temp*/**/kernels.o") if path.stat().st_mtime > changed]
     return max(made, key=lambda path: path.stat().st_mtime, default=KERNELS)
 

@@ -1,16 +1,54 @@
-"""Reads the machine code that nvdisasm lists."""
+"""Machine code of NVIDIA's GPUs: the programs that read it, and counts of its instructions."""
 
+import importlib.util
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 SECTION = re.compile(r"^//-+ \.text\.(\S+)", re.MULTILINE)
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", re.MULTILINE)
 LABEL = re.compile(r"(\.L\w+):")
 BRANCH_TARGET = re.compile(r"\bBRA\b.*?(\.L\w+)")
+RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)")
 WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+
+
+# ---- the programs ----
+
+
+def output(*command: str | Path, cwd: Path | None = None) -> str:
+    """The standard output of a program; ends this one with its complaint if it fails."""
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    if result.returncode != 0:
+        sys.exit(f"kernel report: {' '.join(map(str, command))} fails\n{result.stderr}")
+    return result.stdout
+
+
+def program(name: str) -> Path:
+    """One of those that Triton brings along: not every toolkit has them."""
+    triton = importlib.util.find_spec("triton")
+    if triton is None or triton.origin is None:
+        sys.exit(f"kernel report: {name} comes with the package triton, which is not installed")
+    return Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name
+
+
+def resources(cubin: Path) -> dict[str, tuple[int, int]]:
+    """Registers and bytes of stack of every kernel, by its mangled name."""
+    text = output(program("cuobjdump"), "-res-usage", cubin)
+    return {name: (int(registers), int(stack)) for name, registers, stack in RESOURCES.findall(text)}
+
+
+def listing(cubin: Path) -> str:
+    """The machine code of all kernels."""
+    return output(program("nvdisasm"), "-c", cubin)
+
+
+# ---- listings of nvdisasm ----
 
 
 class Access(NamedTuple):
@@ -21,7 +59,7 @@ class Access(NamedTuple):
 
 
 def access_of(name: str) -> Access | None:
-    """What an instruction such as LDG.E.128 accesses, or None."""
+    """The access of an instruction such as LDG.E.128, or None."""
     base, *suffixes = name.split(".")
     if base not in ("LDG", "STG", "LDS", "STS", "LDGSTS"):
         return None
@@ -46,7 +84,7 @@ class Code:
 
     @property
     def accesses(self) -> Counter[Access]:
-        """How often each kind of access is in the code."""
+        """The number of each kind of access in the code."""
         return Counter(access for name in self.names if (access := access_of(name)))
 
 

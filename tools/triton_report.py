@@ -1,23 +1,23 @@
 """The Triton kernels as compiled, for GPUs that need not be here: `make kernel-report` writes docs/triton-report.md.
 
 Registers, spills and shared memory for every target; for NVIDIA's the instructions for each element; and how many
-variants of a kernel a sweep of shapes asks for. Fails if a kernel spills registers.
+variants of a kernel a sweep of shapes asks for. build/kernel-report/triton.json has all numbers. It fails if a kernel
+spills registers.
 
 `make kernel-check` fails for the same reason, counts no instructions and writes nothing.
 """
 
-import argparse
 import itertools
 import re
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import report
 import sass
 import torch
 
@@ -37,10 +37,6 @@ from rwkv_kernels._backends.triton import kernels, op
 from rwkv_kernels._backends.triton.op import Launch
 from rwkv_kernels._backends.triton.plan import LOADED_STEPS, REPLAYED_STEPS, Plan, make_plan, widths
 from rwkv_kernels.inputs import Inputs
-
-ROOT = Path(__file__).parent.parent
-REPORT = ROOT / "docs" / "triton-report.md"
-CUDA_REPORT = ROOT / "docs" / "kernel-report.md"
 
 COMPILERS = 2  # at a time
 
@@ -91,7 +87,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     return triton.compile(ASTSource(kernel, signature, constants), target=target, options=options)
 
 
-# ---- what they take ----
+# ---- their resources ----
 
 
 @dataclass(frozen=True)
@@ -106,15 +102,6 @@ class Row:
     shared_bytes: int
     instructions: float | None
     mufu: float | None
-
-
-def _read_by(tool: str, flag: str, compiled: Any) -> str:
-    """The output of one of Triton's own tools about an NVIDIA kernel."""
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        return subprocess.run([path, flag, file.name], capture_output=True, text=True, check=True).stdout
 
 
 # The steps of the loops that every element passes, from the shorter loop to the longer one.
@@ -139,25 +126,27 @@ def _per_element(kernel: str, listing: str, channels_of_thread: int) -> tuple[fl
     return instructions, mufu
 
 
-def rows(target: str, dtypes: Iterable[torch.dtype], counted: bool = True) -> Iterator[Row]:
+def rows(target: str, dtypes: Iterable[torch.dtype], counted: bool = True) -> list[Row]:
     """Compiles every kernel for a target, every dtype and width; instructions are counted on request."""
-    for dtype in dtypes:
-        for channels in sorted(set(widths(TARGETS[target].warp_size))):
-            for launch in launches_of(Plan(channels, 64, 3), dtype, 1, 192, 2 * channels):
-                yield _row(launch, TARGETS[target], dtype, channels, counted)
+    return [
+        _row(launch, TARGETS[target], dtype, channels, counted)
+        for dtype in dtypes
+        for channels in sorted(set(widths(TARGETS[target].warp_size)))
+        for launch in launches_of(Plan(channels, 64, 3), dtype, 1, 192, 2 * channels)
+    ]
 
 
 def _row(launch: Launch, target: GPUTarget, dtype: torch.dtype, channels: int, counted: bool) -> Row:
     compiled = compile_launch(launch, target)
     instructions = mufu = None
     if target.backend == "cuda":
-        usage = _read_by("cuobjdump", "-res-usage", compiled)
-        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-        assert found is not None, usage
-        registers, spilled = int(found[1]), int(found[2])
-        if counted and launch.kernel in LOOPS:
-            listing = _read_by("nvdisasm", "-c", compiled)
-            instructions, mufu = _per_element(launch.kernel, listing, channels // target.warp_size)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            ((registers, spilled),) = sass.resources(Path(file.name)).values()
+            if counted and launch.kernel in LOOPS:
+                listing = sass.listing(Path(file.name))
+                instructions, mufu = _per_element(launch.kernel, listing, channels // target.warp_size)
     else:
         facts = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", compiled.asm["amdgcn"]))
         registers = int(facts["vgpr_count"])
@@ -166,19 +155,12 @@ def _row(launch: Launch, target: GPUTarget, dtype: torch.dtype, channels: int, c
     return Row(launch.kernel, DTYPES[dtype], channels, registers, spilled, shared, instructions, mufu)
 
 
-def _rows_of(target: str, dtype: torch.dtype, counted: bool) -> list[Row]:
-    return list(rows(target, [dtype], counted))
-
-
-def all_rows(counted: bool) -> dict[str, list[Row]]:
+def all_rows(counted: bool) -> list[dict[str, Any]]:
     """Those of every target and dtype, compiled by several processes."""
-    work = list(itertools.product(TARGETS, DTYPES))
+    targets, dtypes = zip(*itertools.product(TARGETS, [[dtype] for dtype in DTYPES]), strict=True)
     with ProcessPoolExecutor(COMPILERS) as pool:
-        found = list(pool.map(_rows_of, *zip(*work, strict=True), itertools.repeat(counted)))
-    return {
-        name: [row for (target, _), part in zip(work, found, strict=True) if target == name for row in part]
-        for name in TARGETS
-    }
+        parts = list(pool.map(rows, targets, dtypes, itertools.repeat(counted)))
+    return [{"target": name, **asdict(row)} for name, part in zip(targets, parts, strict=True) for row in part]
 
 
 # ---- variants ----
@@ -206,86 +188,67 @@ def launches_of_sweep() -> Iterator[Launch]:
 
 # ---- the report ----
 
-COLUMNS = ("kernel", "dtype", "channels", "registers", "spilled", "shared", "instructions / element", "MUFU / element")
-PREFACE = f"""# The Triton kernels as compiled
+HEAD = f"""# The Triton kernels as compiled
 
-`make kernel-report`, Triton {triton.__version__}. Channels are those of a program; spilled registers and shared memory
-are in bytes. Instructions, and MUFU, the unit of exponentials and roots, are counted in machine code, in the loops over
-groups of steps, for each element of a group.
-
-## Beside the CUDA kernels
-
-Instructions / MUFU for each element, {COMPARED}; those of CUDA are from [kernel-report.md](kernel-report.md), of
-kernels that summarise chunks and compute them in one launch.
-
-"""
-VARIANTS = f"""## Variants
-
-What is compiled over {len(SWEEP)} shapes of B, T and C on an H100, in bfloat16, with gradients: at most one for each of
-the two widths, where C is a multiple of 16 and where it is not.
-
-"""
+`make kernel-report`, Triton {triton.__version__}; `make kernel-check` fails where a kernel spills registers.
+build/kernel-report/triton.json has every dtype and width, and shared memory."""
+COUNTS = f"""Instructions / MUFU, the unit of exponentials and roots, for each element, {COMPARED}: in the loops over
+groups of steps, by the channels of a program. Those of CUDA, from [kernel-report.md](kernel-report.md), are of kernels
+that sum up chunks and run through them at once."""
+REGISTERS = "Registers of a thread with 64 / 128 channels in a program, on AMD with 128: the most of all dtypes."
+VARIANTS = f"""Compiled over {len(SWEEP)} shapes of B, T and C on an H100, in bfloat16, with gradients: at most one for
+each of the two widths, where C is a multiple of 16 and where it is not."""
 
 
 def _cuda_counts() -> dict[tuple[str, str], str]:
     """Those of docs/kernel-report.md, which the same verb writes first, by kernel and dtype."""
-    architecture = f"{COMPARED[3:-1]}.{COMPARED[-1]}"
-    section = CUDA_REPORT.read_text().split(f"## {architecture}\n")[1].split("\n## ")[0]
-    pattern = r"^\| (\w+) \| (\w+) \| \d+ \| (\d+\.\d) \| (\d+\.\d) \|"
-    return {(name, dtype): f"{a} / {b}" for name, dtype, a, b in re.findall(pattern, section, re.MULTILINE)}
+    lines = (report.ROOT / "docs" / "kernel-report.md").read_text().split("## Instructions\n")[1].splitlines()
+    columns, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")
+    )
+    place = columns.index(f"{COMPARED[3:-1]}.{COMPARED[-1]}")
+    return {(row[0], row[1]): row[place] for row in rows}
 
 
-def report(compiled: Mapping[str, Sequence[Row]]) -> str:
-    """All tables as Markdown."""
-    parts = [PREFACE + _comparison(compiled[COMPARED]), VARIANTS + _table(("kernel", "variants"), _variant_lines())]
-    for target, found in compiled.items():
-        parts.append(f"## {target}\n\n{_table(COLUMNS, [_line(row) for row in found])}")
-    return "\n\n".join(parts) + "\n"
-
-
-def _line(row: Row) -> tuple[object, ...]:
-    counts = ("" if x is None else f"{x:.1f}" for x in (row.instructions, row.mufu))
-    return (row.kernel, row.dtype, row.channels, row.registers, row.spilled_bytes, row.shared_bytes, *counts)
-
-
-def _comparison(compiled: Sequence[Row]) -> str:
-    counts = {
-        (row.kernel, row.dtype, row.channels): f"{row.instructions:.1f} / {row.mufu:.1f}"
-        for row in compiled
-        if row.kernel in LOOPS
-    }
+def short_report(rows: list[dict[str, Any]]) -> list[str]:
+    """The paragraphs of docs/triton-report.md."""
+    counted = [
+        {**row, "width": f"{row['channels']} channels"}
+        for kernel in LOOPS
+        for row in rows
+        if (row["target"], row["kernel"]) == (COMPARED, kernel)
+    ]
+    counts = report.pivot(
+        counted, ("kernel", "dtype"), "width", lambda row: f"{row['instructions']:.1f} / {row['mufu']:.1f}"
+    )
     cuda = _cuda_counts()
-    lines = []
-    for kernel, dtype in itertools.product(LOOPS, DTYPES.values()):
-        ours = (counts[kernel, dtype, channels] for channels in widths(32))
-        lines.append((kernel, dtype, *ours, cuda.get((kernel, dtype), "")))
-    columns = (f"Triton, {channels} channels" for channels in widths(32))
-    return _table(("kernel", "dtype", *columns, "CUDA"), lines)
+    for row in counts:
+        row["CUDA"] = cuda.get((row["kernel"], row["dtype"]), "-")
 
+    def most(row: dict[str, Any]) -> str:
+        same = [x for x in rows if (x["target"], x["kernel"]) == (row["target"], row["kernel"])]
+        channels = sorted({x["channels"] for x in same})
+        return " / ".join(str(max(x["registers"] for x in same if x["channels"] == width)) for width in channels)
 
-def _variant_lines() -> list[tuple[str, int]]:
-    return list(variants(launches_of_sweep()).items())
-
-
-def _table(names: Sequence[object], lines: Sequence[Sequence[object]]) -> str:
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in (names, ["---"] * len(names), *lines))
+    return [
+        HEAD,
+        report.table("Beside the CUDA kernels", counts),
+        COUNTS,
+        report.table("Registers", report.pivot(rows, ("kernel",), "target", most)),
+        REGISTERS,
+        report.table("Variants", [variants(launches_of_sweep())]),
+        VARIANTS,
+    ]
 
 
 def main() -> None:
     """Compiles, complains, and writes the report unless only a check is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write no report")
-    arguments = parser.parse_args()
-    compiled = all_rows(counted=not arguments.check)
-    for target, found in compiled.items():
-        most = max(found, key=lambda row: row.registers)
-        spilling = sum(row.spilled_bytes > 0 for row in found)
-        print(f"{target}: {len(found)} kernels, {most.registers} registers at most, {spilling or 'none'} with spills")
+    arguments = report.parser(__doc__).parse_args()
+    found = all_rows(counted=not arguments.check)
+    report.summarise(found, "target", "spilled_bytes")
     if not arguments.check:
-        REPORT.write_text(report(compiled))
-    spills = [f"{target}: {row}" for target, found in compiled.items() for row in found if row.spilled_bytes]
-    if spills:
-        sys.exit("kernel report: these Triton kernels spill registers\n" + "\n".join(spills))
+        report.write("triton", found, short_report(found))
+    report.fail_for(f"a Triton kernel spills registers: {row}" for row in found if row["spilled_bytes"])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace wkv {
 
@@ -17,14 +18,17 @@ constexpr int64_t checkpoint_interval(DType dtype) { return 16 * state_bytes(dty
 
 // The first interval starts from the given state, so it needs no checkpoint. The state after the last step is one,
 // because the gradient that arrives at it is relative to its max.
-constexpr int64_t checkpoint_count(DType dtype, int64_t T) {
+template <class Integer>
+constexpr Integer checkpoint_count(DType dtype, Integer T) {
   // Unsigned, so that it is a shift.
-  return static_cast<int64_t>(static_cast<uint64_t>(T + checkpoint_interval(dtype) - 1) /
-                              static_cast<uint64_t>(checkpoint_interval(dtype)));
+  using Unsigned = std::make_unsigned_t<Integer>;
+  const auto interval = static_cast<Unsigned>(checkpoint_interval(dtype));
+  return static_cast<Integer>((static_cast<Unsigned>(T) + interval - 1) / interval);
 }
 
 // Of sequence b, the state after t steps: a multiple of the interval, or all T.
-constexpr int64_t checkpoint_row(DType dtype, int64_t T, int64_t b, int64_t t) {
+template <class Integer>
+constexpr Integer checkpoint_row(DType dtype, Integer T, Integer b, Integer t) {
   return b * checkpoint_count(dtype, T) + checkpoint_count(dtype, t) - 1;
 }
 

@@ -14,7 +14,7 @@ struct BackwardPass {
   using Element = Element_;
   static constexpr bool kReverse = true, kFinishes = true;
   static constexpr int kInputs = 3, kOutputs = 2, kFirstOutput = 0, kSteps = kBackwardSteps;
-  using Block = ScanBlock<Element, kInputs, kSteps>;
+  using Block = ScanBlock<Element, kInputs, kSteps, kBackwardWarps>;
   using Tile = wkv::Tile<kSteps>;
   static_assert(kBackwardWarps * kSteps == checkpoint_interval(Block::kType));
 
@@ -42,12 +42,12 @@ struct BackwardPass {
   // In gy, behind the walk back: what each warp sums up to, and what the tile starts from.
   WKV_HD static Rows64 own_of(const Block& block, int warp) { return block.rows_of(2, warp, 0); }
   WKV_HD static Rows64 carry(const Block& block) { return block.rows_of(2, 0, 3); }
-  // In k: states of the warps, when keys are in registers; two messages of each, when states are of no use any more;
-  // and the parts of a chunk's gradients.
+  // In k: states of the warps, when keys are in registers; messages, when states are of no use any more.
   WKV_HD static Rows64 state_after(const Block& block, int warp) { return block.rows_of(0, warp, 1); }
-  WKV_HD static Rows64 message(const Block& block, int i) { return block.rows_of(0, i / 2, i % 2 * 3); }
+  WKV_HD static Rows64 message(const Block& block, int i) { return block.rows_of(0, 0, 3 * i); }
+  // In gy as well, the parts of a chunk's gradients.
   WKV_HD static Rows64 partials_of(const Block& block, int warp) { return block.rows_of(2, warp, 6); }
-  static_assert(Block::kWarpRows >= 8 && kAnchor <= 2 * kBackwardWarps);
+  static_assert(Block::kWarpRows >= 8 && kBackwardWarps * Block::kWarpRows >= 3 * (kAnchor + 1));
 
   WKV_HD static Scaled load_start(const Block& block, const Tile& tile, const Thread& thread) {
     if (kFullTilesOnly || tile.t > 0) return block.load_checkpoint(tile.t, thread);
@@ -123,10 +123,9 @@ struct BackwardPass {
   WKV_HD static void walk_spread(const Block& block, const Tile& tile, Thread& thread) {
     const int lane = thread.lane(), steps = tile.steps_of(thread.warp());
     thread.keys.replace_infinite(steps);
-    const auto key = [&](int step) { return thread.keys.get(step); };
-    state_after(block, thread.warp())
-        .set_scaled(lane,
-                    sum_of_spread<kSteps>(key, block.column_of(1, thread), block.channels.log_decay(lane), steps));
+    const Pair log_decay = block.channels.log_decay(lane);
+    const auto left = [&](int step) { return logit_at_end<kSteps>(thread.keys.get(step), log_decay, step, steps); };
+    state_after(block, thread.warp()).set_scaled(lane, sum_of_spread<kSteps>(left, block.column_of(1, thread), steps));
   }
 
   WKV_HD static void walk_back(const Block& block, const Tile& tile, Thread& thread) {
@@ -259,8 +258,7 @@ struct BackwardPass {
     Sums<Pair> total = partials_of(block, 0).get_sums(lane);
 #pragma unroll 1
     for (int warp = 1; warp < block.warps; ++warp) total = total + partials_of(block, warp).get_sums(lane);
-    const ChannelRow partials =
-        block.row_of(params.partials, static_cast<int64_t>(block.b) * params.chunking.chunks + position, 2, thread);
+    const ChannelRow partials = block.row_of(params.partials, block.b * params.chunking.chunks + position, 2, thread);
     partials.store(0, total.num);
     partials.store(params.C, total.den);
     if (kFullTilesOnly || position + 1 < params.chunking.chunks) return;

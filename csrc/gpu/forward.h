@@ -11,7 +11,7 @@ struct ForwardPass {
   using Element = Element_;
   static constexpr bool kReverse = false, kFinishes = false;
   static constexpr int kInputs = 2, kOutputs = 1, kFirstOutput = 1, kSteps = kForwardSteps;
-  using Block = ScanBlock<Element, kInputs, kSteps>;
+  using Block = ScanBlock<Element, kInputs, kSteps, 0>;
   using Tile = wkv::Tile<kSteps>;
   struct Thread : ScanThread<Element, kSteps> {
     Pair weights[kSteps];  // of the keys, in the tile's scale; of keys that spread, the keys
@@ -20,14 +20,13 @@ struct ForwardPass {
   WKV_HD static void begin(Thread&) {}
   WKV_HD static void range(const Block&, const Tile&, Thread&) {}
   WKV_HD static Scaled normalised(Scaled state) { return normalised_state(state); }
-  // In k, when keys are in registers: what each warp sums up to, messages, and what the tile starts from, once these
-  // have been joined.
-  WKV_HD static Rows64 own_of(const Block& block, int warp) { return block.rows_of(0, warp, 1); }
-  WKV_HD static Rows64 message(const Block& block, int i) {
-    return block.rows_of(0, i / kForwardMessages, 4 + i % kForwardMessages * 3);
-  }
+  // In k, when keys are in registers: messages, and what each warp sums up to, the last one where the tile's own
+  // message may be; and in the place of the first message what the tile starts from, once they have been joined.
+  WKV_HD static Rows64 message(const Block& block, int i) { return block.rows_of(0, 0, 3 * i); }
+  WKV_HD static Rows64 own_of(const Block& block, int warp) { return message(block, kAnchor + block.warps - 1 - warp); }
   WKV_HD static Rows64 carry(const Block& block) { return message(block, 0); }
-  static_assert(Block::kWarpRows >= 4 + 3 * kForwardMessages);
+  static constexpr int kLeastWarps = forward_least_warps(Block::kType);
+  static_assert(kLeastWarps * Block::kWarpRows >= 3 * (kAnchor + kLeastWarps) && Block::kWarpRows >= 3);
   WKV_HD static Scaled first(const Block& block, const Thread& thread) {
     return normalised_state(scaled(block.first_state(thread)));
   }
@@ -62,8 +61,9 @@ struct ForwardPass {
     thread.keys.replace_infinite(steps);
     clear_unless_full(steps, thread.weights);
     for_steps<kSteps>(steps, [&](int step) { thread.weights[step] = thread.keys.get(step); });
-    const auto key = [&](int step) { return thread.weights[step]; };
-    thread.own = sum_of_spread<kSteps>(key, block.column_of(1, thread), block.channels.log_decay(thread.lane()), steps);
+    const Pair log_decay = block.channels.log_decay(thread.lane());
+    const auto left = [&](int step) { return logit_at_end<kSteps>(thread.weights[step], log_decay, step, steps); };
+    thread.own = sum_of_spread<kSteps>(left, block.column_of(1, thread), steps);
   }
 
   // The state after the tile.
@@ -104,7 +104,7 @@ struct ForwardPass {
       });
       return;
     }
-    const auto scale = block.running_scale(thread);
+    auto scale = block.running_scale(thread);
     const auto walk = [&](const auto& key) {
       State<Pair> state = state_of(in);
       for_steps<kSteps>(steps, [&](int step) {
@@ -115,11 +115,12 @@ struct ForwardPass {
         state = {mix(state.sums, weights.advance, vt), scale.next_max(state.max, logit)};
       });
     };
-    if (fit) {
-      // What comes in is too large for the scale that the keys share. They are found in their weights.
-      walk([&](Pair weight) { return (log2(weight) + thread.reference) * Pair(1 / kLog2E); });
-    } else {
+    if (!fit && scale.lifts) {
+      scale.lifts = true;  // a constant from here on, so that no step has a branch
       walk([](Pair key) { return key; });
+    } else {
+      // What comes in may be too large for the scale that the keys share. Then they are found in their weights.
+      walk([&](Pair weight) { return fit ? (log2(weight) + thread.reference) * Pair(1 / kLog2E) : weight; });
     }
   }
 

@@ -45,18 +45,21 @@ struct Keys {
   }
 };
 
-// What steps sum up to whose keys, key(step), spread. Each weight is relative to the largest that is left at the end:
-// it is at most 1, and where it vanishes it has no say.
-template <int kSteps, class Element, class Key>
-WKV_HD Scaled sum_of_spread(const Key& key, Column<Element> v, Pair log_decay, int steps) {
+// The logit of a step at the end of the subchunk. The steps behind it are a constant in a whole one.
+template <int kSteps>
+WKV_HD Pair logit_at_end(Pair key, Pair log_decay, int step, int steps) {
+  return Pair((steps == kSteps ? kSteps - 1 : steps - 1) - step) * log_decay + key;
+}
+
+// The sum of steps whose keys spread, `left(step)` being their logits at the end. Each weight is relative to the
+// largest: it is at most 1, and where it vanishes it is negligible.
+template <int kSteps, class Element, class Left>
+WKV_HD Scaled sum_of_spread(const Left& left, Column<Element> v, int steps) {
   State<Pair> state{{Pair(0), Pair(0)}, Pair(kEmptyMax)};
-  for_steps<kSteps>(steps, [&](int step) { state.max = larger(key(step), state.max + log_decay); });
-  const Pair decay_log2 = log_decay * Pair(kLog2E), max_log2 = state.max * Pair(kLog2E);
+  for_steps<kSteps>(steps, [&](int step) { state.max = larger(left(step), state.max); });
+  const Pair max_log2 = state.max * Pair(kLog2E);
   for_steps<kSteps>(steps, [&](int step) {
-    // A constant in a whole subchunk.
-    const int steps_left = steps == kSteps ? kSteps - 1 - step : steps - 1 - step;
-    const Pair left = Pair(steps_left) * decay_log2 - max_log2;
-    const Pair weight = exp2(key(step) * Pair(kLog2E) + left);
+    const Pair weight = exp2(left(step) * Pair(kLog2E) - max_log2);
     state.sums = {weight * v.get(step) + state.sums.num, state.sums.den + weight};
   });
   return scaled(state);

@@ -16,18 +16,19 @@ namespace wkv {
 // Where a block stands among the chunks of its column.
 struct LookBack {
   Word* messages;  // of the column
-  uint32_t position, first_predecessor;
+  uint32_t position;
+  int predecessors;  // that the chunk waits for
   bool has_successor, is_anchor;
 
-  WKV_HD LookBack(const Chunking& chunking, int64_t column, uint32_t position) : position(position) {
-    const uint32_t anchor = static_cast<uint32_t>(chunking.anchor), since_anchor = position & (anchor - 1);
-    messages = static_cast<Word*>(chunking.messages) + column * (chunking.chunks - 1) * kWordsOfMessage;
-    first_predecessor = position > since_anchor ? position - since_anchor - 1 : 0;
-    has_successor = position + 1 < static_cast<uint32_t>(chunking.chunks);
-    is_anchor = since_anchor + 1 == anchor;
+  WKV_HD LookBack(const Chunking& chunking, uint32_t column, uint32_t position) : position(position) {
+    const uint32_t since_anchor = position & (chunking.anchor - 1);
+    // 32 bits suffice: a grid has room for 65535 chunks.
+    const uint32_t words_of_column = (chunking.chunks - 1) * kWordsOfMessage;
+    messages = static_cast<Word*>(chunking.messages) + static_cast<uint64_t>(column) * words_of_column;
+    predecessors = static_cast<int>(position <= since_anchor ? position : since_anchor + 1);
+    has_successor = position + 1 < chunking.chunks;
+    is_anchor = since_anchor + 1 == chunking.anchor;
   }
-
-  WKV_HD int predecessors() const { return static_cast<int>(position - first_predecessor); }
 
   WKV_HD void publish(int lane, Scaled state) const {
     Word* message = message_of(position, lane);
@@ -38,7 +39,7 @@ struct LookBack {
 
   // Of the i-th predecessor, once it is there.
   WKV_HD Scaled await(int i, int lane) const {
-    const Word* message = message_of(first_predecessor + static_cast<uint32_t>(i), lane);
+    const Word* message = message_of(position - predecessors + i, lane);
     for (;;) {
       const Word num = load_relaxed(message), den = load_relaxed(message + kWarpThreads),
                  exponent = load_relaxed(message + 2 * kWarpThreads);
@@ -52,7 +53,6 @@ struct LookBack {
  private:
   static constexpr uint32_t kWordsOfMessage = 3 * kWarpThreads;
 
-  // There are at most 65535 messages, so that 32 bits suffice.
   WKV_HD Word* message_of(uint32_t i, int lane) const {
     return messages + (i * kWordsOfMessage + static_cast<uint32_t>(lane));
   }
@@ -62,7 +62,9 @@ struct LookBack {
     const uint32_t bits = bits_as<uint32_t>(x);
     return bits < kNothing - 1 ? bits : kNothing - 1;
   }
-  WKV_HD static Word word_of(Pair pair) { return static_cast<Word>(published(pair.y)) << 32 | published(pair.x); }
+  WKV_HD static Word word_of(Pair pair) {
+    return static_cast<Word>(bits_as<uint32_t>(pair.y)) << 32 | published(pair.x);
+  }
   WKV_HD static Pair pair_of(Word word) {
     return {bits_as<float>(static_cast<uint32_t>(word)), bits_as<float>(static_cast<uint32_t>(word >> 32))};
   }
@@ -70,7 +72,7 @@ struct LookBack {
 };
 
 // The position of the block's chunk in the order of handing on; one thread asks for all.
-WKV_HD uint32_t take_position(const Chunking& chunking, int64_t column) {
+WKV_HD uint32_t take_position(const Chunking& chunking, uint32_t column) {
   return chunking.tickets == nullptr ? 0 : take_ticket(chunking.tickets + column);
 }
 

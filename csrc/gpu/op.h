@@ -47,12 +47,16 @@ inline void state_after_no_steps(const std::optional<Tensor>& state, const Tenso
 // an operator that writes no element counts once.
 inline void count_version(Tensor tensor) { set_zero(torch::stable::narrow(tensor, 0, 0, 0)); }
 
-// Kernels count sequences, steps and channels in 32 bits.
+// Kernels count sequences, steps and channels in 32 bits, and what there are of checkpoints and columns.
 inline void check_sizes(const Arguments& arguments) {
   constexpr int64_t kMost = 2147483647 - 4096;
   for (const auto& [name, size] : {std::pair{"B", arguments.B}, {"T", arguments.T}, {"C", arguments.C}}) {
     require(size <= kMost, "wkv: ", name, ": expected at most ", kMost, " on a GPU, got ", size);
   }
+  constexpr int64_t kMostOfBatch = int64_t{1} << 37;
+  const int64_t of_batch = arguments.B * std::max(arguments.T, arguments.C);
+  require(of_batch <= kMostOfBatch, "wkv: B * T and B * C: expected at most ", kMostOfBatch, " on a GPU, got ",
+          of_batch);
 }
 inline Sequence gpu_sequence(Tensor& tensor) {
   if (tensor.size(1) > 1 && tensor.stride(1) > 4294967295) tensor = torch::stable::contiguous(tensor);
@@ -69,6 +73,16 @@ struct ContiguousParameters {
         u(as_contiguous(arguments.u)),
         pointers{data_of(w), data_of(u), arguments.w_dtype, arguments.u_dtype} {}
 };
+
+// What forward and backward have in common.
+inline SequenceParams sequence_params(Arguments& arguments, const ContiguousParameters& parameters) {
+  return {.parameters = parameters.pointers,
+          .B = static_cast<uint32_t>(arguments.B),
+          .T = static_cast<uint32_t>(arguments.T),
+          .C = static_cast<uint32_t>(arguments.C),
+          .inputs = {gpu_sequence(arguments.k), gpu_sequence(arguments.v)},
+          .state = data_or_null(arguments.state)};
+}
 
 // A plan's memory: parts of gradients, then messages and tickets.
 struct Workspace {
@@ -89,15 +103,15 @@ template <class Launcher>
 void launch_plan(Launcher& launcher, Kernel kernel, DType dtype, const Plan& plan, SequenceParams params,
                  char* exchange) {
   params.chunking = {.first_batch = 0,
-                     .chunks = plan.chunks,
+                     .chunks = static_cast<uint32_t>(plan.chunks),
                      .chunk_tiles = static_cast<int32_t>(plan.chunk_tiles),
                      .channel_tiles = static_cast<uint32_t>(plan.channel_tiles),
-                     .anchor = static_cast<int32_t>(plan.anchor),
+                     .anchor = static_cast<uint32_t>(plan.anchor),
                      .tickets = nullptr,
                      .messages = exchange};
   if (plan.chunks > 1) {
     launcher.set_all_bits(exchange, plan.exchange_bytes);
-    const int64_t columns = params.B * plan.channel_tiles;
+    const int64_t columns = int64_t{params.B} * plan.channel_tiles;
     params.chunking.tickets = reinterpret_cast<uint32_t*>(exchange + columns * (plan.chunks - 1) * kStateBytes);
   }
   for (int64_t first = 0; first < params.B; first += kMaxGridYZ) {
@@ -106,8 +120,8 @@ void launch_plan(Launcher& launcher, Kernel kernel, DType dtype, const Plan& pla
         {kernel,
          dtype,
          // Blocks start chunk by chunk: a device takes them in this order.
-         {static_cast<unsigned>(plan.channel_tiles), static_cast<unsigned>(std::min(params.B - first, kMaxGridYZ)),
-          static_cast<unsigned>(plan.chunks)},
+         {static_cast<unsigned>(plan.channel_tiles),
+          static_cast<unsigned>(std::min(int64_t{params.B} - first, kMaxGridYZ)), static_cast<unsigned>(plan.chunks)},
          plan.threads,
          plan.shared_bytes,
          &params,
@@ -139,15 +153,10 @@ std::tuple<Tensor, Tensor, Tensor> gpu_forward(const Tensor& w, const Tensor& u,
   const Plan plan = make_plan(Operation::forward, dtype, B, T, C, launcher.limits());
   const Workspace workspace(launcher, plan);
   const ContiguousParameters parameters(arguments);
-  const SequenceParams params = {.parameters = parameters.pointers,
-                                 .B = B,
-                                 .T = T,
-                                 .C = C,
-                                 .inputs = {gpu_sequence(arguments.k), gpu_sequence(arguments.v)},
-                                 .state = data_or_null(arguments.state),
-                                 .outputs = {y.mutable_data_ptr()},
-                                 .checkpoints = checkpoint ? checkpoints.mutable_data_ptr() : nullptr,
-                                 .state_out = state_out.mutable_data_ptr()};
+  SequenceParams params = sequence_params(arguments, parameters);
+  params.outputs[0] = y.mutable_data_ptr();
+  params.checkpoints = checkpoint ? checkpoints.mutable_data_ptr() : nullptr;
+  params.state_out = state_out.mutable_data_ptr();
   launch_plan(launcher, Kernel::forward, dtype, plan, params, workspace.exchange);
   return {y, state_out, checkpoints};
 }
@@ -175,18 +184,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gpu_backward(const Tensor& w,
   const Plan plan = make_plan(Operation::backward, dtype, B, T, C, launcher.limits());
   const Workspace workspace(launcher, plan);
   const ContiguousParameters parameters(arguments);
-  const SequenceParams params = {
-      .parameters = parameters.pointers,
-      .B = B,
-      .T = T,
-      .C = C,
-      .inputs = {gpu_sequence(arguments.k), gpu_sequence(arguments.v), gpu_sequence(gradients.gy)},
-      .state = data_or_null(arguments.state),
-      .outputs = {gk.mutable_data_ptr(), gv.mutable_data_ptr()},
-      .checkpoints = gradients.checkpoints.mutable_data_ptr(),
-      .state_out = gstate.mutable_data_ptr(),
-      .gstate_out = data_or_null(gradients.gstate_out),
-      .partials = workspace.partials};
+  SequenceParams params = sequence_params(arguments, parameters);
+  params.inputs[2] = gpu_sequence(gradients.gy);
+  params.outputs[0] = gk.mutable_data_ptr();
+  params.outputs[1] = gv.mutable_data_ptr();
+  params.checkpoints = gradients.checkpoints.mutable_data_ptr();
+  params.state_out = gstate.mutable_data_ptr();
+  params.gstate_out = data_or_null(gradients.gstate_out);
+  params.partials = workspace.partials;
   launch_plan(launcher, Kernel::backward, dtype, plan, params, workspace.exchange);
   const ReduceParams reduce = {.parameters = parameters.pointers,
                                .C = C,

@@ -14,6 +14,7 @@ struct Pair {
   WKV_HD Pair(FloatPair pair) : x(pair.x), y(pair.y) {}
   WKV_HD explicit Pair(double both) : x(static_cast<float>(both)), y(static_cast<float>(both)) {}
   WKV_HD explicit Pair(int both) : x(static_cast<float>(both)), y(static_cast<float>(both)) {}
+  WKV_HD Pair(int x, int y) : x(static_cast<float>(x)), y(static_cast<float>(y)) {}
 };
 
 struct PairOfBool {
@@ -67,23 +68,21 @@ WKV_HD Pair power_of_two(Pair x) {
   return {one(x.x), one(x.y)};
 }
 
-// log2 of a positive number, rounded down; 128 of NaN and infinity, -127 of 0.
-WKV_HD Pair whole_log2(Pair x) {
-  const auto one = [](float x) {
-    return bits_as<float>(0x4b000000u + (bits_as<uint32_t>(x) >> 23 & 255)) - 8388735.0f;
-  };
-  return {one(x.x), one(x.y)};
-}
-
 WKV_HD Scaled empty_scaled() { return {{Pair(0), Pair(0)}, Pair(kEmptyExponent)}; }
 
-// Brings `magnitude`, which is positive, to [1, 2) by a power of two.
+// Brings `magnitude`, which is positive, to [1, 2) by a power of two. NaN and infinity become NaN.
 WKV_HD Scaled normalised(Scaled value, Pair magnitude) {
-  const Pair exponent = whole_log2(magnitude);
-  return {power_of_two(-exponent) * value.sums,
-          select(magnitude == Pair(0), Pair(kEmptyExponent), value.exponent + exponent)};
+  // A positive float is its exponent + 127, times 2^23, and something smaller.
+  constexpr uint32_t kLargest = 254u << 23;
+  const auto exponent_of = [](float x) {
+    const uint32_t bits = bits_as<uint32_t>(x);
+    return (bits < kLargest ? bits : kLargest) & ~0x7fffffu;
+  };
+  const uint32_t x = exponent_of(magnitude.x), y = exponent_of(magnitude.y);
+  const Pair factor{bits_as<float>(kLargest - x), bits_as<float>(kLargest - y)};
+  const Pair exponent = Pair(static_cast<int>(x), static_cast<int>(y)) * Pair(0x1p-23) + (value.exponent - Pair(127));
+  return {factor * value.sums, select(magnitude == Pair(0), Pair(kEmptyExponent), exponent)};
 }
-// A state's weights are positive. NaN counts as a magnitude of 2^128.
 WKV_HD Scaled normalised_state(Scaled state) { return normalised(state, state.sums.den); }
 WKV_HD Scaled normalised_adjoint(Scaled adjoint) {
   return normalised(adjoint, larger(abs(adjoint.sums.num), abs(adjoint.sums.den)));

@@ -18,10 +18,10 @@ struct ChannelParameters {
 // sequence, tell one another what they sum up to: lookback.h.
 struct Chunking {
   uint32_t first_batch;    // of this launch; a grid has no room for more than 65535 sequences
-  int64_t chunks;          // of a sequence
+  uint32_t chunks;         // of a sequence
   int32_t chunk_tiles;     // tiles of a chunk
   uint32_t channel_tiles;  // columns of a sequence
-  int32_t anchor;          // a power of two: every so-many-th chunk publishes the sum of all up to it
+  uint32_t anchor;         // a power of two: every so-many-th chunk publishes the sum of all up to it
   uint32_t* tickets;       // for each column, of the chunks that blocks have taken; null where there is one chunk
   void* messages;          // of each column's chunks but the last
 };
@@ -29,7 +29,7 @@ struct Chunking {
 // Of forward and backward.
 struct SequenceParams {
   ChannelParameters parameters;
-  int64_t B, T, C;
+  uint32_t B, T, C;        // below 2^31; B·T/64 and B·C/64 below 2^32
   Sequence inputs[3];      // element [B, T, C]: k, v and, backward, gy
   const void* state;       // state [B, 3, C], or null for an empty one
   void* outputs[2];        // element [B, T, C]: y, or gk and gv

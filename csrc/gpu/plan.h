@@ -66,7 +66,7 @@ inline int forward_warps(DType dtype, int64_t T, const DeviceLimits& limits) {
     return shared <= limits.shared_per_block && 2 * (shared + kReservedShared) <= limits.shared_per_multiprocessor;
   };
   int warps = forward_warps(dtype, limits.architecture);
-  while (warps > 1 && (!fits(warps) || warps / 2 * kForwardSteps >= T)) warps /= 2;
+  while (warps > forward_least_warps(dtype) && (!fits(warps) || warps / 2 * kForwardSteps >= T)) warps /= 2;
   return warps;
 }
 
@@ -109,7 +109,6 @@ inline Plan make_plan(Operation operation, DType dtype, int64_t B, int64_t T, in
   plan.chunks = ceil_div(tiles, plan.chunk_tiles);
   // What a chunk of several tiles sums up to is not known before it has been handed what it starts from.
   plan.anchor = columns_suffice || plan.chunk_tiles > 1 ? 1 : kAnchor;
-  while (forward && plan.anchor > plan.warps * kForwardMessages) plan.anchor /= 2;
 
   const int64_t columns = B * plan.channel_tiles;
   if (!forward) plan.partial_bytes = B * plan.chunks * 2 * C * state_bytes(dtype);

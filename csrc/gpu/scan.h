@@ -27,8 +27,8 @@ struct Tile {
   WKV_HD int last_warp() const { return static_cast<unsigned>(rows - 1) / kSteps; }
 };
 
-// The channels and the shared memory of a block.
-template <class Element, int kInputs, int kSteps>
+// The channels and the shared memory of a block, of `kWarps` warps or, of 0, as many as it is launched with.
+template <class Element, int kInputs, int kSteps, int kWarps>
 struct ScanBlock {
   static constexpr DType kType = ElementTraits<Element>::dtype;
   static constexpr int kSubchunk = kSteps * kTileChannels;
@@ -36,8 +36,7 @@ struct ScanBlock {
   static constexpr int kWarpRows = kSubchunk * static_cast<int>(sizeof(Element)) / kRowBytes;
 
   const SequenceParams& params;
-  uint32_t b, c;
-  int64_t column;
+  uint32_t b, c, column;
   int columns, warps;
   Element* tiles;
   SharedChannels channels;
@@ -48,9 +47,9 @@ struct ScanBlock {
       : params(params),
         b(params.chunking.first_batch + index.y),
         c(index.x * kTileChannels),
-        column(static_cast<uint64_t>(b) * params.chunking.channel_tiles + index.x),
-        columns(kFullTilesOnly ? kTileChannels : clamp_count(params.C - c, kTileChannels)),
-        warps(static_cast<unsigned>(threads) / kWarpThreads),
+        column(b * params.chunking.channel_tiles + index.x),
+        columns(kFullTilesOnly ? kTileChannels : clamp_count(int64_t{params.C} - c, kTileChannels)),
+        warps(kWarps > 0 ? kWarps : static_cast<unsigned>(threads) / kWarpThreads),
         tiles(reinterpret_cast<Element*>(shared)) {
     channels = {{reinterpret_cast<Pair*>(tiles + kInputs * warps * kSubchunk)}};
     ticket = reinterpret_cast<uint32_t*>(channels.rows.first + kChannelRows * kWarpThreads);
@@ -73,27 +72,27 @@ struct ScanBlock {
   WKV_HD Rows64 highest_of(int warp) const { return rows_of(0, warp, 0); }
 
   // Of values [rows, values_of_row, C], of the channels of a thread.
-  WKV_HD ChannelRow row_of(const void* values, int64_t row, int values_of_row, TileThread thread) const {
-    float* const first = const_cast<float*>(static_cast<const float*>(values)) + row * values_of_row * params.C;
-    return {first + channel_of(thread), channels_of(thread), params.C % 2 == 0};
+  WKV_HD ChannelRow row_of(const void* values, uint32_t row, int values_of_row, TileThread thread) const {
+    const uint64_t offset = static_cast<uint64_t>(row) * params.C * values_of_row + channel_of(thread);
+    return {const_cast<float*>(static_cast<const float*>(values)) + offset, channels_of(thread), params.C % 2 == 0};
   }
-  WKV_HD ChannelRow checkpoint_at(int64_t t, TileThread thread) const {
-    return row_of(params.checkpoints, checkpoint_row(kType, params.T, b, t), 3, thread);
+  WKV_HD ChannelRow checkpoint_at(uint32_t t, TileThread thread) const {
+    return row_of(params.checkpoints, checkpoint_row<uint32_t>(kType, params.T, b, t), 3, thread);
   }
   WKV_HD State<Pair> load_state(ChannelRow row) const {
-    return {{row.load(0), row.load(params.C)}, row.load(2 * params.C)};
+    return {{row.load(0), row.load(params.C)}, row.load(2 * int64_t{params.C})};
   }
   WKV_HD void store_state(ChannelRow row, State<Pair> value) const {
     row.store(0, value.sums.num);
     row.store(params.C, value.sums.den);
-    row.store(2 * params.C, value.max);
+    row.store(2 * int64_t{params.C}, value.max);
   }
   // Checkpoints are for the backward kernel alone, and have the exponent where a state has max.
-  WKV_HD Scaled load_checkpoint(int64_t t, TileThread thread) const {
+  WKV_HD Scaled load_checkpoint(uint32_t t, TileThread thread) const {
     const State<Pair> stored = load_state(checkpoint_at(t, thread));
     return {stored.sums, stored.max};
   }
-  WKV_HD void store_checkpoint(int64_t t, TileThread thread, Scaled state) const {
+  WKV_HD void store_checkpoint(uint32_t t, TileThread thread, Scaled state) const {
     store_state(checkpoint_at(t, thread), {state.sums, state.exponent});
   }
   WKV_HD State<Pair> first_state(TileThread thread) const {
@@ -110,7 +109,7 @@ template <class Element, int kSteps>
 struct ScanThread : TileThread {
   Keys<Element, kSteps> keys;
   Pair reference;  // the tile's
-  Scaled own;      // what the thread's steps sum up to; of the last warp, then what the tile does
+  Scaled own;      // what the thread's steps sum up to
   Scaled before;   // what the warps before it sum up to
 };
 
@@ -158,9 +157,12 @@ struct Scan {
     }
   }
 
-  // Of the warps before the thread's own, and of the last warp the tile's sum.
+  // The last warp in the order of the scan.
+  WKV_HD static int last_warp(const Tile& tile) { return Pass::kReverse ? 0 : tile.last_warp(); }
+
+  // The warps before the thread's own, and for the last warp the tile.
   WKV_HD static void sum_up(const Block& block, const Tile& tile, bool fit, Thread& thread) {
-    const int lane = thread.lane(), warp = thread.warp(), last = Pass::kReverse ? 0 : tile.last_warp();
+    const int lane = thread.lane(), warp = thread.warp(), last = last_warp(tile);
     const int first = Pass::kReverse ? block.warps - 1 : 0, direction = Pass::kReverse ? -1 : 1;
     const Pair decay_log2 = block.channels.decay_log2(lane, kSteps);
     const Pair own_decay_log2 = block.channels.decay_log2(lane, tile.steps_of(warp));
@@ -188,20 +190,18 @@ struct Scan {
     if (Pass::kReverse) thread.own = Pass::normalised(thread.own);
   }
 
-  // By the last warp: joins what the predecessors published, or the one state that is known, and the tile's own sum.
+  // By the last warp: joins what the predecessors published, or the one state that is known, and the tile's own sum,
+  // which is the message behind them.
   WKV_HD static void hand_on(const Block& block, const LookBack& look_back, const Tile& tile, bool waits,
                              Thread& thread) {
-    const int lane = thread.lane();
-    const int count = waits ? look_back.predecessors() : 1;
+    const int lane = thread.lane(), own = waits ? look_back.predecessors : 1;
     const Pair chunk_decay = block.channels.decay_log2(lane, block.params.chunking.chunk_tiles * block.warps * kSteps);
+    const Pair own_decay = block.channels.decay_log2(lane, tile.rows);
     Scaled sum = (waits ? Pass::message(block, 0) : Pass::carry(block)).get_scaled(lane);
 #pragma unroll 1
-    for (int i = 1;; ++i) {
-      const bool is_own = i >= count;
-      if (is_own) Pass::carry(block).set_scaled(lane, sum);
-      const Scaled next = is_own ? thread.own : Pass::message(block, i).get_scaled(lane);
-      sum = join(sum, is_own ? block.channels.decay_log2(lane, tile.rows) : chunk_decay, next);
-      if (is_own) break;
+    for (int i = 1; i <= own; ++i) {
+      if (i == own) Pass::carry(block).set_scaled(lane, sum);
+      sum = join(sum, i == own ? own_decay : chunk_decay, Pass::message(block, i).get_scaled(lane));
     }
     sum = Pass::normalised(sum);
     if (tile.ends_chunk && look_back.has_successor && (look_back.is_anchor || look_back.position == 0)) {
@@ -258,19 +258,20 @@ struct Scan {
         }
       });
       team.phase([&](Thread& thread) {
-        const int lane = thread.lane(), last = Pass::kReverse ? 0 : tile.last_warp();
+        const int lane = thread.lane();
         sum_up(block, tile, fit, thread);
+        if (thread.warp() == last_warp(tile)) {
+          Pass::message(block, waits ? look_back.predecessors : 1).set_scaled(lane, thread.own);
+          if (waits && look_back.has_successor && !look_back.is_anchor) look_back.publish(lane, thread.own);
+        }
         if (!waits) return;
-        if (thread.warp() == last && look_back.has_successor && !look_back.is_anchor)
-          look_back.publish(lane, thread.own);
 #pragma unroll 1
-        for (int i = thread.warp(); i < look_back.predecessors(); i += block.warps) {
+        for (int i = thread.warp(); i < look_back.predecessors; i += block.warps) {
           Pass::message(block, i).set_scaled(lane, look_back.await(i, lane));
         }
       });
       team.phase([&](Thread& thread) {
-        const int last = Pass::kReverse ? 0 : tile.last_warp();
-        if (thread.warp() == last) hand_on(block, look_back, tile, waits, thread);
+        if (thread.warp() == last_warp(tile)) hand_on(block, look_back, tile, waits, thread);
       });
       team.warp_phase([&](Thread& thread) {
         if (kFullTilesOnly || tile.steps_of(thread.warp()) > 0) Pass::correct(block, tile, fit, thread);

@@ -111,7 +111,7 @@ struct Rows64 {
   }
 };
 
-// A block's channels in shared memory: log-decay, decay and bonus.
+// A block's channels in shared memory: log2 of the decay, decay and bonus.
 struct SharedChannels {
   Rows64 rows;
 
@@ -132,19 +132,16 @@ struct SharedChannels {
       for (int power = is_u ? 1 : 0; power < 2; ++power) {
         if (power == 0) value = smaller(float(kLargestRawDecay), value);
         value = std::exp(value);
-        if (power == 0) values[column] = value = -value;
+        if (power == 0) values[column] = (value = -value) * float(kLog2E);
       }
       values[kTileChannels + i] = value;
     }
   }
-  WKV_HD Pair log_decay(int lane) const { return rows.get(0, lane); }
+  WKV_HD Pair log_decay(int lane) const { return rows.get(0, lane) * Pair(1 / kLog2E); }
   WKV_HD Pair decay(int lane) const { return rows.get(1, lane); }
   WKV_HD Pair bonus(int lane) const { return rows.get(2, lane); }
   // Log2 of what is left of a state after so many steps.
-  WKV_HD Pair decay_log2(int lane, int steps) const {
-    const float count = static_cast<float>(steps);
-    return Pair(count, count) * (log_decay(lane) * Pair(kLog2E));
-  }
+  WKV_HD Pair decay_log2(int lane, int steps) const { return Pair(steps) * rows.get(0, lane); }
 };
 
 // ---- states in memory, of the channels of a lane, of which `count` exist; of any alignment ----

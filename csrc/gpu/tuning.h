@@ -13,8 +13,8 @@ enum class Operation { forward, backward };
 inline constexpr int kWarpThreads = 32;
 inline constexpr int kTileChannels = 2 * kWarpThreads;
 
-// Rows of a tile's channels in float32, in shared memory: of the channels log-decay, decay and bonus, of a state or a
-// message num, den and exponent.
+// Rows of a tile's channels in float32, in shared memory: of the channels log2 of the decay, decay and bonus, of a
+// state or a message num, den and exponent.
 inline constexpr int kRowBytes = 4 * kTileChannels;
 inline constexpr int kChannelRows = 3;
 inline constexpr int kStateBytes = 3 * kRowBytes;
@@ -29,17 +29,17 @@ inline constexpr int kDoubleSteps = 16;
 
 // Forward takes as many warps for a tile, a power of two, as leave room for two blocks on a multiprocessor, one of
 // which works while the other waits: these at most, by what shared memory has room for. Registers bound it, too: 128
-// for each of 2 * 256 threads, with which nvcc 13.0 spills on Blackwell; or, of 128 threads, 168 for each of 3 blocks,
-// with which it does in float32 there and on Turing.
+// for each of 2 * 256 threads, with which nvcc 13.0 spills on Blackwell; or, of 128 threads, 168 for each of 3 blocks.
+// In float32 nvcc 13.0 spills with these but for Hopper, which alone has shared memory for 3 blocks.
 constexpr int forward_warps(DType dtype, int64_t architecture) {
   return dtype != DType::float32 && (architecture == 800 || architecture == 900) ? 8 : 4;
 }
 constexpr int forward_blocks(DType dtype, int64_t architecture) {
-  const bool has_spills = dtype == DType::float32 && (architecture < 800 || architecture >= 1000);
+  const bool has_spills = dtype == DType::float32 && architecture != 900;
   return forward_warps(dtype, architecture) == 8 || has_spills ? 2 : 3;
 }
-// Messages that a warp has room for.
-inline constexpr int kForwardMessages = 4;
+// So few have room for messages and their sums in the place of k.
+constexpr int forward_least_warps(DType dtype) { return dtype == DType::float32 ? 1 : 2; }
 
 // A tile of backward lies between two checkpoints. Three blocks fit if a thread takes 168 registers; by shared memory
 // they do in 16 bits on every architecture but Turing, and in float32 on those of servers, where nvcc 13.0 spills for

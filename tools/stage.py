@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-CANNOT_RUN = 77  # the exit status of a command that finds itself unable to, and has said why
+from benchmarks import CANNOT_RUN, ROOT
+
 # Seconds to save what was measured once interrupted, and to dump the stacks.
 PATIENCE, PATIENCE_FOR_STACKS = 10.0, 3.0
 
