@@ -2,9 +2,9 @@
 
 import torch  # noqa: F401 - before the package's libraries, which need those of torch
 
+from ._backends import BackendInfo, BackendUnavailable, backends, use_backend
 from .build import BuildInfo, build_info
 from .functional import empty_state, wkv, wkv_step
-from .registry import BackendInfo, BackendUnavailable, backends, use_backend
 from .version import VERSION
 
 __version__ = VERSION

@@ -1,8 +1,8 @@
 """The doctor, `python -m rwkv_kernels`: what is installed, what works, and if something does not, why.
 
 It exits with 0 where the operators' library is loaded and every backend that can run here is right, otherwise with 1.
-The library is no option: without it, the package is usable, but `wkv` on the CPU only with backend="reference". CUDA
-kernels and Triton are options: their absence is told and is no error.
+The library is required: without it, `wkv` runs on the CPU only with backend="reference". CUDA kernels and Triton are
+optional: their absence is reported and is no error.
 """
 
 import platform
@@ -10,7 +10,8 @@ import sys
 
 import torch
 
-from . import BuildInfo, __version__, backends, build_info, reference, registry, wkv
+from . import BuildInfo, __version__, backends, build_info, reference, wkv
+from ._backends.registry import BACKENDS
 
 # The self-check's float32 inputs are exact in float64, so this bounds the backend's own rounding: a few ulp of a mean
 # of values near 1, and sums of a hundred such steps in the gradients.
@@ -19,7 +20,7 @@ SELF_CHECK_TOLERANCE = 1e-4
 
 def _self_check(backend: str) -> float:
     """The worst error of outputs and gradients against the float64 oracle, relative to each one's largest value."""
-    device, *_ = registry.BACKENDS[backend].device_types or ("cpu",)
+    device = BACKENDS[backend].device_type
     generator = torch.Generator().manual_seed(0)
     B, T, C = 2, 100, 40
     inputs = [torch.randn(shape, generator=generator) for shape in [(C,), (C,), (B, T, C), (B, T, C)]]

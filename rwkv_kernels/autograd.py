@@ -1,4 +1,4 @@
-"""What torch must know of the operators beyond their kernels: shapes, derivatives, vmap and autocast.
+"""The operators as torch sees them, beyond their kernels: shapes, derivatives, vmap and autocast.
 
 `attach` gives all of it to one forward and backward pair. The derivative is an autograd.Function behind the operator's
 Autograd key, and not torch.library.register_autograd, because the latter's functions work under neither torch.func.grad
@@ -11,61 +11,77 @@ every pass through the key calls back into Python, and a Function with setup_con
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
-__all__ = ["attach", "fake_step", "refuse_onnx"]
+# By name, because looking them up is a part of every call's latency.
+from torch._C import (
+    _are_functorch_transforms_active,
+    _AutoDispatchBelowAutograd,
+    _is_fwd_grad_enabled,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+)
+from torch._ops import OpOverload
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+from .inputs import BACKWARD, FORWARD, STEP, Inputs
+from .reference import state_dtype
+
+__all__ = ["attach", "define", "refuse_onnx"]
 
 Outputs = tuple[Tensor, ...]
 
-NO_SECOND_DERIVATIVE = (
-    "wkv has no second derivative in its compiled backends; backend='reference' is differentiable to any order"
-)
-NO_FORWARD_MODE = (
-    "wkv has no forward-mode derivative (jvp) in its compiled backends; backend='reference' is differentiable in "
-    "either mode"
-)
-NO_ONNX = (
-    "ONNX has no operator for the compiled backends of wkv: export under rwkv_kernels.use_backend('reference'), which "
-    "writes the steps of the example one by one"
-)
+# Of every device type that torch has autocast for.
+AUTOCAST_KEYS = [key for name, key in torch._C.DispatchKey.__members__.items() if name.startswith("Autocast")]
+AUTOCAST = functools.reduce(lambda a, b: a | b, map(torch._C.DispatchKeySet, AUTOCAST_KEYS))
 
 
 def refuse_onnx() -> None:
     """Raises while torch.onnx exports."""
     # Only its users have it imported, so that most calls ask nothing more.
     if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
-        raise NotImplementedError(NO_ONNX)
+        raise NotImplementedError(
+            "ONNX has no operator for the compiled backends of wkv: export under "
+            "rwkv_kernels.use_backend('reference'), which writes the steps of the example one by one"
+        )
 
 
-def _needs_derivative(*arguments: Tensor | None) -> bool:
-    if torch.autograd.forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
+def _refuse_second_derivative(ctx: Any, *gradients: Tensor | None) -> Any:
+    raise NotImplementedError(
+        "wkv has no second derivative in its compiled backends; backend='reference' is differentiable to any order"
+    )
+
+
+def _refuse_forward_mode(ctx: Any, *tangents: Tensor | None) -> Any:
+    raise NotImplementedError(
+        "wkv has no forward-mode derivative (jvp) in its compiled backends; backend='reference' is differentiable in "
+        "either mode"
+    )
+
+
+def _needs_derivative(arguments: Iterable[Tensor | None]) -> bool:
+    if forward_ad._current_level >= 0 and _is_fwd_grad_enabled():
         return True
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
+    if torch.is_grad_enabled():
+        for x in arguments:  # not any() of a generator, for the latency of every call
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def _below_autograd(operator: OpOverload, *arguments: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
+    with _AutoDispatchBelowAutograd():
         return operator(*arguments)
 
 
 def _untraced() -> bool:
     """Whether this call is run and not also recorded or transformed: by torch.compile, jit, torch.func, or a mode."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-    )
-
-
-def _transforms_active() -> bool:
-    """Whether torch.func is at work: it follows an autograd.Function from outside, but not from inside an operator."""
-    return torch._C._are_functorch_transforms_active()
+    return not (is_compiling() or _is_tracing() or _are_functorch_transforms_active() or _len_torch_dispatch_stack())
 
 
 def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, Any, Any]:
@@ -82,20 +98,15 @@ def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, A
         def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Outputs) -> None:
             pass
 
-        @staticmethod
-        def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-            raise NotImplementedError(NO_SECOND_DERIVATIVE)
-
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-            raise NotImplementedError(NO_FORWARD_MODE)
+        backward = staticmethod(_refuse_second_derivative)
+        jvp = staticmethod(_refuse_forward_mode)
 
     class Forward(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> Outputs:
-            return forward(w, u, k, v, state, True)  # type: ignore[no-any-return]
+        def forward(*inputs: Tensor | None) -> Outputs:
+            return forward(*inputs, True)  # type: ignore[no-any-return]
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Outputs) -> None:
@@ -106,55 +117,71 @@ def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, A
 
         @staticmethod
         def backward(ctx: Any, gy: Tensor | None, gstate_out: Tensor | None, _: None) -> Any:
-            w, u, k, v, state, checkpoints = ctx.saved_tensors
+            *inputs, checkpoints = ctx.saved_tensors
             if gy is None:
-                gy = torch.zeros_like(k)
+                gy = torch.zeros_like(Inputs(*inputs).k)
             call: Any = backward  # in general: its Autograd key refuses a second derivative
-            if _transforms_active():
+            if _are_functorch_transforms_active():
                 call = Backward.apply
             elif _untraced() and not torch.is_grad_enabled():
                 call = functools.partial(_below_autograd, backward)
-            *gradients, gstate = call(w, u, k, v, state, checkpoints, gy, gstate_out)
-            return (*gradients, None if state is None else gstate)
+            gradients = call(*inputs, checkpoints, gy, gstate_out)
+            return tuple([None if x is None else gradient for x, gradient in zip(inputs, gradients, strict=True)])
 
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-            raise NotImplementedError(NO_FORWARD_MODE)
+        jvp = staticmethod(_refuse_forward_mode)
 
     class Untraced(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *arguments: Tensor | None) -> Outputs:
-            outputs: Outputs = _below_autograd(forward, *arguments, True)
-            Forward.setup_context(ctx, arguments, outputs)
+        def forward(ctx: Any, *inputs: Tensor | None) -> Outputs:
+            outputs: Outputs = _below_autograd(forward, *inputs, True)
+            Forward.setup_context(ctx, inputs, outputs)
             return outputs
 
-        backward = Forward.backward
-        jvp = Forward.jvp
+        backward = staticmethod(Forward.backward)
+        jvp = staticmethod(_refuse_forward_mode)
 
     return Backward, Forward, Untraced
 
 
-def attach(
+def define(
     library: torch.library.Library,
-    forward: OpOverload,
-    backward: OpOverload,
-    checkpoint_interval: Callable[[torch.dtype], int],
-) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
-    """Registers fake kernels, autograd, vmap and autocast for a forward and backward operator of the WKV schemas.
+    name: str,
+    device_type: str,
+    forward: Callable[..., Outputs],
+    backward: Callable[..., Outputs],
+    step: Callable[..., Tensor] | None = None,
+) -> None:
+    """Defines the operators of a backend in Python, `name`_forward, _`name`_backward and `name`_step."""
+    operators = ((f"{name}_forward", FORWARD, forward), (f"_{name}_backward", BACKWARD, backward))
+    for operator, schema, function in (*operators, (f"{name}_step", STEP, step)):
+        if function is not None:
+            library.define(operator + schema)
+            library.impl(operator, function, torch._C._dispatch_key_for_device(device_type))
 
-    Returns the differentiable function (w, u, k, v, state) -> (y, state_out).
+
+def attach(
+    library: torch.library.Library, name: str, checkpoint_interval: Callable[[torch.dtype], int]
+) -> tuple[Callable[..., tuple[Tensor, Tensor]], OpOverload | None]:
+    """Registers fake kernels, autograd, vmap and autocast for the operators of that name.
+
+    Returns the differentiable function (w, u, k, v, state) -> (y, state_out), and the operator of a step, if any.
     """
-    BackwardFunction, ForwardFunction, UntracedFunction = _define_functions(forward, backward)
+    ops = getattr(torch.ops, library.ns)
+    forward: OpOverload = getattr(ops, f"{name}_forward").default
+    backward: OpOverload = getattr(ops, f"_{name}_backward").default
+    step: OpOverload | None = getattr(ops, f"{name}_step").default if hasattr(ops, f"{name}_step") else None
     forward_name, backward_name = forward._schema.name, backward._schema.name
+    BackwardFunction, ForwardFunction, UntracedFunction = _define_functions(forward, backward)
 
     # ---- shapes ----
 
     @torch.library.register_fake(forward_name, lib=library)
-    def fake_forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool) -> Outputs:
+    def fake_forward(*arguments: Any) -> Outputs:
         refuse_onnx()  # here for torch.export, which compiles the question away where the backend is chosen
+        *inputs, checkpoint = arguments
+        k = Inputs(*inputs).k
         B, T, C = k.shape
-        dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
-        interval = checkpoint_interval(k.dtype)
+        dtype, interval = state_dtype(k.dtype), checkpoint_interval(k.dtype)
         saved = (T + interval - 1) // interval if checkpoint else 0
         return (
             k.new_empty((B, T, C)),
@@ -163,37 +190,28 @@ def attach(
         )
 
     @torch.library.register_fake(backward_name, lib=library)
-    def fake_backward(
-        w: Tensor,
-        u: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: Tensor | None,
-        checkpoints: Tensor,
-        gy: Tensor,
-        gstate_out: Tensor | None,
-    ) -> Outputs:
-        B, T, C = k.shape
-        return (
-            w.new_empty((C,)),
-            u.new_empty((C,)),
-            k.new_empty((B, T, C)),
-            k.new_empty((B, T, C)),
-            checkpoints.new_empty((B, 3, C)),
-        )
+    def fake_backward(*arguments: Any) -> Outputs:
+        *inputs, checkpoints, _, _ = arguments
+        return tuple(x.new_empty(x.shape) for x in Inputs(*inputs).all_present(checkpoints))
+
+    if step is not None:
+        torch.library.register_fake(step._schema.name, _fake_step, lib=library)
 
     # ---- derivatives ----
 
-    def forward_autograd(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool) -> Outputs:
-        if not _needs_derivative(w, u, k, v, state):
-            return _below_autograd(forward, w, u, k, v, state, checkpoint)  # type: ignore[no-any-return]
-        if _transforms_active():
+    def forward_autograd(*arguments: Any) -> Outputs:
+        inputs, checkpoint = arguments[:-1], arguments[-1]
+        if not _needs_derivative(inputs):
+            with _AutoDispatchBelowAutograd():
+                return forward(*arguments)  # type: ignore[no-any-return]
+        # torch.func follows an autograd.Function from outside, but not from inside an operator.
+        if _are_functorch_transforms_active():
             raise NotImplementedError(f"torch.func transforms do not reach inside {forward_name}: use rwkv_kernels.wkv")
-        y, state_out, checkpoints = ForwardFunction.apply(w, u, k, v, state)
+        y, state_out, checkpoints = ForwardFunction.apply(*inputs)
         return y, state_out, checkpoints if checkpoint else checkpoints[:, :0].clone()
 
     def backward_autograd(*arguments: Tensor | None) -> Outputs:
-        if not _needs_derivative(*arguments):
+        if not _needs_derivative(arguments):
             return _below_autograd(backward, *arguments)  # type: ignore[no-any-return]
         return BackwardFunction.apply(*arguments)  # type: ignore[no-any-return]
 
@@ -202,57 +220,54 @@ def attach(
 
     # ---- vmap: the mapped dimension joins the channels, which are independent of one another ----
 
-    def join_channels(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-        if x is None:
-            return None
+    def join_channels(x: Any, dim: int | None, size: int) -> Any:
+        if not isinstance(x, Tensor):
+            return x
         mapped = x.unsqueeze(-2).expand(*x.shape[:-1], size, x.shape[-1]) if dim is None else x.movedim(dim, -2)
         return mapped.flatten(-2)
 
-    def split_channels(outputs: Outputs, size: int, w: Tensor, w_dim: int | None) -> tuple[Outputs, tuple[int, ...]]:
-        channels = w.shape[-1] if w_dim is None else w.shape[1 - w_dim]
-        return tuple(x.unflatten(-1, (size, channels)).movedim(-2, 0) for x in outputs), (0,) * len(outputs)
+    def register_vmap(operator: OpOverload) -> None:
+        @torch.library.register_vmap(operator._schema.name, lib=library)
+        def vmapped(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Outputs, tuple[int, ...]]:
+            size, w, w_dim = info.batch_size, arguments[0], in_dims[0]
+            outputs = operator(*(join_channels(x, dim, size) for x, dim in zip(arguments, in_dims, strict=True)))
+            channels = w.shape[-1] if w_dim is None else w.shape[1 - w_dim]
+            return tuple(x.unflatten(-1, (size, channels)).movedim(-2, 0) for x in outputs), (0,) * len(outputs)
 
-    @torch.library.register_vmap(forward_name, lib=library)
-    def vmap_forward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Outputs, tuple[int, ...]]:
-        *tensors, checkpoint = arguments
-        joined = [join_channels(x, dim, info.batch_size) for x, dim in zip(tensors, in_dims[:-1], strict=True)]
-        return split_channels(forward(*joined, checkpoint), info.batch_size, arguments[0], in_dims[0])
-
-    @torch.library.register_vmap(backward_name, lib=library)
-    def vmap_backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Outputs, tuple[int, ...]]:
-        joined = [join_channels(x, dim, info.batch_size) for x, dim in zip(arguments, in_dims, strict=True)]
-        return split_channels(backward(*joined), info.batch_size, arguments[0], in_dims[0])
+    register_vmap(forward)
+    register_vmap(backward)
 
     # ---- autocast: all sums are float32 anyway, so k and v only have to agree, and the wider one decides ----
 
-    def forward_autocast(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool) -> Outputs:
-        dtype = torch.promote_types(k.dtype, v.dtype)
-        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-            torch._C.DispatchKey.AutocastCUDA
-        )
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            return forward(w, u, k.to(dtype), v.to(dtype), state, checkpoint)  # type: ignore[no-any-return]
+    def forward_autocast(*arguments: Any) -> Outputs:
+        *inputs, checkpoint = arguments
+        given = Inputs(*inputs)
+        dtype = torch.promote_types(given.k.dtype, given.v.dtype)
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
+            return forward(*given._replace(k=given.k.to(dtype), v=given.v.to(dtype)), checkpoint)  # type: ignore[no-any-return]
 
-    for key in ("AutocastCPU", "AutocastCUDA"):
-        library.impl(forward, forward_autocast, key)
+    for key in AUTOCAST_KEYS:
+        library.impl(forward, forward_autocast, key.name)
 
-    def differentiable(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    def differentiable(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        refuse_onnx()
         if _untraced():
-            if _needs_derivative(w, u, k, v, state):
-                y, state_out, _ = UntracedFunction.apply(w, u, k, v, state)
+            if _needs_derivative(inputs):
+                y, state_out, _ = UntracedFunction.apply(*inputs)
             else:
-                y, state_out, _ = _below_autograd(forward, w, u, k, v, state, False)
-        elif _transforms_active():
-            y, state_out, _ = ForwardFunction.apply(w, u, k, v, state)
+                with _AutoDispatchBelowAutograd():
+                    y, state_out, _ = forward(*inputs, False)
+        elif _are_functorch_transforms_active():
+            y, state_out, _ = ForwardFunction.apply(*inputs)
         else:
-            y, state_out, _ = forward(w, u, k, v, state, False)
+            y, state_out, _ = forward(*inputs, False)
         return y, state_out
 
-    return differentiable
+    return differentiable, step
 
 
-def fake_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None = None) -> Tensor:
-    """The fake kernel of an operator of the step's schema, which refuses what a compiler would get wrong."""
+def _fake_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None = None) -> Tensor:
+    """Refuses a state whose place in memory torch.compile would lose."""
     refuse_onnx()
     if state._is_view() and isinstance(state.storage_offset(), torch.SymInt):
         raise NotImplementedError(

@@ -1,4 +1,4 @@
-"""What this build of the package is, and which of it is in use."""
+"""The build of the package, and the parts of it that are in use."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ __all__ = ["BuildInfo", "build_info"]
 class BuildInfo:
     """The libraries that are loaded.
 
-    Where one is not, its fields are None or empty, but for the one that says why; fields of the CUDA kernels speak of
-    what is loaded, so they are empty in a torch without CUDA, too.
+    Where one is not, its fields are None or empty, but for the one that says why; fields of the CUDA kernels describe
+    the library that is loaded, so they are empty in a torch without CUDA, too.
     """
 
     library: str | None  # path of the operators and CPU kernels
@@ -28,7 +28,7 @@ class BuildInfo:
 
 
 def build_info() -> BuildInfo:
-    """What was compiled, with what, and which instruction set is in use."""
+    """The libraries that were compiled, by which compilers, and the instruction set in use."""
     operators, cuda = native.operators, native.cuda
     return BuildInfo(
         library=None if operators.path is None else str(operators.path),

@@ -7,97 +7,15 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import reference
-from .registry import select, step_by_forward
+from ._backends.registry import Forward, select
+from .autograd import refuse_onnx
+from .inputs import SEQUENCE, TOKEN, check
 
 __all__ = ["empty_state", "wkv", "wkv_step"]
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def _state_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _require(condition: bool, error: type[Exception], name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise error(f"{name}: expected {expected}, got {got}")
-
-
-def _converter(shape: list[int], B: int, C: int) -> str:
-    """What to do with a state of this shape, if it is that of other code."""
-    known = {(B, C, 3): "infctx", (B, 3, 1, C): "fla"}
-    origin = known.get(tuple(shape))
-    return f"; rwkv_kernels.compat.{origin}.import_state converts it" if origin else ""
-
-
-def _explain(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, shape: tuple[str, ...], r: Tensor | None
-) -> None:
-    """Raises for the first argument that does not fit; called only when one does not."""
-    layout = f"[{', '.join(shape)}]"
-    like_k = [("v", v)] if r is None else [("v", v), ("r", r)]
-    for name, tensor in (("w", w), ("u", u), ("k", k), *like_k):
-        _require(isinstance(tensor, Tensor), TypeError, name, "a torch.Tensor", type(tensor).__name__)
-    if isinstance(state, (list, tuple)):
-        raise TypeError(
-            "state: expected a torch.Tensor [B, 3, C], got a list; rwkv_kernels.compat.transformers.import_state "
-            "converts [num, den, max]"
-        )
-    if state is not None:
-        _require(isinstance(state, Tensor), TypeError, "state", "a torch.Tensor", type(state).__name__)
-    _require(k.dim() == len(shape), ValueError, "k", f"shape {layout}", list(k.shape))
-    _require(k.dtype in DTYPES, TypeError, "k", "float32, float16, bfloat16 or float64", k.dtype)
-    for name, tensor in like_k:
-        _require(
-            tensor.shape == k.shape, ValueError, name, f"shape {layout} = {list(k.shape)} as k", list(tensor.shape)
-        )
-        _require(tensor.dtype == k.dtype, TypeError, name, f"{k.dtype} as k", tensor.dtype)
-        _require(tensor.device == k.device, ValueError, name, f"device {k.device} as k", tensor.device)
-    for name, tensor in (("w", w), ("u", u)):
-        _require(tensor.shape == k.shape[-1:], ValueError, name, f"shape [C] = [{k.shape[-1]}]", list(tensor.shape))
-        _require(tensor.dtype in DTYPES, TypeError, name, "float32, float16, bfloat16 or float64", tensor.dtype)
-        _require(tensor.device == k.device, ValueError, name, f"device {k.device} as k", tensor.device)
-    if state is not None:
-        expected = [k.shape[0], 3, k.shape[-1]]
-        dtype = _state_dtype(k.dtype)
-        got = f"{list(state.shape)}{_converter(list(state.shape), k.shape[0], k.shape[-1])}"
-        _require(list(state.shape) == expected, ValueError, "state", f"shape [B, 3, C] = {expected}", got)
-        _require(state.dtype == dtype, TypeError, "state", f"{dtype} for k of {k.dtype}", state.dtype)
-        _require(state.device == k.device, ValueError, "state", f"device {k.device} as k", state.device)
-
-
-def _check(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, shape: tuple[str, ...], r: Tensor | None = None
-) -> None:
-    # One expression for the good case, because it is part of every call's latency.
-    try:
-        size, dtype, device = k.shape, k.dtype, k.device
-        fits = (
-            len(size) == len(shape)
-            and v.shape == size
-            and w.shape == u.shape == size[-1:]
-            and dtype in DTYPES
-            and v.dtype == dtype
-            and w.dtype in DTYPES
-            and u.dtype in DTYPES
-            and w.device == u.device == v.device == device
-            and (r is None or (r.shape == size and r.dtype == dtype and r.device == device))
-            and (
-                state is None
-                or (
-                    state.shape == (size[0], 3, size[-1])
-                    and state.dtype == _state_dtype(dtype)
-                    and state.device == device
-                )
-            )
-        )
-    except AttributeError:
-        fits = False
-    if not fits:
-        _explain(w, u, k, v, state, shape, r)
 
 
 @overload
@@ -171,9 +89,21 @@ def wkv(
     elif k.dtype != v.dtype and torch.is_autocast_enabled(k.device.type):
         dtype = torch.promote_types(k.dtype, v.dtype)
         k, v = k.to(dtype), v.to(dtype)
-    _check(w, u, k, v, state, ("B", "T", "C"))
+    check(SEQUENCE, w, u, k, v, state)
     y, state_out = select(backend, k).forward(w, u, k, v, state)
     return (y, state_out) if return_state else y
+
+
+def _step_by_forward(
+    forward: Forward, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None
+) -> Tensor:
+    """A step as a sequence of one token, whose only mutation is a copy to the state."""
+    # In the dtype of the sums, so that the gated result is rounded once.
+    wide_k, wide_v = (x.unsqueeze(1).to(state.dtype) for x in (k, v))
+    y, state_out = forward(w, u, wide_k, wide_v, state)
+    state.copy_(state_out)
+    y = y.squeeze(1)
+    return (y if r is None else torch.sigmoid(r.to(state.dtype)) * y).to(k.dtype)
 
 
 def wkv_step(
@@ -217,26 +147,26 @@ def wkv_step(
             dtype = torch.promote_types(dtype, r.dtype)
             r = r.to(dtype)
         k, v = k.to(dtype), v.to(dtype)
-    _require(isinstance(state, Tensor), TypeError, "state", "a torch.Tensor", type(state).__name__)
-    _check(w, u, k, v, state, ("B", "C"), r)
+    if state is None:
+        raise TypeError("state: expected a torch.Tensor, got NoneType")
+    check(TOKEN, w, u, k, v, state, r)
     if torch.is_grad_enabled():
         for name, tensor in (("w", w), ("u", u), ("k", k), ("v", v), ("state", state), ("r", r)):
-            _require(
-                tensor is None or not tensor.requires_grad,
-                ValueError,
-                name,
-                "no gradient to be required by wkv_step (use torch.no_grad(), or wkv with T = 1)",
-                "requires_grad=True",
-            )
-    overlap = not state.is_contiguous() and any(
+            if tensor is not None and tensor.requires_grad:
+                raise ValueError(
+                    f"{name}: expected no gradient to be required by wkv_step (use torch.no_grad(), or wkv with "
+                    "T = 1), got requires_grad=True"
+                )
+    if not state.is_contiguous() and any(
         stride == 0 and size > 1 for stride, size in zip(state.stride(), state.shape, strict=True)
-    )
-    _require(not overlap, ValueError, "state", "elements of their own to write to", "an expanded tensor")
+    ):
+        raise ValueError("state: expected elements of their own to write to, got an expanded tensor")
     chosen = select(backend, k)
-    if torch.compiler.is_compiling():
+    if chosen.step is None or is_compiling():
         # torch.compile loses the symbolic storage offset of a view that a custom operator mutates, and would write to
         # another place of the base. A copy from a functional operator is torch's own mutation, which it keeps right.
-        return step_by_forward(chosen.forward, w, u, k, v, state, r)
+        return _step_by_forward(chosen.forward, w, u, k, v, state, r)
+    refuse_onnx()
     return chosen.step(w, u, k, v, state, r)
 
 
@@ -251,7 +181,8 @@ def empty_state(
 
     `dtype` is that of the state: float32, or float64 for float64 inputs; TypeError for another.
     """
-    _require(dtype in (torch.float32, torch.float64), TypeError, "dtype", "torch.float32 or torch.float64", dtype)
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
     sums = torch.zeros((batch, 2, channels), device=device, dtype=dtype)
     # Nothing is written to afterwards: compilers that recompute a part of a graph recompute no mutation.
     return torch.cat((sums, torch.full_like(sums[:, :1], reference.EMPTY_MAX)), 1)

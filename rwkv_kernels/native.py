@@ -36,7 +36,7 @@ class Library:
 
     path: Path | None
     why_missing: str | None
-    info: dict[str, Any] = field(default_factory=dict)  # what the library tells about its build
+    info: dict[str, Any] = field(default_factory=dict)  # of its build, as the library returns it
 
 
 def _missing(why: str) -> Library:
@@ -77,7 +77,7 @@ MACH_O = (b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe")  # for one processor, and fo
 
 
 def _why_unfit(path: Path) -> str | None:
-    """What the file's header says against loading it here; None leaves the verdict to the system's loader.
+    """An objection to loading the file here, from its header; None leaves the verdict to the system's loader.
 
     The loader's own words for a library of another processor do not name the processor, and a library that was cut off
     crashes the process.
@@ -108,7 +108,7 @@ def _why_unfit(path: Path) -> str | None:
 
 
 def _ask(path: Path | str, function: str) -> dict[str, Any]:
-    """What a C function of a library that is loaded returns as JSON; raises AttributeError without that function."""
+    """The JSON that a C function of a loaded library returns; raises AttributeError without that function."""
     ask = getattr(ctypes.CDLL(str(path)), function)
     ask.restype = ctypes.c_char_p
     return json.loads(ask())  # type: ignore[no-any-return]

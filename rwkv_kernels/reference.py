@@ -7,13 +7,14 @@ its own: gradients, of any order and in either mode, are torch's.
 import torch
 from torch import Tensor
 
-__all__ = ["empty_state", "wkv", "wkv_direct"]
+__all__ = ["EMPTY_MAX", "empty_state", "state_dtype", "wkv", "wkv_direct"]
 
 EMPTY_MAX = -1e38
 
 
-def _accumulation_dtype(k: Tensor) -> torch.dtype:
-    return torch.float64 if k.dtype == torch.float64 else torch.float32
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of all sums, and of the state, for a k of this dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _log_decay(w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -27,7 +28,7 @@ def _log_decay(w: Tensor, dtype: torch.dtype) -> Tensor:
 
 def empty_state(k: Tensor) -> Tensor:
     """The state before the first step, [B, 3, C]: (num, den, max) = (0, 0, -1e38), finite because inf - inf is NaN."""
-    state = k.new_zeros((k.shape[0], 3, k.shape[2]), dtype=_accumulation_dtype(k))
+    state = k.new_zeros((k.shape[0], 3, k.shape[2]), dtype=state_dtype(k.dtype))
     state[:, 2] = EMPTY_MAX
     return state
 
@@ -45,7 +46,7 @@ def wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None)
         y [B, T, C] in k's dtype and the state [B, 3, C] after the last step. All sums are float32, for float64 inputs
         float64.
     """
-    dtype = _accumulation_dtype(k)
+    dtype = state_dtype(k.dtype)
     log_decay, u = _log_decay(w, dtype), u.to(dtype)
     if state is None:
         state = empty_state(k)
@@ -70,7 +71,7 @@ def wkv_direct(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     The logit of step s seen from t is k_s + (t - 1 - s)·log_decay for s < t, and u + k_t for s = t. Arguments and
     result are those of `wkv`.
     """
-    dtype = _accumulation_dtype(k)
+    dtype = state_dtype(k.dtype)
     steps = k.shape[1]
     log_decay, u, keys = _log_decay(w, dtype), u.to(dtype), k.to(dtype)
     t = torch.arange(steps, device=k.device)

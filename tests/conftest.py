@@ -1,16 +1,18 @@
 """Fixtures that every test may use, and the closing line that says which backends ran."""
 
 import collections
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from problems import dtypes_of
+from torch._ops import OpOverload
 
 import rwkv_kernels
-from rwkv_kernels import triton_backend
+from rwkv_kernels._backends.registry import BACKENDS
+from rwkv_kernels._backends.triton import op
 
-if triton_backend.INTERPRETED:
+if op.INTERPRETED:
     import triton_interpreter
 
     triton_interpreter.repair()
@@ -19,7 +21,7 @@ _calls_by_backend: collections.Counter[str] = collections.Counter()
 
 
 NAMES = [info.name for info in rwkv_kernels.backends()]
-GPU_NAMES = ["cuda"] if triton_backend.INTERPRETED else ["cuda", "triton"]
+GPU_NAMES = [name for name in NAMES if BACKENDS[name].device_type == "cuda"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,7 +45,7 @@ def _start(name: str, request: pytest.FixtureRequest) -> str:
         pytest.skip(f"backend {name} does not compute in {dtype}")
     _calls_by_backend[name] += 1
     if name in GPU_NAMES:
-        torch.set_default_device("cuda")
+        torch.set_default_device(BACKENDS[name].device_type)
         request.addfinalizer(lambda: torch.set_default_device(None))
     return name
 
@@ -64,6 +66,24 @@ def compiled_backend(request: pytest.FixtureRequest) -> str:
 def native_backend(request: pytest.FixtureRequest) -> str:
     """Every backend behind the operators of torch.ops.rwkv_kernels."""
     return _start(request.param, request)
+
+
+class Operators(NamedTuple):
+    """A backend's operators of torch.ops.rwkv_kernels."""
+
+    backend: str
+    forward: OpOverload
+    backward: OpOverload
+    step: OpOverload
+
+
+@pytest.fixture(params=[name for name in NAMES if isinstance(BACKENDS[name].step, OpOverload)])
+def operators(request: pytest.FixtureRequest) -> Operators:
+    """Those of every backend that has some."""
+    backend = _start(request.param, request)
+    prefix = BACKENDS[backend].step._schema.name.split("::")[1].removesuffix("_step")
+    names = (f"{prefix}_forward", f"_{prefix}_backward", f"{prefix}_step")
+    return Operators(backend, *(getattr(torch.ops.rwkv_kernels, name).default for name in names))
 
 
 @pytest.fixture(params=GPU_NAMES)

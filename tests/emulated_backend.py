@@ -18,7 +18,8 @@ import torch
 from problems import checkpoint_interval
 from torch import Tensor
 
-from rwkv_kernels import autograd, registry
+from rwkv_kernels import autograd
+from rwkv_kernels._backends import registry
 
 NAME = "emulated"
 
@@ -28,36 +29,28 @@ class _Current:
 
 
 _library = torch.library.Library("rwkv_kernels_emulated", "FRAGMENT")
-_library.define(
-    "forward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, bool checkpoint) -> (Tensor, Tensor, Tensor)"
-)
-_library.define(
-    "backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, Tensor checkpoints, Tensor gy, "
-    "Tensor? gstate_out) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 
 
 def _step(*arguments: Any) -> Tensor:
     return gpu_host.step(_Current.executor, *arguments)
 
 
-_library.impl("forward", lambda *arguments: gpu_host.forward(_Current.executor, *arguments), "CPU")
-_library.impl("backward", lambda *arguments: gpu_host.backward(_Current.executor, *arguments), "CPU")
-_ops = torch.ops.rwkv_kernels_emulated
-_differentiable = autograd.attach(
+autograd.define(
     _library,
-    _ops.forward.default,
-    _ops.backward.default,
-    checkpoint_interval,
+    NAME,
+    "cpu",
+    lambda *arguments: gpu_host.forward(_Current.executor, *arguments),
+    lambda *arguments: gpu_host.backward(_Current.executor, *arguments),
 )
-_backend = registry.Backend(NAME, ("cpu",), lambda: None, lambda k: None, _differentiable, _step)
+_forward, _ = autograd.attach(_library, NAME, checkpoint_interval)
+_backend = registry.Backend(NAME, _forward, _step, device_types=("cpu",))
 
 
 @contextmanager
 def emulated(executor: gpu_host.Executor) -> Iterator[str]:
     """The backend's name while it exists."""
     _Current.executor = executor
-    registry.BACKENDS[NAME] = _backend
+    registry.register(_backend)
     try:
         yield NAME
     finally:

@@ -9,20 +9,21 @@ from torch import Tensor
 
 import rwkv_kernels
 from rwkv_kernels import native
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+from rwkv_kernels._backends.registry import BACKENDS
+from rwkv_kernels._backends.triton.plan import CHECKPOINT_INTERVAL
+from rwkv_kernels.reference import state_dtype
 
 
 def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
-    """What the backend computes in: Triton's kernels have no float64."""
-    return tuple(dtype for dtype in DTYPES if (backend, dtype) != ("triton", torch.float64))
+    """The dtypes of k that the backend takes."""
+    return BACKENDS[backend].dtypes
 
 
 def widest_dtype(backend: str) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes_of(backend) else torch.float32
 
 
-INTERVAL = 64  # steps between checkpoints in float32; cases lie on both sides of it
+INTERVAL = CHECKPOINT_INTERVAL  # in float32; cases lie on both sides of it
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ PROBLEMS = {
 
 @dataclass
 class Tensors:
-    """What goes into the operator (w, u, k, v, state) and into its backward (gy, gstate)."""
+    """The tensors of the operator (w, u, k, v, state) and of its backward (gy, gstate)."""
 
     w: Tensor
     u: Tensor
@@ -89,8 +90,8 @@ class Tensors:
     gstate: Tensor
 
     @property
-    def inputs(self) -> tuple[Tensor | None, ...]:
-        return (self.w, self.u, self.k, self.v, self.state)
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        return self.w, self.u, self.k, self.v, self.state
 
     def exact(self) -> "Tensors":
         """The same numbers in float64, so that only the operator's own rounding remains between two results."""
@@ -116,10 +117,6 @@ def _lay_out(x: Tensor, layout: str) -> Tensor:
     if layout == "expanded":
         return x[:1].expand(x.shape)
     return x
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def checkpoint_interval(dtype: torch.dtype | str) -> int:
@@ -215,7 +212,7 @@ def assert_solves(tensors: Tensors, backend: str, exact_backend: str = "referenc
 
 
 def least_scale(name: str, tensors: Tensors) -> float:
-    """What an error is relative to even where the exact result is smaller.
+    """The size that an error is relative to even where the exact result is smaller.
 
     Roundings are relative to the terms of a sum, not to what cancellation leaves: gy·(v - y) is made of terms of the
     size of gy·v even where v = y.

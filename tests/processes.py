@@ -11,7 +11,7 @@ PACKAGE = Path(rwkv_kernels.__file__).parent
 
 
 def run_python(code: str, root: Path = PACKAGE.parent, **environment: str) -> str:
-    """What the program prints; `root` is where it runs and holds the package that it imports."""
+    """The program's output; `root` is where it runs and holds the package that it imports."""
     result = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(root), **environment},

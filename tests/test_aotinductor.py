@@ -25,7 +25,7 @@ def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What export.py writes, and the program in build/run."""
+    """The files of export.py, and the program in build/run."""
     made = tmp_path_factory.mktemp("aotinductor")
     torch_cmake = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
     for command in (

@@ -15,7 +15,9 @@ from problems import Problem, make
 from processes import PACKAGE, run_python
 
 import rwkv_kernels
-from rwkv_kernels import native, registry
+from rwkv_kernels import native
+from rwkv_kernels._backends import cuda as cuda_backend
+from rwkv_kernels._backends import registry
 from rwkv_kernels.native import Library
 
 CALL = """
@@ -26,6 +28,12 @@ try:
 except rwkv_kernels.BackendUnavailable as error:
     print(error)
 rwkv_kernels.wkv(torch.zeros(3), torch.zeros(3), x, x, backend="reference")
+"""
+
+CHOICE = """
+import torch
+from rwkv_kernels._backends import registry
+print(registry.select("auto", torch.zeros(1, 1, 1)).name)
 """
 
 
@@ -71,8 +79,7 @@ def test_an_unknown_name_is_refused_at_once() -> None:
 
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 def test_the_environment_variable_chooses(name: str) -> None:
-    code = "import torch; from rwkv_kernels import registry; print(registry.select('auto', torch.zeros(1, 1, 1)).name)"
-    assert run_python(code, RWKV_KERNELS_BACKEND=name).strip() == name
+    assert run_python(CHOICE, RWKV_KERNELS_BACKEND=name).strip() == name
 
 
 def test_an_unknown_name_in_the_environment_is_refused_by_the_call() -> None:
@@ -116,7 +123,7 @@ def _cuda(*architectures: str) -> Library:
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Replaces the CUDA kernels, the GPU, of which there is one, and what Triton lacks, by others."""
-    remembered = (registry._cuda_why_unavailable, registry._why_uncovered)
+    remembered = (cuda_backend.why_unavailable, cuda_backend.why_uncovered)
 
     def forget() -> None:
         for answer in remembered:
@@ -124,7 +131,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
     def replace(cuda: Library, capability: tuple[int, int] | None = None, triton: str | None = "no Triton") -> None:
         forget()
-        backend = dataclasses.replace(registry.TRITON, why_unavailable=lambda: triton)
+        backend = dataclasses.replace(registry.BACKENDS["triton"], why_unavailable=lambda: triton)
         monkeypatch.setitem(registry.BACKENDS, "triton", backend)
         monkeypatch.setattr(native, "cuda", cuda)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
@@ -146,7 +153,7 @@ def test_the_cuda_backend_names_the_first_thing_that_is_missing(
     cuda: Library, capability: tuple[int, int] | None, reason: str, pretend: Callable[..., None]
 ) -> None:
     pretend(cuda, capability)
-    assert str(registry._cuda_why_unavailable()).startswith(reason)
+    assert str(cuda_backend.why_unavailable()).startswith(reason)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +213,7 @@ def test_the_device_is_asked_once(pretend: Callable[..., None], monkeypatch: pyt
 
 
 def test_torch_compile_takes_what_a_device_said_for_a_constant() -> None:
-    @registry._constant
+    @registry.constant
     def why_not(index: int | None) -> str | None:
         torch._dynamo.graph_break()  # as looking for a GPU would
         return None if index is None else "not the CPU"
@@ -223,7 +230,8 @@ import torch
 def fail(*arguments): raise AssertionError("somebody looked for a GPU")
 torch.cuda.is_available = torch.cuda.device_count = torch.cuda.get_device_capability = torch.cuda._lazy_init = fail
 import rwkv_kernels
-from rwkv_kernels import native, registry
+from rwkv_kernels import native
+from rwkv_kernels._backends import registry
 native.cuda = native.Library(native.operators.path, None, {"cuda": "13.0", "cuda_architectures": ("9.0",)})
 x = torch.zeros(1, 2, 3)
 print(registry.select("auto", x).name)
@@ -278,15 +286,15 @@ def test_triton_says_what_it_lacks_and_is_not_imported_for_that() -> None:
 
 
 def test_auto_is_never_the_interpreter_of_triton() -> None:
-    code = "import torch; from rwkv_kernels import registry; print(registry.select('auto', torch.zeros(1, 1, 1)).name)"
-    assert run_python(code, TRITON_INTERPRET="1").strip() == "cpu"
+    assert run_python(CHOICE, TRITON_INTERPRET="1").strip() == "cpu"
 
 
 def test_triton_refuses_the_cpu_and_float64_and_names_who_takes_them() -> None:
     code = """
 import torch, rwkv_kernels
-from rwkv_kernels import triton_backend
-triton_backend.why_unavailable.__globals__["_load"] = lambda: None
+import dataclasses
+from rwkv_kernels._backends.registry import BACKENDS
+BACKENDS["triton"] = dataclasses.replace(BACKENDS["triton"], why_unavailable=lambda: None)
 x = torch.zeros(1, 2, 3, dtype=torch.float64)
 try:
     rwkv_kernels.wkv(x[0, 0], x[0, 0], x, x, backend="triton")
@@ -297,4 +305,30 @@ except rwkv_kernels.BackendUnavailable as error:
     can = "Available for this call: cpu, reference."
     compiled, interpreted = (run_python(code, TRITON_INTERPRET=value).strip() for value in "01")
     assert compiled == f"{refused} on cpu, and this backend takes tensors on cuda). {can}"
-    assert interpreted == f"{refused} torch.float64, and this backend computes in float32). {can}"
+    assert interpreted == f"{refused} torch.float64, and this backend takes float32, float16 or bfloat16). {can}"
+
+
+def test_a_new_backend_is_a_module_and_its_registration() -> None:
+    """The list, both functions, the doctor, and the fixtures of the operators' tests."""
+    code = """
+import torch, toy_backend, rwkv_kernels
+from rwkv_kernels import __main__
+assert rwkv_kernels.backends()[-1] == ("toy", True, None)
+x, state = torch.zeros(1, 2, 3), rwkv_kernels.empty_state(1, 3)
+for backend in ("toy", "cpu"):
+    y = rwkv_kernels.wkv(x[0, 0], x[0, 0], x, x + 1, backend=backend)
+    yt = rwkv_kernels.wkv_step(x[0, 0], x[0, 0], x[:, 0], x[:, 0] + 1, state, backend=backend)
+    assert torch.equal(y[:, 0], yt) and torch.equal(yt, torch.ones(1, 3)), backend
+try:
+    rwkv_kernels.wkv(x[0, 0], x[0, 0], x[:, :0], x[:, :0], backend="toy")
+except rwkv_kernels.BackendUnavailable as error:
+    assert "'toy' refused (toy: k has no steps)" in str(error)
+raise SystemExit(__main__.main())
+"""
+    here = Path(__file__).parent
+    assert "\n  toy         available: off the float64 oracle by" in run_python(code, PYTHONPATH=str(here))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "toy_backend", "-p", "no:cacheprovider", "test_operator.py"]
+    result = subprocess.run(
+        [*command, "-k", "toy and (small or another_dtype)"], cwd=here, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0 and "backend toy: " in result.stdout, result.stdout[-3000:]

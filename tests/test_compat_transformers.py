@@ -69,7 +69,7 @@ def test_logits_loss_state_and_every_gradient_are_exact(
     assert_tensor_close("loss", output.loss, loss, 4 * torch.finfo(torch.float32).eps)
     total, exact_total = _loss(output.logits, tokens), loss
 
-    # What the next call would make of the state counts in the loss, so that gradients come through it, too.
+    # The next call's output from the state counts in the loss, so that gradients come through it, too.
     if use_cache or with_state:
         for found, exact in zip(_plain_state(output.state), after, strict=True):
             for name, x, y in zip(exact._fields, found, exact, strict=True):

@@ -148,21 +148,20 @@ def test_nothing_to_do_is_defined(B: int, T: int, C: int, backend: str) -> None:
 OF_OPERATORS = (RuntimeError, ValueError, TypeError)
 
 
-def test_the_operators_check_their_arguments_too(native_backend: str) -> None:
+def test_the_operators_check_their_arguments_too(operators: Any) -> None:
     w, u, k, v, state = make(Problem(with_state=True)).inputs
-    ops = torch.ops.rwkv_kernels
     for wrong, message in [
         ((w[:3], u, k, v, state, True), "w: expected shape"),
         ((w, u, k, v[:, :5], state, True), "v: expected shape"),
         ((w, u, k[0], v[0], state, True), "k: expected shape"),
-        ((w, u, k, v.double(), state, True), "v: expected float32"),
+        ((w, u, k, v.double(), state, True), "v: expected .*float32"),
         ((w, u, k, v, state[:, :2], True), "state: expected shape"),
-        ((w, u, k, v, state.double(), True), "state: expected float32"),
+        ((w, u, k, v, state.double(), True), "state: expected .*float32"),
         ((w.long(), u, k, v, state, True), "w: expected float32"),
-        ((w, u, k.long(), v.long(), state, True), "k: expected float32"),
+        ((w, u, k.long(), v.long(), state, True), "k.*float32"),
     ]:
         with pytest.raises(OF_OPERATORS, match=message):
-            ops.wkv_forward(*wrong)
+            operators.forward(*wrong)
     kt, vt = k[:, 0], v[:, 0]
     for wrong_step, message in [
         ((w, u, k[0, 0], v[0, 0], state), "k: expected shape"),
@@ -171,18 +170,18 @@ def test_the_operators_check_their_arguments_too(native_backend: str) -> None:
         ((w, u, kt, vt, state[:1]), "state: expected shape"),
         ((w, u, kt, vt, state, kt[:1]), "r: expected shape"),
         ((w, u, kt, vt, state, k), "r: expected shape"),
-        ((w, u, kt, vt, state, kt.double()), "r: expected float32"),
+        ((w, u, kt, vt, state, kt.double()), "r: expected .*float32"),
     ]:
         with pytest.raises(OF_OPERATORS, match=message):
-            ops.wkv_step(*wrong_step)
-    checkpoints = ops.wkv_forward(w, u, k, v, state, True)[2]
+            operators.step(*wrong_step)
+    checkpoints = operators.forward(w, u, k, v, state, True)[2]
     for wrong_backward in [
         (w, u, k, v, state, checkpoints.new_zeros(2, 5, 3, 19), v, None),
         (w, u, k, v, state, checkpoints, v[:, :3], None),
         (w, u, k, v, state, checkpoints, v, state[:1]),
     ]:
         with pytest.raises(OF_OPERATORS, match="expected shape"):
-            ops._wkv_backward(*wrong_backward)
+            operators.backward(*wrong_backward)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int64])

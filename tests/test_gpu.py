@@ -12,7 +12,6 @@ from dataclasses import replace
 import pytest
 import torch
 from problems import (
-    DTYPES,
     Problem,
     Tensors,
     assert_close,
@@ -30,6 +29,7 @@ from torch import Tensor
 
 import benchmarks.problem
 import rwkv_kernels
+from rwkv_kernels.inputs import DTYPES
 
 
 def _assert_bitwise(found: dict[str, Tensor], expected: dict[str, Tensor], what: object = "") -> None:

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from problems import DTYPES, PROBLEMS, Problem, assert_solves, log_denominator, make, solve
+from problems import PROBLEMS, Problem, assert_solves, log_denominator, make, solve
 from torch import Tensor
 
 import rwkv_kernels
+from rwkv_kernels.inputs import DTYPES
 
 _introspection = pytest.importorskip("rwkv_kernels._introspection", reason="rwkv_kernels._introspection is not built")
 gpu_host = pytest.importorskip("gpu_host")

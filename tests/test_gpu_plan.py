@@ -75,7 +75,9 @@ def test_the_plan_covers_every_element_once_and_fits_the_device(seed: int) -> No
         if operation == "forward":
             assert plan["warps"] in (1, 2, 4, 8), case
             assert _least_warps(dtype) <= plan["warps"] <= _forward_warps(dtype, limits), case
-            assert plan["warps"] == _least_warps(dtype) or plan["tile_steps"] // 2 < T, "half as many would hold the sequence"
+            assert plan["warps"] == _least_warps(dtype) or plan["tile_steps"] // 2 < T, (
+                "half as many would hold the sequence"
+            )
         else:
             assert plan["tile_steps"] == checkpoint_interval(dtype), "a tile lies between two checkpoints"
 

@@ -11,8 +11,10 @@ import cuda_toolkit
 import gpu_host
 import pytest
 import torch
-from problems import DTYPES, PROBLEMS, Problem, Tensors, make
+from problems import PROBLEMS, Problem, Tensors, make
 from torch import Tensor
+
+from rwkv_kernels.inputs import DTYPES
 
 ROOT = Path(__file__).parent.parent
 NAMESPACE_OF_CUDA = "rwkv_kernels_of_cuda"

@@ -1,4 +1,4 @@
-"""What Hugging Face's `kernels` loads: the functions by the oracle, the real loader, unpatched transformers."""
+"""The package that Hugging Face's `kernels` loads: its functions by the oracle, the loader, unpatched transformers."""
 
 import fcntl
 import importlib

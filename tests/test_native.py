@@ -20,7 +20,7 @@ from rwkv_kernels import native
 OPERATORS = "librwkv_kernels.so"
 IN_SOURCE_TREE = "run `pip install --no-build-isolation .` in the source tree"
 
-# What a user meets: whatever the libraries are like, the package imports and the reference computes.
+# For a user: whatever the libraries are like, the package imports and the reference computes.
 PROGRAM = """
 import json, os, sys
 import torch
@@ -39,7 +39,7 @@ print(json.dumps({**vars(build), "reasons": reasons, "loaded": sorted(torch.ops.
 
 
 def _tell(package: Path, changes: str = "") -> dict[str, Any]:
-    """What a process says that imports the package after these changes to torch."""
+    """The output of a process that imports the package after these changes to torch."""
     told: dict[str, Any] = json.loads(
         run_python(PROGRAM.replace("CHANGES", changes), package.parent, RWKV_KERNELS_BACKEND="auto").splitlines()[-1]
     )
@@ -48,7 +48,7 @@ def _tell(package: Path, changes: str = "") -> dict[str, Any]:
 
 
 def _why_not_here(package: Path) -> str:
-    """What is said, in this process, of a library that is not loaded."""
+    """The reason that this process gives for a library that is not loaded."""
     found = native._find_operators(package)
     assert found.path is None and found.info == {}
     return str(found.why_missing)
@@ -220,7 +220,7 @@ def test_a_second_library_of_the_same_namespace_is_not_loaded(package: Path) -> 
 
 def test_a_second_package_works_in_a_namespace_of_its_own(package: Path) -> None:
     another = _another(package)
-    # What a build with another -DWKV_NAMESPACE has in the two places, if the name has the same length.
+    # A build with another -DWKV_NAMESPACE differs in these two places alone, if the name has the same length.
     content = _built().read_bytes()
     for place in (b"\0%s\0", b'"namespace": "%s"'):
         if place % b"rwkv_kernels" not in content:
@@ -246,7 +246,7 @@ WhyNoCuda = Callable[..., str]
 
 @pytest.fixture
 def why_no_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WhyNoCuda:
-    """What is said, in this process, in a torch of that CUDA, beside libraries of these versions that do not load."""
+    """The reason in a torch of that CUDA, beside libraries of these versions that do not load."""
 
     def why(cuda: str | None, *majors: int, hip: str | None = None) -> str:
         for major in majors:

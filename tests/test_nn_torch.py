@@ -1,4 +1,4 @@
-"""What a user of PyTorch expects of the model: hooks, offloading, mixed dtypes, compilation, export and checkpoints."""
+"""A user's expectations of a model in PyTorch: hooks, offloading, mixed dtypes, compilation, export and checkpoints."""
 
 import functools
 from collections.abc import Callable, Iterator

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from problems import (
-    DTYPES,
     PROBLEMS,
     Problem,
     assert_close,
@@ -21,6 +20,7 @@ from problems import (
 
 import rwkv_kernels
 from rwkv_kernels import reference
+from rwkv_kernels.inputs import DTYPES
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

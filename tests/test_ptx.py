@@ -18,8 +18,10 @@ from typing import NamedTuple
 import ptx
 import pytest
 import torch
-from problems import DTYPES, PROBLEMS, Problem, assert_solves, make, solve
+from problems import PROBLEMS, Problem, assert_solves, make, solve
 from test_gpu_emulated import LIMITS, OVER_ANCHORS, SEVERAL_TILES, plan_of
+
+from rwkv_kernels.inputs import DTYPES
 
 gpu_host = pytest.importorskip("gpu_host")
 emulated_backend = pytest.importorskip("emulated_backend")

@@ -34,7 +34,7 @@ def single_process(tmp_path: Path) -> Iterator[None]:
 
 
 def test_compiled_decoding_gives_the_tokens_of_the_parallel_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    # What Inductor makes of a step is tested elsewhere, and costs a minute of C++.
+    # Inductor's code for a step is tested elsewhere, and costs a minute of C++.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     made = _run("Compiled decoding")
     tokens, model = made["tokens"], made["model"]

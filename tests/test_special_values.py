@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from problems import DTYPES, Problem, Tensors, make, solve
+from problems import Problem, Tensors, make, solve
 
 import rwkv_kernels
 from rwkv_kernels import reference
+from rwkv_kernels.inputs import DTYPES
 
 T, C = 100, 40
 PLACE = (1, 37, 5)  # b, t, c

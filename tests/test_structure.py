@@ -5,10 +5,15 @@ import re
 import warnings
 from pathlib import Path
 
+import pytest
+import torch
+
 from rwkv_kernels import native
+from rwkv_kernels.inputs import BACKWARD, FORWARD, STEP, Inputs
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
+PACKAGE = ROOT / "rwkv_kernels"
 TORCH_HEADERS = re.compile(r"#include <((?:torch|ATen|c10|caffe2)/[^>]+)>")
 STABLE_HEADERS = ("torch/csrc/stable/", "torch/headeronly/")
 
@@ -66,15 +71,14 @@ def test_arithmetic_of_the_cpu_knows_no_tensors() -> None:
     assert {name for name, headers in included.items() if "../common/math.h" in headers} == {"joins.h"}
 
 
-def _imports(module: str) -> set[str]:
+def _imports(path: Path) -> set[str]:
     """The package's own modules that one of them imports: relatively, so that the package may have any name."""
-    tree = ast.parse((ROOT / "rwkv_kernels" / f"{module}.py").read_text())
-    folder = module.split("/")[:-1]
+    folder = path.relative_to(PACKAGE).parent.parts
     names: set[str] = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             imported = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
-            assert not any(name.split(".")[0] == "rwkv_kernels" for name in imported), f"{module} imports absolutely"
+            assert not any(name.split(".")[0] == "rwkv_kernels" for name in imported), f"{path} imports absolutely"
         if isinstance(node, ast.ImportFrom) and node.level:
             base = folder[: len(folder) - node.level + 1]
             tails = [node.module] if node.module else [alias.name for alias in node.names]
@@ -83,8 +87,8 @@ def _imports(module: str) -> set[str]:
 
 
 def test_every_package_is_installed() -> None:
-    listed = re.findall(r"^packages = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[0]
-    found = {path.parent.relative_to(ROOT) for path in (ROOT / "rwkv_kernels").rglob("__init__.py")}
+    listed = re.findall(r"^packages = (\[.*?\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)[0]
+    found = {path.parent.relative_to(ROOT) for path in PACKAGE.rglob("__init__.py")}
     assert sorted(ast.literal_eval(listed)) == sorted(".".join(path.parts) for path in found)
 
 
@@ -105,27 +109,48 @@ def test_the_oldest_torch_is_the_same_wherever_it_is_said() -> None:
     assert [name for name, words in said.items() if words not in (ROOT / name).read_text()] == []
 
 
+# The imports that are allowed to a module; to a folder's modules, those of the same folder besides.
+MAY_IMPORT = {
+    "reference": set(),
+    "native": set(),
+    "version": set(),
+    "inputs": {"reference"},
+    "autograd": {"inputs", "reference"},
+    "build": {"native"},
+    "_backends": {"autograd", "inputs", "native", "reference"},
+    "functional": {"_backends", "autograd", "inputs", "reference"},
+    "nn": {"functional"},
+    "compat": {"functional", "nn"},
+    "compat.torchscript": {"functional", "native"},  # which registers an operator in the library's namespace
+    "_backends.registry": {"inputs", "_backends.recomputation"},  # no backend
+    "_backends.triton.plan": set(),
+    "_backends.triton.kernels": {"_backends.triton.plan", "reference"},
+}
+
+
+def test_the_schemas_are_the_same_in_cpp_and_in_python() -> None:
+    if native.operators.why_missing is not None:
+        pytest.skip(native.operators.why_missing)
+    ops = getattr(torch.ops, native.NAMESPACE)
+    for name, schema in (("wkv_forward", FORWARD), ("_wkv_backward", BACKWARD), ("wkv_step", STEP)):
+        operator = getattr(ops, name).default._schema
+        assert str(operator) == str(torch._C.parse_schema(f"{native.NAMESPACE}::{name}{schema}"))
+    arguments = [(x.name, str(x.type)) for x in ops.wkv_forward.default._schema.arguments]
+    annotations = [
+        (name, "Optional[Tensor]" if "None" in str(x) else "Tensor") for name, x in Inputs.__annotations__.items()
+    ]
+    assert arguments == [*annotations, ("checkpoint", "bool")]
+
+
 def test_python_modules_import_downwards_only() -> None:
-    assert _imports("reference") == set()
-    assert _imports("native") == set()
-    assert _imports("autograd") == set()
-    assert _imports("triton_plan") == set()
-    assert _imports("triton_kernels") == {"triton_plan"}
-    assert _imports("triton_backend") <= {"autograd", "native", "reference", "triton_plan", "triton_kernels"}
-    assert _imports("recomputation") == set()
-    assert _imports("registry") <= {"autograd", "native", "recomputation", "reference", "triton_backend"}
-    assert _imports("functional") <= {"registry", "reference"}
-    assert _imports("build") == {"native"}
-    assert _imports("compat/torchscript") == {"functional", "native"}
-    assert _imports("nn/files") == set()
-    assert _imports("nn/checkpoints") <= {"nn.files"}
-    assert _imports("nn/padding") <= {"functional"}
-    assert _imports("nn/layers") <= {"functional", "nn.padding", "nn.state"}
-    for path in (ROOT / "rwkv_kernels").glob("*/*.py"):
-        module = str(path.relative_to(ROOT / "rwkv_kernels").with_suffix(""))
-        if module == "compat/torchscript":  # which registers an operator in the library's namespace
+    for path in PACKAGE.rglob("*.py"):
+        module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        if module in ("__init__", "__main__"):
             continue
-        assert {name for name in _imports(module) if not name.startswith("nn")} <= {"functional", "compat.torchscript"}
+        layer = module.split(".")[0]
+        allowed = MAY_IMPORT[layer] | {layer} if module not in MAY_IMPORT else MAY_IMPORT[module]
+        above = {name for name in _imports(path) if name not in allowed and name.split(".")[0] not in allowed}
+        assert above == set(), f"{module} imports {sorted(above)}"
 
 
 def test_documents_quote_the_records() -> None:
@@ -171,3 +196,11 @@ def test_every_file_is_python_3_10_and_has_no_doubtful_syntax() -> None:
             text = path.read_text()
             ast.parse(text, str(path), feature_version=(3, 10))
             compile(text, str(path), "exec")
+
+
+def test_no_comment_or_docstring_opens_with_what() -> None:
+    """The subject comes first; `# What` also where a comment follows code."""
+    opener = re.compile(r"""(^|\s)(#|//+|\"\"\") *What """, re.MULTILINE)
+    texts = {path: path.read_text() for path in _python_files() if PACKAGE in path.parents}
+    found = {path: [text[m.start() :].split("\n")[0] for m in opener.finditer(text)] for path, text in texts.items()}
+    assert {str(path.relative_to(ROOT)): lines for path, lines in found.items() if lines} == {}

@@ -1,4 +1,4 @@
-"""What a user of PyTorch expects of an operator: compile, export, functional transforms, checkpointing, autocast."""
+"""A user's expectations of an operator of PyTorch: compile, export, functional transforms, checkpointing, autocast."""
 
 import concurrent.futures
 import contextlib
@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 import rwkv_kernels
 from benchmarks.latency import PLAIN, gradient_calls
-from rwkv_kernels import reference, registry
+from rwkv_kernels import reference
+from rwkv_kernels._backends import registry
 from rwkv_kernels.nn import RWKV, Block, RWKVState
 
 ARGUMENTS = (0, 1, 2, 3, 4)
@@ -53,21 +54,20 @@ def _assert_all_close(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(with_state: bool, requires_grad: bool, native_backend: str) -> None:
-    ops = torch.ops.rwkv_kernels
-    w, u, k, v, state = (x.requires_grad_(requires_grad) for x in _inputs(native_backend))
+def test_opcheck(with_state: bool, requires_grad: bool, operators: Any) -> None:
+    w, u, k, v, state = (x.requires_grad_(requires_grad) for x in _inputs(operators.backend))
     given = state if with_state else None
     for checkpoint in (False, True):
-        torch.library.opcheck(ops.wkv_forward.default, (w, u, k, v, given, checkpoint))
+        torch.library.opcheck(operators.forward, (w, u, k, v, given, checkpoint))
     with torch.no_grad():
-        _, after, checkpoints = ops.wkv_forward(w, u, k, v, given, True)
+        _, after, checkpoints = operators.forward(w, u, k, v, given, True)
         gradients = (v.detach().clone(), after if with_state else None)
         backward_inputs = [x if x is None else x.detach() for x in (w, u, k, v, given, checkpoints)]
-        torch.library.opcheck(ops._wkv_backward.default, (*backward_inputs, *gradients))
+        torch.library.opcheck(operators.backward, (*backward_inputs, *gradients))
         kt, vt = k.detach()[:, 0], v.detach()[:, 0]
         for r in (None, vt):
             step_inputs = (w.detach(), u.detach(), kt, vt, state.detach().clone(), r)
-            torch.library.opcheck(ops.wkv_step.default, step_inputs)
+            torch.library.opcheck(operators.step, step_inputs)
 
 
 def test_gradcheck(compiled_backend: str) -> None:

@@ -9,16 +9,17 @@ import torch
 from problems import Problem, assert_close, assert_tensor_close, log_denominator, make, solve, tolerance
 from torch import Tensor
 
-from rwkv_kernels import triton_backend
-from rwkv_kernels.triton_backend import Launch
-from rwkv_kernels.triton_plan import Plan
+from rwkv_kernels._backends.triton import op
+from rwkv_kernels._backends.triton.op import Launch
+from rwkv_kernels._backends.triton.plan import Plan
+from rwkv_kernels.inputs import Inputs
 
 triton = pytest.importorskip("triton")
 triton_report = pytest.importorskip("triton_report")
-if triton_backend.INTERPRETED:
+if op.INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-# ---- what they take of a GPU ----
+# ---- registers and variants ----
 
 
 # Triton 3.6 spills two or three registers on AMD's GPUs.
@@ -78,7 +79,7 @@ runs_ptx = pytest.mark.skipif(ptx.unavailable() is not None, reason=str(ptx.unav
 
 
 def _memory(tensor: Tensor) -> numpy.ndarray[Any, Any]:
-    """What lies behind the tensor's address, in its storage."""
+    """The storage from the tensor's address on."""
     storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
     return storage[tensor.storage_offset() * tensor.element_size() :]
 
@@ -113,14 +114,12 @@ PTX_CASES = {
 def test_ptx_equals_the_oracle(name: str) -> None:
     problem, dtype, plan = PTX_CASES[name]
     tensors = make(problem, dtype)
-    w, u, k, v, state = tensors.inputs
-    assert w is not None and u is not None and k is not None and v is not None
-    (y, final, checkpoints), launches = triton_backend.forward(plan, w, u, k, v, state, True)
+    (y, final, checkpoints), launches = op.forward(plan, Inputs(*tensors.inputs), True)
     _run(launches)
     scale = log_denominator(final.double())
     gstate = tensors.gstate.clone()
     gstate[:, :2] *= torch.exp(final[:, 2].double() - scale)[:, None]
-    gradients, launches = triton_backend.backward(plan, w, u, k, v, state, checkpoints, tensors.gy, gstate)
+    gradients, launches = op.backward(plan, Inputs(*tensors.inputs), checkpoints, tensors.gy, gstate)
     _run(launches)
     found = {"y": y, "state_mean": final[:, 0] / final[:, 1], "state_log_den": log_denominator(final)}
     found |= dict(zip(("gw", "gu", "gk", "gv", "gstate"), gradients, strict=True))
@@ -132,17 +131,15 @@ def test_ptx_equals_the_oracle(name: str) -> None:
 @runs_ptx
 def test_ptx_the_gauge_of_a_checkpoint_does_not_matter() -> None:
     tensors = make(Problem(B=1, T=331, C=80, with_state=True))
-    w, u, k, v, state = tensors.inputs
-    assert w is not None and u is not None and k is not None and v is not None
+    inputs = Inputs(*tensors.inputs)
     for plan in (Plan(64, 64, 6), Plan(64, 384, 1)):
-        (_, _, checkpoints), launches = triton_backend.forward(plan, w, u, k, v, state, True)
+        (_, _, checkpoints), launches = op.forward(plan, inputs, True)
         _run(launches)
         moved = checkpoints.clone()
         moved[:, 1:3, :2] *= torch.exp(torch.tensor(5.0))
         moved[:, 1:3, 2] -= 5.0
         found, expected = (
-            triton_backend.backward(plan, w, u, k, v, state, given, tensors.gy, tensors.gstate)
-            for given in (moved, checkpoints)
+            op.backward(plan, inputs, given, tensors.gy, tensors.gstate) for given in (moved, checkpoints)
         )
         _run(found[1] + expected[1])
         for name, a, b in zip(("gw", "gu", "gk", "gv", "gstate"), found[0], expected[0], strict=True):
@@ -153,13 +150,11 @@ def test_ptx_the_gauge_of_a_checkpoint_does_not_matter() -> None:
 @runs_ptx
 def test_ptx_does_not_depend_on_the_order_of_programs_and_threads() -> None:
     tensors = make(Problem(B=2, T=331, C=80, with_state=True), torch.bfloat16)
-    w, u, k, v, state = tensors.inputs
-    assert w is not None and u is not None and k is not None and v is not None
     plan, results = Plan(64, 64, 6), []
     for order in ("forward", "reversed", "shuffled"):
-        (y, final, checkpoints), launches = triton_backend.forward(plan, w, u, k, v, state, True)
+        (y, final, checkpoints), launches = op.forward(plan, Inputs(*tensors.inputs), True)
         _run(launches, order)
-        gradients, launches = triton_backend.backward(plan, w, u, k, v, state, checkpoints, tensors.gy, tensors.gstate)
+        gradients, launches = op.backward(plan, Inputs(*tensors.inputs), checkpoints, tensors.gy, tensors.gstate)
         _run(launches, order)
         results.append((y, final, checkpoints, *gradients))
     for other in results[1:]:
@@ -179,7 +174,7 @@ def test_ptx_steps_equal_the_oracle(dtype: torch.dtype, gated: bool) -> None:
     if r is not None:
         expected["y"] *= r.double().sigmoid()[:, None]
     after = state.clone()
-    y, launches = triton_backend.step(w, u, k[:, 0], v[:, 0], after, r)
+    y, launches = op.step(w, u, k[:, 0], v[:, 0], after, r)
     _run(launches)
     found = {"y": y[:, None], "state_mean": after[:, 0] / after[:, 1], "state_log_den": log_denominator(after)}
     assert_close(found, {name: expected[name] for name in found}, tensors)

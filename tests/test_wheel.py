@@ -1,4 +1,4 @@
-"""What is built where something is missing, and that a wheel which is not as it should be is refused.
+"""The build where something is missing, and that a wheel which is not as it should be is refused.
 
 The wheel itself is built and checked by `make wheel`.
 """

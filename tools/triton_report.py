@@ -33,9 +33,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from rwkv_kernels import triton_backend, triton_kernels
-from rwkv_kernels.triton_backend import Launch
-from rwkv_kernels.triton_plan import LOADED_STEPS, REPLAYED_STEPS, Plan, make_plan, widths
+from rwkv_kernels._backends.triton import kernels, op
+from rwkv_kernels._backends.triton.op import Launch
+from rwkv_kernels._backends.triton.plan import LOADED_STEPS, REPLAYED_STEPS, Plan, make_plan, widths
+from rwkv_kernels.inputs import Inputs
 
 COMPILERS = 2  # at a time
 
@@ -61,15 +62,16 @@ def launches_of(plan: Plan, dtype: torch.dtype, B: int, T: int, C: int) -> list[
     """Every kernel as a call of this size would launch it, forward, backward and one step."""
     w, state = torch.empty(C), torch.empty(B, 3, C)
     k = torch.empty(B, T, C, dtype=dtype)
-    (_, _, checkpoints), forward = triton_backend.forward(plan, w, w, k, k, state, True)
-    _, backward = triton_backend.backward(plan, w, w, k, k, state, checkpoints, k, state)
-    _, step = triton_backend.step(w, w, k[:, 0], k[:, 0], state, k[:, 0])
+    inputs = Inputs(w, w, k, k, state)
+    (_, _, checkpoints), forward = op.forward(plan, inputs, True)
+    _, backward = op.backward(plan, inputs, checkpoints, k, state)
+    _, step = op.step(w, w, k[:, 0], k[:, 0], state, k[:, 0])
     return forward + backward + step
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
-    """What Triton makes of a launch's kernel when the launch is the first of its kind."""
-    kernel = getattr(triton_kernels, launch.kernel)
+    """A launch's kernel as Triton compiles it when the launch is the first of its kind."""
+    kernel = getattr(kernels, launch.kernel)
     signature, constants = {}, {}
     values = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | launch.constants
     for position, parameter in enumerate(kernel.params):
@@ -103,7 +105,7 @@ class Row:
 
 
 # The steps of the loops that every element passes, from the shorter loop to the longer one.
-WALKS = {
+LOOPS = {
     "summarise_states": (LOADED_STEPS,),
     "forward": (LOADED_STEPS,),
     "summarise_adjoints": (LOADED_STEPS,),
@@ -113,11 +115,11 @@ WALKS = {
 
 def _per_element(kernel: str, listing: str, channels_of_thread: int) -> tuple[float, float]:
     """Instructions and MUFU for each element and step, summed over the loops that an element passes."""
-    walks = WALKS[kernel]
+    expected = LOOPS[kernel]
     instructions = mufu = 0.0
-    # The walks over single steps that are left over are shorter.
+    # The loops over single steps that are left over are shorter.
     loops = sorted(sass.innermost_loops(listing), key=lambda loop: loop.instructions)
-    for steps, loop in zip(walks, loops[-len(walks) :], strict=True):
+    for steps, loop in zip(expected, loops[-len(expected) :], strict=True):
         elements = steps * channels_of_thread
         instructions += loop.instructions / elements
         mufu += loop.mufu / elements
@@ -142,7 +144,7 @@ def _row(launch: Launch, target: GPUTarget, dtype: torch.dtype, channels: int, c
             file.write(compiled.asm["cubin"])
             file.flush()
             ((registers, spilled),) = sass.resources(Path(file.name)).values()
-            if counted and launch.kernel in WALKS:
+            if counted and launch.kernel in LOOPS:
                 listing = sass.listing(Path(file.name))
                 instructions, mufu = _per_element(launch.kernel, listing, channels // target.warp_size)
     else:
@@ -168,8 +170,8 @@ def variants(launches: Iterable[Launch]) -> dict[str, int]:
     """How many variants of each kernel Triton compiles for these launches, by the keys of its own cache."""
     backend = make_backend(TARGETS[COMPARED])
     binders, keys = {}, {}
-    for name in triton_kernels.__all__:
-        kernel = getattr(triton_kernels, name)
+    for name in kernels.__all__:
+        kernel = getattr(kernels, name)
         binders[name] = create_function_from_signature(kernel.signature, kernel.params, backend)
         keys[name] = set[str]()
     for launch in launches:
@@ -212,7 +214,7 @@ def short_report(rows: list[dict[str, Any]]) -> list[str]:
     """The paragraphs of docs/triton-report.md."""
     counted = [
         {**row, "width": f"{row['channels']} channels"}
-        for kernel in WALKS
+        for kernel in LOOPS
         for row in rows
         if (row["target"], row["kernel"]) == (COMPARED, kernel)
     ]

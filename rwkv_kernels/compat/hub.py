@@ -24,6 +24,7 @@ state that was passed to forward is ignored. `rwkv_kernels.compat.transformers.p
 """
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ BF16 = (torch.bfloat16,)
 
 
 def _check_inputs(dtypes: tuple[torch.dtype, ...], **inputs: Tensor) -> None:
-    """What `wkv` does not check itself: that this is the function for the dtype, and that no gradient gets lost."""
+    """Checks beyond those of `wkv`: the function is the one for the dtype, and no gradient gets lost."""
     k = inputs["k"]
     if k.dtype not in dtypes:
         other = "call the function whose name ends in _bf16" if k.dtype == torch.bfloat16 else "convert k and v"
@@ -77,134 +78,90 @@ def _raw(w: Tensor) -> Tensor:
     return (-w.double()).log()
 
 
-def _forward(
-    dtypes: tuple[torch.dtype, ...], w: Tensor, u: Tensor, k: Tensor, v: Tensor, y: Tensor, s: Tensor | None
-) -> None:
-    _check_inputs(dtypes, w=w, u=u, k=k, v=v)
-    state, sums = None, torch.promote_types(k.dtype, torch.float32)
-    _check_like("y", y, list(k.shape), (k.dtype,), k)
-    if s is not None:
+def _functions(dtypes: tuple[torch.dtype, ...]) -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
+    """`forward`, `forward_with_state` and `backward` for these dtypes of k."""
+
+    def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, y: Tensor) -> None:
+        """The operator from an empty state, written to y.
+
+        Args:
+            w: [C], any floating dtype, at most 0: the log-decay itself. Above 0 everything becomes NaN.
+            u: [C], any floating dtype, the bonus.
+            k, v: [B, T, C], both the same: float32 or float64, or bfloat16 for the functions whose names end in _bf16.
+                All sums are float32, for float64 inputs float64.
+            y: [B, T, C] in k's dtype, overwritten.
+
+        Not differentiable by itself; `backward` is its derivative.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong dtype, shape or device; or, outside of an
+                autograd.Function, a gradient would be required. y is untouched then.
+            BackendUnavailable: as for `rwkv_kernels.wkv`.
+        """
+        _check_inputs(dtypes, w=w, u=u, k=k, v=v)
+        _check_like("y", y, list(k.shape), (k.dtype,), k)
+        with torch.no_grad():
+            y.copy_(wkv(_raw(w), u, k, v))
+
+    def forward_with_state(w: Tensor, u: Tensor, k: Tensor, v: Tensor, y: Tensor, s: Tensor) -> None:
+        """`forward` from a state, which moves on in place.
+
+        Args:
+            w, u, k, v, y: As for `forward`.
+            s: [B, C, 3], float32 or float64: (num, den, max), overwritten by the state after the last step. An empty
+                one is (0, 0, anything).
+
+        Raises as `forward` does; y and s are untouched then.
+        """
+        _check_inputs(dtypes, w=w, u=u, k=k, v=v)
+        _check_like("y", y, list(k.shape), (k.dtype,), k)
         _check_like("s", s, [k.shape[0], k.shape[-1], 3], WIDE, k)
-        state = s.transpose(1, 2).to(sums).contiguous()
-    with torch.no_grad():
-        output, after = wkv(_raw(w), u, k, v, state, return_state=True)
-        y.copy_(output)
-        if s is not None:
+        state = s.transpose(1, 2).to(torch.promote_types(k.dtype, torch.float32)).contiguous()
+        with torch.no_grad():
+            output, after = wkv(_raw(w), u, k, v, state, return_state=True)
+            y.copy_(output)
             s.copy_(after.transpose(1, 2))
 
+    def backward(
+        w: Tensor,
+        u: Tensor,
+        k: Tensor,
+        v: Tensor,
+        y: Tensor,
+        gy: Tensor,
+        gw: Tensor,
+        gu: Tensor,
+        gk: Tensor,
+        gv: Tensor,
+    ) -> None:  # fmt: skip
+        """The gradients of Σ y·gy, y as `forward` gives it, written to gw, gu, gk and gv.
 
-def _backward(
-    dtypes: tuple[torch.dtype, ...],
-    w: Tensor,
-    u: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gy: Tensor,
-    gw: Tensor,
-    gu: Tensor,
-    gk: Tensor,
-    gv: Tensor,
-) -> None:
-    _check_inputs(dtypes, w=w, u=u, k=k, v=v, gy=gy)
-    parameter = (torch.float32, torch.float64, torch.bfloat16)
-    for name, tensor, shape, allowed in (
-        ("gy", gy, list(k.shape), (k.dtype,)),
-        ("gw", gw, [k.shape[-1]], parameter),
-        ("gu", gu, [k.shape[-1]], parameter),
-        ("gk", gk, list(k.shape), (k.dtype,)),
-        ("gv", gv, list(k.shape), (k.dtype,)),
-    ):
-        _check_like(name, tensor, shape, allowed, k)
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (_raw(w), u, k, v)]
-        output = wkv(*leaves)
-    with torch.no_grad():
-        for written, gradient in zip((gw, gu, gk, gv), torch.autograd.grad(output, leaves, gy), strict=True):
-            written.copy_(gradient)
+        Args:
+            w, u, k, v: As for `forward`.
+            y: As `forward` wrote it. It is not read: the states that backward needs come from another run of the
+                forward kernel, and y with them.
+            gy: [B, T, C] in k's dtype.
+            gw: [C], float32, float64 or bfloat16, overwritten by the gradient of the raw decay, log(-w), which is that
+                of the log-decay times w. Summed over the batch in the dtype of the sums, and rounded once.
+            gu: [C], float32, float64 or bfloat16, overwritten. Summed over the batch likewise.
+            gk, gv: [B, T, C] in k's dtype, overwritten.
 
+        Raises as `forward` does; nothing is written then.
+        """
+        _check_inputs(dtypes, w=w, u=u, k=k, v=v, gy=gy)
+        for name, tensor in (("gy", gy), ("gk", gk), ("gv", gv)):
+            _check_like(name, tensor, list(k.shape), (k.dtype,), k)
+        for name, tensor in (("gw", gw), ("gu", gu)):
+            _check_like(name, tensor, [k.shape[-1]], (*WIDE, *BF16), k)
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (_raw(w), u, k, v)]
+            output = wkv(*leaves)
+        with torch.no_grad():
+            for written, gradient in zip((gw, gu, gk, gv), torch.autograd.grad(output, leaves, gy), strict=True):
+                written.copy_(gradient)
 
-def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, y: Tensor) -> None:
-    """The operator from an empty state, written to y.
-
-    Args:
-        w: [C], any floating dtype, at most 0: the log-decay itself. Above 0 everything becomes NaN.
-        u: [C], any floating dtype, the bonus.
-        k, v: [B, T, C], float32 or float64, both the same.
-        y: [B, T, C] in k's dtype, overwritten.
-
-    Not differentiable by itself; `backward` is its derivative.
-
-    Raises:
-        TypeError, ValueError: an argument has the wrong dtype, shape or device; or, outside of an autograd.Function, a
-            gradient would be required. y is untouched then.
-        BackendUnavailable: as for `rwkv_kernels.wkv`.
-    """
-    _forward(WIDE, w, u, k, v, y, None)
+    return forward, forward_with_state, backward
 
 
-def forward_bf16(w: Tensor, u: Tensor, k: Tensor, v: Tensor, y: Tensor) -> None:
-    """`forward` for bfloat16 k, v and y; all sums are float32."""
-    _forward(BF16, w, u, k, v, y, None)
-
-
-def forward_with_state(w: Tensor, u: Tensor, k: Tensor, v: Tensor, y: Tensor, s: Tensor) -> None:
-    """`forward` from a state, which moves on in place.
-
-    Args:
-        w, u, k, v, y: As for `forward`.
-        s: [B, C, 3], float32 or float64: (num, den, max), overwritten by the state after the last step. An empty one is
-            (0, 0, anything).
-
-    Raises as `forward` does; y and s are untouched then.
-    """
-    _forward(WIDE, w, u, k, v, y, s)
-
-
-def forward_with_state_bf16(w: Tensor, u: Tensor, k: Tensor, v: Tensor, y: Tensor, s: Tensor) -> None:
-    """`forward_with_state` for bfloat16 k, v and y; s is float32 or float64."""
-    _forward(BF16, w, u, k, v, y, s)
-
-
-def backward(
-    w: Tensor,
-    u: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    gy: Tensor,
-    gw: Tensor,
-    gu: Tensor,
-    gk: Tensor,
-    gv: Tensor,
-) -> None:
-    """The gradients of Σ y·gy, y as `forward` gives it, written to gw, gu, gk and gv.
-
-    Args:
-        w, u, k, v: As for `forward`.
-        y: What `forward` wrote. It is not read: the states that backward needs come from another run of the forward
-            kernel, and y with them.
-        gy: [B, T, C] in k's dtype.
-        gw: [C], float32, float64 or bfloat16, overwritten by the gradient of the raw decay, log(-w), which is that of
-            the log-decay times w. Summed over the batch.
-        gu: [C], float32, float64 or bfloat16, overwritten. Summed over the batch.
-        gk, gv: [B, T, C] in k's dtype, overwritten.
-
-    Raises as `forward` does; nothing is written then.
-    """
-    _backward(WIDE, w, u, k, v, gy, gw, gu, gk, gv)
-
-
-def backward_bf16(
-    w: Tensor,
-    u: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    gy: Tensor,
-    gw: Tensor,
-    gu: Tensor,
-    gk: Tensor,
-    gv: Tensor,
-) -> None:
-    """`backward` for bfloat16 k, v, gy, gk and gv; the sums over the batch are float32, and rounded once."""
-    _backward(BF16, w, u, k, v, gy, gw, gu, gk, gv)
+forward, forward_with_state, backward = _functions(WIDE)
+forward_bf16, forward_with_state_bf16, backward_bf16 = _functions(BF16)

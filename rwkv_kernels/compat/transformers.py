@@ -235,7 +235,7 @@ def _refuse_a_prompt_after_a_state(prepare_inputs: Callable[..., Any]) -> Callab
     return replacement
 
 
-# What patch() has replaced: (owner, name) -> the original, or None for a name that the owner only inherits.
+# Replaced by patch(): (owner, name) -> the original, or None for a name that the owner only inherits.
 _originals: dict[tuple[Any, str], Any] = {}
 
 

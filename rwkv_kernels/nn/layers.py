@@ -85,24 +85,16 @@ def _ramp(channels: int, power: float, like: Tensor) -> Tensor:
     return (_position(channels, like) / channels).pow(power).view(1, 1, channels)
 
 
-def _zeros(weight: Tensor) -> None:
-    weight.zero_()
-
-
 def _orthogonal(weight: Tensor, gain: float) -> None:
     weight.copy_(nn.init.orthogonal_(torch.empty_like(weight, dtype=_wide(weight)), gain))
 
 
-def _narrow(weight: Tensor) -> None:
-    weight.uniform_(-1e-4, 1e-4)
-
-
 @torch.no_grad()
-def _reset(layer: nn.Module, start: Callable[[Tensor], None]) -> None:
+def _reset(layer: nn.Module, start: Callable[[Tensor], object]) -> None:
     start(cast(Tensor, layer.weight))
 
 
-def _starting(kind: type[Layer], *sizes: int, start: Callable[[Tensor], None], **settings: bool) -> Layer:
+def _starting(kind: type[Layer], *sizes: int, start: Callable[[Tensor], object], **settings: bool) -> Layer:
     """A layer of torch's own type, by which other tools know it, whose `reset_parameters` sets other initial values."""
     layer = nn.utils.skip_init(kind, *sizes, **settings, device=torch.get_default_device())
     layer.reset_parameters = functools.partial(_reset, layer, start)
@@ -112,7 +104,7 @@ def _starting(kind: type[Layer], *sizes: int, start: Callable[[Tensor], None], *
 
 def zero_linear(inputs: int, outputs: int) -> nn.Linear:
     """A linear layer without bias that starts as zero."""
-    return _starting(nn.Linear, inputs, outputs, start=_zeros, bias=False)
+    return _starting(nn.Linear, inputs, outputs, start=nn.init.zeros_, bias=False)
 
 
 def orthogonal_linear(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
@@ -122,7 +114,7 @@ def orthogonal_linear(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear
 
 def narrow_embedding(tokens: int, channels: int) -> nn.Embedding:
     """An embedding that starts close to zero."""
-    return _starting(nn.Embedding, tokens, channels, start=_narrow)
+    return _starting(nn.Embedding, tokens, channels, start=functools.partial(nn.init.uniform_, a=-1e-4, b=1e-4))
 
 
 class TimeMix(nn.Module):

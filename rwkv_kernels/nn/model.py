@@ -250,7 +250,7 @@ class RWKV(nn.Module):
         logits, after = self(tokens.unsqueeze(1), state, in_place=True)
         if any(tensor.requires_grad for tensor in after):
             raise ValueError("state: expected no gradient to be required by step (use torch.no_grad(), or forward)")
-        # What did not move in place: the shifts, and everything where a compiler or a wrapper stands between.
+        # The shifts did not move in place, and nothing did where a compiler or a wrapper stands between.
         for old, moved in zip(state, after, strict=True):
             if moved is not old:
                 old.copy_(moved)

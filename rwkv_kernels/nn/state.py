@@ -1,4 +1,4 @@
-"""What the model remembers between two calls, to be kept, restored and branched."""
+"""The model's memory between two calls, to be kept, restored and branched."""
 
 import os
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ __all__ = ["RWKVState"]
 
 
 class RWKVState(NamedTuple):
-    """What the model remembers between two calls; for a single block, without the leading L.
+    """The model's memory between two calls; for a single block, without the leading L.
 
     Attributes:
         att_shift, ffn_shift: [L, B, C], the last input of every time mixing and channel mixing.
@@ -65,7 +65,7 @@ class RWKVState(NamedTuple):
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "RWKVState":
-        """What `save` wrote, on the CPU; ValueError for another or a broken file, of which nothing is executed."""
+        """A state that `save` wrote, on the CPU; ValueError for another or a broken file. Executes nothing of it."""
         tensors = read_torch(path)
         if set(tensors) != set(RWKVState._fields):
             raise ValueError(f"{path}: expected the tensors {', '.join(RWKVState._fields)}, got {sorted(tensors)[:5]}")

@@ -24,15 +24,15 @@ NARROW, WIDE = 2, 4
 PROGRAMS = 12
 SERIAL_PROGRAMS = 3
 
-# Below so many steps two more launches take longer than the walk. States are carried from chunk to chunk one after the
-# other, which for more chunks than this would take longer than the walks over them.
+# Below so many steps two more launches take longer than the steps. States are carried from chunk to chunk one after the
+# other, which for more chunks than this would take longer than the steps within them.
 LEAST_CHUNKED_STEPS = 256
 MOST_CHUNKS = 256
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A walk over time: the tile of channels of a program, and the steps it takes."""
+    """The cut of a call: the tile of channels of a program, and the chunk of steps that it takes."""
 
     channels: int
     chunk_len: int  # a multiple of CHECKPOINT_INTERVAL

@@ -26,7 +26,7 @@ class Region(NamedTuple):
 
 
 class _Repeated:
-    """What a frame runs again, in the context that it first ran in."""
+    """The function that a frame runs again, in the context that it first ran in."""
 
     def __init__(self, function: Callable[..., None], context: Callable[[], AbstractContextManager[None]]) -> None:
         self.function, self.context = function, context

@@ -7,7 +7,6 @@ the first call that needs it, and never by `import rwkv_kernels`.
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,21 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, native
-from .reference import EMPTY_MAX
-from .triton_plan import CHECKPOINT_INTERVAL, PARKED_STATES, Plan, make_plan, widths
+from ... import autograd, native
+from ...inputs import SEQUENCE, STATE, TOKEN, Inputs, Row, check, check_like
+from ...reference import empty_state
+from ..registry import Backend, constant
+from .plan import CHECKPOINT_INTERVAL, PARKED_STATES, Plan, make_plan, widths
 
 __all__ = [
+    "BACKEND",
     "DEVICE",
     "INTERPRETED",
     "Launch",
-    "attach",
     "backward",
     "forward",
     "plan_for",
     "step",
-    "why_not",
-    "why_unavailable",
 ]
 
 # Triton's interpreter runs kernels on the CPU with NumPy: for tests. Triton reads the variable when it is imported.
@@ -39,31 +38,18 @@ DEVICE = "cpu" if INTERPRETED else "cuda"  # which is what torch calls AMD's GPU
 # ---- whether it can run ----
 
 
-@functools.cache
-def _load() -> str | None:
+@constant
+def why_unavailable() -> str | None:
+    """Why this machine cannot run Triton kernels, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton (torch for CUDA or ROCm on Linux brings it along)"
     if not INTERPRETED and not torch.cuda.is_available():
         return f"torch {torch.__version__} finds no usable GPU, and Triton compiles for GPUs alone"
     try:
-        importlib.import_module(".triton_kernels", __package__)
+        importlib.import_module(".kernels", __package__)
     except Exception as error:  # whatever a broken installation raises
         return f"Triton does not load ({type(error).__name__}: {error})"
     return None
-
-
-def why_unavailable() -> str | None:
-    """Why this machine cannot run Triton kernels, or None."""
-    return _load()
-
-
-# What torch.compiler.assume_constant_result does, which would import the compiler.
-why_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def why_not(k: Tensor) -> str | None:
-    """Why the kernels cannot take a call with this k, or None."""
-    return "k is torch.float64, and this backend computes in float32" if k.dtype == torch.float64 else None
 
 
 # ---- launches ----
@@ -71,7 +57,7 @@ def why_not(k: Tensor) -> str | None:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel of triton_kernels by its name, the number of programs, and its arguments in their order."""
+    """A kernel by its name in kernels.py, the number of programs, and its arguments in their order."""
 
     kernel: str
     programs: int
@@ -125,10 +111,9 @@ def _float32(k: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=k.device)
 
 
-def forward(
-    plan: Plan, w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool
-) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
-    """What forward returns, and the launches that fill it; B, T and C are at least 1."""
+def forward(plan: Plan, inputs: Inputs, checkpoint: bool) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
+    """The outputs of forward, and the launches that fill them; B, T and C are at least 1."""
+    w, u, k, v, state = inputs
     B, T, C = k.shape
     k, v = _with_contiguous_channels(k), _with_contiguous_channels(v)
     w, u = w.contiguous(), u.contiguous()
@@ -161,17 +146,10 @@ def forward(
 
 
 def backward(
-    plan: Plan,
-    w: Tensor,
-    u: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor | None,
-    checkpoints: Tensor,
-    gy: Tensor,
-    gstate_out: Tensor | None,
+    plan: Plan, inputs: Inputs, checkpoints: Tensor, gy: Tensor, gstate_out: Tensor | None
 ) -> tuple[tuple[Tensor, ...], list[Launch]]:
-    """What backward returns, and the launches that fill it; B, T and C are at least 1."""
+    """The gradients of the inputs, and the launches that fill them; B, T and C are at least 1."""
+    w, u, k, v, state = inputs
     B, T, C = k.shape
     k, v, gy = (_with_contiguous_channels(x) for x in (k, v, gy))
     w, u, checkpoints = w.contiguous(), u.contiguous(), checkpoints.contiguous()
@@ -208,7 +186,7 @@ def _reduction(w: Tensor, partials: Tensor, gw: Tensor, gu: Tensor) -> Launch:
 
 
 def step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None) -> tuple[Tensor, list[Launch]]:
-    """What a step returns, and the launch that fills it and moves the state; B and C are at least 1."""
+    """y of a step, and the launch that fills it and moves the state; B and C are at least 1."""
     B, C = k.shape
     k, v = _with_contiguous_channels(k), _with_contiguous_channels(v)
     r = None if r is None else _with_contiguous_channels(r)
@@ -220,12 +198,12 @@ def step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | 
 
 
 def _run(launches: list[Launch], device: torch.device) -> None:
-    from . import triton_kernels
+    from . import kernels
 
     on_device: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with on_device:
         for launch in launches:
-            kernel = getattr(triton_kernels, launch.kernel)
+            kernel = getattr(kernels, launch.kernel)
             kernel[(launch.programs,)](
                 *launch.arguments, **launch.constants, num_warps=launch.warps, enable_fp_fusion=True
             )
@@ -233,23 +211,15 @@ def _run(launches: list[Launch], device: torch.device) -> None:
 
 # ---- operators ----
 #
-# rwkv_kernels.functional explains errors to users of the public functions; the checks here keep a direct call of the
+# rwkv_kernels.functional checks the arguments of the public functions; the checks here keep a direct call of the
 # operators from touching memory it should not.
 
 
-def _check(k: Tensor, *expected: tuple[str, Tensor | None, tuple[int, ...], torch.dtype | None]) -> None:
-    refusal = why_not(k) or why_unavailable()
+def _check(axes: tuple[str, ...], w: Tensor, u: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> None:
+    refusal = BACKEND.why_elsewhere(k) or why_unavailable()
     if refusal is not None:
         raise RuntimeError(refusal)
-    for name, tensor, shape, dtype in expected:
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
-        if not tensor.is_floating_point() or dtype not in (None, tensor.dtype):
-            raise TypeError(f"{name}: expected {dtype or 'a floating dtype'}, got {tensor.dtype}")
-        if tensor.device != k.device:
-            raise ValueError(f"{name}: expected device {k.device} as k, got {tensor.device}")
+    check(axes, w, u, k, v, *others)
 
 
 def _checkpoint_shape(k: Tensor, checkpoint: bool) -> tuple[int, ...]:
@@ -257,59 +227,45 @@ def _checkpoint_shape(k: Tensor, checkpoint: bool) -> tuple[int, ...]:
     return (B, _ceil_div(T, CHECKPOINT_INTERVAL) if checkpoint else 0, 3, C)
 
 
-def _forward_operator(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, checkpoint: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    B, T, C = k.shape
-    sequence, parameter = ((B, T, C), k.dtype), ((C,), None)
-    _check(
-        k, ("w", w, *parameter), ("u", u, *parameter), ("k", k, *sequence), ("v", v, *sequence),
-        ("state", state, (B, 3, C), torch.float32),
-    )  # fmt: skip
+def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *given, checkpoint = arguments
+    inputs = Inputs(*given)
+    _check(SEQUENCE, *inputs)
+    k, state = inputs.k, inputs.state
     if k.numel() == 0:
         # No steps leave the state as it is, an empty one in its normal form.
-        after = _float32(k, B, 3, C).zero_()
-        after[:, 2] = EMPTY_MAX
+        after = empty_state(k)
         if state is not None:
             after = torch.where(state[:, 1:2] == 0, after, state)
         return k.new_empty(k.shape), after, _float32(k, *_checkpoint_shape(k, checkpoint))
-    results, launches = forward(plan_for(k), w, u, k, v, state, checkpoint)
+    results, launches = forward(plan_for(k), inputs, checkpoint)
     _run(launches, k.device)
     return results
 
 
-def _backward_operator(
-    w: Tensor,
-    u: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor | None,
-    checkpoints: Tensor,
-    gy: Tensor,
-    gstate_out: Tensor | None,
-) -> tuple[Tensor, ...]:
-    B, T, C = k.shape
-    sequence, parameter, of_state = ((B, T, C), k.dtype), ((C,), None), ((B, 3, C), torch.float32)
-    _check(
-        k, ("w", w, *parameter), ("u", u, *parameter), ("k", k, *sequence), ("v", v, *sequence), ("gy", gy, *sequence),
-        ("state", state, *of_state), ("gstate_out", gstate_out, *of_state),
-        ("checkpoints", checkpoints, _checkpoint_shape(k, True), torch.float32),
-    )  # fmt: skip
+def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
+    *given, checkpoints, gy, gstate_out = arguments
+    inputs = Inputs(*given)
+    _check(SEQUENCE, *inputs)
+    k, (B, _, C) = inputs.k, inputs.k.shape
+    float32 = (torch.float32,)
+    rows: list[Row] = [
+        ("gy", gy, SEQUENCE, k.shape, (k.dtype,)),
+        ("checkpoints", checkpoints, ("B", "n", 3, "C"), _checkpoint_shape(k, True), float32),
+    ]
+    if gstate_out is not None:
+        rows.append(("gstate_out", gstate_out, STATE, (B, 3, C), float32))
+    check_like(k, rows)
     if k.numel() == 0:
         gstate = _float32(k, B, 3, C).zero_() if gstate_out is None else gstate_out.clone()
-        return torch.zeros_like(w), torch.zeros_like(u), torch.zeros_like(k), torch.zeros_like(v), gstate
-    results, launches = backward(plan_for(k), w, u, k, v, state, checkpoints, gy, gstate_out)
+        return (*(torch.zeros_like(x) for x in (inputs.w, inputs.u, k, inputs.v)), gstate)
+    results, launches = backward(plan_for(k), inputs, checkpoints, gy, gstate_out)
     _run(launches, k.device)
     return results
 
 
 def _step_operator(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None = None) -> Tensor:
-    B, C = k.shape
-    token, parameter = ((B, C), k.dtype), ((C,), None)
-    _check(
-        k, ("w", w, *parameter), ("u", u, *parameter), ("k", k, *token), ("v", v, *token),
-        ("r", r, *token), ("state", state, (B, 3, C), torch.float32),
-    )  # fmt: skip
+    _check(TOKEN, w, u, k, v, state, r)
     if k.numel() == 0:
         return k.new_empty(k.shape)
     y, launches = step(w, u, k, v, state, r)
@@ -317,28 +273,16 @@ def _step_operator(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r:
     return y
 
 
-Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+# Registrations last as long as this object.
+_library = torch.library.Library(native.NAMESPACE, "FRAGMENT")
 
 
-def attach(library: torch.library.Library) -> tuple[Forward, Step]:
-    """Defines the operators, of the schemas in csrc/ops.cpp, and returns the differentiable forward and the step."""
-    library.define(
-        "triton_forward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, bool checkpoint) "
-        "-> (Tensor y, Tensor state_out, Tensor checkpoints)"
-    )
-    library.define(
-        "_triton_backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, Tensor checkpoints, Tensor gy, "
-        "Tensor? gstate_out) -> (Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate)"
-    )
-    library.define("triton_step(Tensor w, Tensor u, Tensor k, Tensor v, Tensor(a!) state, Tensor? r=None) -> Tensor y")
-    library.impl("triton_forward", _forward_operator, DEVICE.upper())
-    library.impl("_triton_backward", _backward_operator, DEVICE.upper())
-    library.impl("triton_step", _step_operator, DEVICE.upper())
-
-    torch.library.register_fake(f"{native.NAMESPACE}::triton_step", autograd.fake_step, lib=library)
-    ops = getattr(torch.ops, native.NAMESPACE)
-    differentiable = autograd.attach(
-        library, ops.triton_forward.default, ops._triton_backward.default, lambda dtype: CHECKPOINT_INTERVAL
-    )
-    return differentiable, ops.triton_step.default
+autograd.define(_library, "triton", DEVICE, _forward_operator, _backward_operator, _step_operator)
+BACKEND = Backend(
+    "triton",
+    *autograd.attach(_library, "triton", lambda dtype: CHECKPOINT_INTERVAL),
+    device_types=(DEVICE,),
+    dtypes=(torch.float32, torch.float16, torch.bfloat16),
+    automatic=not INTERPRETED,  # the interpreter is orders of magnitude slower
+    why_unavailable=why_unavailable,
+)

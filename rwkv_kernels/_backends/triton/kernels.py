@@ -1,0 +1,584 @@
+"""The Triton kernels: the formulas of csrc/common/math.h, and the recurrence over time in terms of them.
+
+A program is one warp. It owns a tile of neighbouring channels of one sequence over one chunk of its steps and takes
+them one by one with the sums in registers; rows are loaded several at a time, so that a warp waits once for them.
+docs/triton.md leads through this file and has the counts behind its choices.
+
+A state is the tuple (num, den, max), its adjoint (gnum, gden): the gradients of num and den relative to that max, which
+whoever passes an adjoint on passes as well. A sequence is the tuple of the address of its step 0 and the stride of a
+step.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from ... import reference
+from .plan import CHECKPOINT_INTERVAL, LOADED_STEPS, PARKED_STATES, REPLAYED_STEPS
+
+__all__ = [
+    "backward",
+    "carry_adjoints",
+    "carry_states",
+    "forward",
+    "reduce",
+    "step",
+    "summarise_adjoints",
+    "summarise_states",
+]
+
+
+def constant(value: float) -> Any:
+    """A number that kernels may name; for the interpreter, where numbers are Python's, it is one of those."""
+    return value if triton.knobs.runtime.interpret else tl.constexpr(value)
+
+
+INTERVAL = constant(CHECKPOINT_INTERVAL)
+EMPTY_MAX = constant(reference.EMPTY_MAX)
+LOG2E = constant(1.4426950408889634)
+
+# Steps whose rows are loaded together.
+LOADED = constant(LOADED_STEPS)
+# Steps that backward takes forward and then back with all that they need in registers.
+REPLAYED = constant(REPLAYED_STEPS)
+PARKED = constant(PARKED_STATES)
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """A kernel that is compiled again for other dtypes and constants, never for other sizes, strides or addresses."""
+    parameters = inspect.signature(function).parameters.values()
+    return triton.jit(function, do_not_specialize=[x.name for x in parameters if x.annotation is not tl.constexpr])
+
+
+# ---- the operator ----
+
+
+@triton.jit
+def key_logit(k):
+    # An infinite weight has no finite mean: +inf becomes NaN. -inf stays, a weight of zero.
+    k = k.to(tl.float32)
+    return tl.where(k == float("inf"), float("nan"), k)
+
+
+@triton.jit
+def log_decay_of(w):
+    # Finite for any w but NaN; beyond e^64 a decay is zero whatever the keys are.
+    return -tl.exp(tl.where(w > 64.0, 64.0, w))
+
+
+@triton.jit
+def weigh(past_log, present_log):
+    # The larger weight is 1, so one exponential serves both.
+    gap = past_log - present_log
+    lesser = tl.exp2(-tl.abs(gap) * LOG2E)
+    past_is_larger = gap >= 0
+    return tl.where(past_is_larger, 1.0, lesser), tl.where(past_is_larger, lesser, 1.0)
+
+
+@triton.jit
+def mix(state, weights, v):
+    past, present = weights
+    return past * state[0] + present * v, past * state[1] + present
+
+
+@triton.jit
+def advance(state, log_decay, k, v):
+    num, den = mix(state, weigh(state[2] + log_decay, k), v)
+    return num, den, tl.maximum(state[2] + log_decay, k)
+
+
+@triton.jit
+def reciprocal(x):
+    # Of a positive number. Two instructions on every GPU, where a division takes eight.
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
+def join(state, decay, own):
+    past, present = weigh(state[2] + decay, own[2])
+    joined_max = tl.maximum(state[2] + decay, own[2])
+    return past * state[0] + present * own[0], past * state[1] + present * own[1], joined_max
+
+
+# ---- where a program stands, and what it loads and stores ----
+
+
+@triton.jit
+def locate(C_aligned, per_sequence, CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """The program's sequence, which of `per_sequence` it is, C, its channels, and which of them exist.
+
+    Threads behind the last channel repeat channels that exist, so that only stores need a mask.
+    """
+    tiles = tl.cdiv(C_aligned * ALIGNMENT, CHANNELS)
+    row = tl.program_id(0) // tiles
+    c = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
+    exists = c < C_aligned * ALIGNMENT
+    c = tl.minimum(c // ALIGNMENT, C_aligned - 1) * ALIGNMENT + c % ALIGNMENT
+    c = tl.max_contiguous(tl.multiple_of(c, ALIGNMENT), ALIGNMENT)
+    return (row // per_sequence).to(tl.int64), row % per_sequence, C_aligned.to(tl.int64) * ALIGNMENT, c, exists
+
+
+@triton.jit
+def columns(row, c, ALIGNMENT: tl.constexpr):
+    # The host has looked at the addresses; Triton would look again, and compile again, at every call.
+    return tl.max_contiguous(tl.multiple_of(row + c, ALIGNMENT), ALIGNMENT)
+
+
+@triton.jit
+def sequence(x, b, batch_stride, time_stride, c, ALIGNMENT: tl.constexpr):
+    return columns(x + b * batch_stride * ALIGNMENT, c, ALIGNMENT), time_stride * ALIGNMENT
+
+
+@triton.jit
+def load_parameter(values, c, ALIGNMENT: tl.constexpr):
+    return tl.load(columns(values, c, ALIGNMENT)).to(tl.float32)
+
+
+@triton.jit
+def load_rows(x, t, STEPS: tl.constexpr):
+    rows, stride = x
+    rows += t * stride
+    loaded = ()
+    for i in tl.static_range(STEPS):
+        loaded = loaded + (tl.load(rows + i * stride),)
+    return loaded
+
+
+@triton.jit
+def load_state(state, C):
+    return tl.load(state), tl.load(state + C), tl.load(state + 2 * C)
+
+
+@triton.jit
+def store_state(place, C, state, exists):
+    for i in tl.static_range(3):
+        tl.store(place + i * C, state[i], mask=exists)
+
+
+@triton.jit
+def load_adjoint(row, C, c, ALIGNMENT: tl.constexpr):
+    row = columns(row, c, ALIGNMENT)
+    return tl.load(row), tl.load(row + C)
+
+
+@triton.jit
+def store_pair(row, C, c, pair, exists, ALIGNMENT: tl.constexpr):
+    row = columns(row, c, ALIGNMENT)
+    tl.store(row, pair[0], mask=exists)
+    tl.store(row + C, pair[1], mask=exists)
+
+
+@triton.jit
+def normal(state):
+    # den == 0 means empty, whatever the other two say.
+    num, den, max = state
+    return tl.where(den == 0, 0.0, num), den, tl.where(den == 0, EMPTY_MAX, max)
+
+
+@triton.jit
+def load_first_state(state, b, C, c, ALIGNMENT: tl.constexpr):
+    """The caller's state of sequence b, or the empty one."""
+    zero = tl.zeros(c.shape, tl.float32)
+    first = (zero, zero, zero + EMPTY_MAX)
+    if state is not None:
+        first = normal(load_state(columns(state + b * 3 * C, c, ALIGNMENT), C))
+    return first
+
+
+@triton.jit
+def checkpoints_of(checkpoints, b, T, C, c, ALIGNMENT: tl.constexpr):
+    return columns(checkpoints + b * tl.cdiv(T, INTERVAL) * 3 * C, c, ALIGNMENT)
+
+
+# ---- forward ----
+
+
+@triton.jit
+def advance_steps(k, v, t, log_decay, state, STEPS: tl.constexpr):
+    ks = load_rows(k, t, STEPS)
+    vs = load_rows(v, t, STEPS)
+    for i in tl.static_range(STEPS):
+        state = advance(state, log_decay, key_logit(ks[i]), vs[i].to(tl.float32))
+    return state
+
+
+@triton.jit
+def forward_steps(k, v, y, checkpoints, t, begin, C, log_decay, u, state, exists, STEPS: tl.constexpr):
+    if checkpoints is not None:
+        if (t % INTERVAL == 0) & (t > begin):
+            store_state(checkpoints + (t // INTERVAL - 1) * 3 * C, C, state, exists)
+    ks = load_rows(k, t, STEPS)
+    vs = load_rows(v, t, STEPS)
+    y += t * C
+    for i in tl.static_range(STEPS):
+        kt, vt = key_logit(ks[i]), vs[i].to(tl.float32)
+        y_num, y_den = mix(state, weigh(state[2], u + kt), vt)
+        tl.store(y + i * C, (y_num * reciprocal(y_den)).to(y.dtype.element_ty), mask=exists)
+        state = advance(state, log_decay, kt, vt)
+    return state
+
+
+@kernel
+def summarise_states(
+    w, k, v, state, states,
+    k_batch_stride: tl.int64, k_time_stride: tl.int64, v_batch_stride: tl.int64, v_time_stride: tl.int64,
+    C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32, rows: tl.int32, rows_per_chunk: tl.int32,
+    CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """The state after every chunk but the last, each from empty, the first one from the given state."""
+    b, chunk, C, c, exists = locate(C_aligned, chunks - 1, CHANNELS, ALIGNMENT)
+    log_decay = log_decay_of(load_parameter(w, c, ALIGNMENT))
+    own = load_first_state(None, b, C, c, ALIGNMENT)
+    if chunk == 0:
+        own = load_first_state(state, b, C, c, ALIGNMENT)
+    k = sequence(k, b, k_batch_stride, k_time_stride, c, ALIGNMENT)
+    v = sequence(v, b, v_batch_stride, v_time_stride, c, ALIGNMENT)
+    for i in range(0, chunk_len, LOADED):
+        own = advance_steps(k, v, chunk * chunk_len + i, log_decay, own, LOADED)
+    after = b * rows + (chunk + 1) * rows_per_chunk - 1
+    store_state(columns(states + after * 3 * C, c, ALIGNMENT), C, own, exists)
+
+
+@triton.jit
+def carry_state(slots, stride, C, decay, state, exists, SLOTS: tl.constexpr):
+    own = ()
+    for i in tl.static_range(SLOTS):
+        own = own + (load_state(slots + i * stride, C),)
+    for i in tl.static_range(SLOTS):
+        state = join(state, decay, own[i])
+        store_state(slots + i * stride, C, state, exists)
+    return state
+
+
+@kernel
+def carry_states(
+    w, states, C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32, rows: tl.int32, rows_per_chunk: tl.int32,
+    CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """Joins the states of the chunks in order, in place: each becomes the true state after its chunk."""
+    b, _, C, c, exists = locate(C_aligned, 1, CHANNELS, ALIGNMENT)
+    decay = chunk_len * log_decay_of(load_parameter(w, c, ALIGNMENT))
+    stride = rows_per_chunk * 3 * C
+    first = columns(states + (b * rows + rows_per_chunk - 1) * 3 * C, c, ALIGNMENT)
+    state = load_state(first, C)
+    whole = chunks - 1 - (chunks - 2) % LOADED
+    for chunk in range(1, whole, LOADED):
+        state = carry_state(first + chunk * stride, stride, C, decay, state, exists, LOADED)
+    for chunk in range(whole, chunks - 1):
+        state = carry_state(first + chunk * stride, stride, C, decay, state, exists, 1)
+
+
+@kernel
+def forward(
+    w, u, k, v, state, states, y, state_out, checkpoints,
+    k_batch_stride: tl.int64, k_time_stride: tl.int64, v_batch_stride: tl.int64, v_time_stride: tl.int64,
+    T: tl.int32, C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32, rows: tl.int32, rows_per_chunk: tl.int32,
+    CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """y, the checkpoints within every chunk, and the state after the last one."""
+    b, chunk, C, c, exists = locate(C_aligned, chunks, CHANNELS, ALIGNMENT)
+    log_decay = log_decay_of(load_parameter(w, c, ALIGNMENT))
+    u = load_parameter(u, c, ALIGNMENT)
+    running = load_first_state(state, b, C, c, ALIGNMENT)
+    if chunk > 0:
+        before = b * rows + chunk * rows_per_chunk - 1
+        running = load_state(columns(states + before * 3 * C, c, ALIGNMENT), C)
+    k = sequence(k, b, k_batch_stride, k_time_stride, c, ALIGNMENT)
+    v = sequence(v, b, v_batch_stride, v_time_stride, c, ALIGNMENT)
+    y = columns(y + b * T * C, c, ALIGNMENT)
+    if checkpoints is not None:
+        checkpoints = checkpoints_of(checkpoints, b, T, C, c, ALIGNMENT)
+    begin = chunk * chunk_len
+    end = tl.minimum(begin + chunk_len, T)
+    whole = end - (end - begin) % LOADED
+    for t in range(begin, whole, LOADED):
+        running = forward_steps(k, v, y, checkpoints, t, begin, C, log_decay, u, running, exists, LOADED)
+    for t in range(whole, end):
+        running = forward_steps(k, v, y, checkpoints, t, begin, C, log_decay, u, running, exists, 1)
+    if chunk == chunks - 1:
+        store_state(columns(state_out + b * 3 * C, c, ALIGNMENT), C, running, exists)
+        if checkpoints is not None:
+            store_state(checkpoints + (tl.cdiv(T, INTERVAL) - 1) * 3 * C, C, running, exists)
+
+
+# ---- backward ----
+
+
+@triton.jit
+def summarise_adjoint_steps(k, v, gy, t, log_decay, u, state, passed, adjoint, STEPS: tl.constexpr):
+    # The adjoint's recurrence runs backward, but as a sum it can be taken forward: the share of a step in the adjoint
+    # before the chunk is its share in the one before itself times all weights of the past up to there, `passed`.
+    ks = load_rows(k, t, STEPS)
+    vs = load_rows(v, t, STEPS)
+    gs = load_rows(gy, t, STEPS)
+    gnum, gden = adjoint
+    for i in tl.static_range(STEPS):
+        kt, vt = key_logit(ks[i]), vs[i].to(tl.float32)
+        reads = weigh(state[2], u + kt)
+        y_num, y_den = mix(state, reads, vt)
+        inverse = reciprocal(y_den)
+        h = passed * reads[0] * (gs[i].to(tl.float32) * inverse)
+        gnum += h
+        gden -= h * (y_num * inverse)
+        advances = weigh(state[2] + log_decay, kt)
+        passed *= advances[0]
+        num, den = mix(state, advances, vt)
+        state = (num, den, tl.maximum(state[2] + log_decay, kt))
+    return state, passed, (gnum, gden)
+
+
+@triton.jit
+def backward_steps(k, v, gy, gk, gv, t, C, log_decay, u, state, adjoint, sums, exists, STEPS: tl.constexpr):
+    """Forward from the state before some steps, and back from the adjoint after them; sums are of log_decay and u."""
+    ks = load_rows(k, t, STEPS)
+    vs = load_rows(v, t, STEPS)
+    gs = load_rows(gy, t, STEPS)
+    gk += t * C
+    gv += t * C
+    replayed = ()
+    for i in tl.static_range(STEPS):
+        kt, vt = key_logit(ks[i]), vs[i].to(tl.float32)
+        reads = weigh(state[2], u + kt)
+        advances = weigh(state[2] + log_decay, kt)
+        replayed = replayed + ((state, reads, advances),)
+        num, den = mix(state, advances, vt)
+        state = (num, den, tl.maximum(state[2] + log_decay, kt))
+    gnum, gden = adjoint
+    g_log_decay, gu = sums
+    for i in tl.static_range(STEPS - 1, -1, -1):
+        state, reads, advances = replayed[i]
+        vt = vs[i].to(tl.float32)
+
+        y_num, y_den = mix(state, reads, vt)
+        inverse = reciprocal(y_den)
+        y = y_num * inverse
+        h = gs[i].to(tl.float32) * inverse
+        h_present = reads[1] * h
+        gu_t = h_present * (vt - y)
+        gu += gu_t
+
+        gv_t = advances[1] * gnum + h_present
+        gk_t = advances[1] * (vt * gnum + gden) + gu_t
+        tl.store(gv + i * C, gv_t.to(gv.dtype.element_ty), mask=exists)
+        tl.store(gk + i * C, gk_t.to(gk.dtype.element_ty), mask=exists)
+
+        # Paired step by step: recovering it from sums of gk is exact on paper and noise in float32 (docs/wkv.md).
+        gnum *= advances[0]
+        gden *= advances[0]
+        g_log_decay += state[0] * gnum + state[1] * gden
+
+        h_past = reads[0] * h
+        gnum += h_past
+        gden -= h_past * y
+    return (gnum, gden), (g_log_decay, gu)
+
+
+@kernel
+def summarise_adjoints(
+    w, u, k, v, gy, checkpoints, gstate_out, chunk_adjoints,
+    k_batch_stride: tl.int64, k_time_stride: tl.int64, v_batch_stride: tl.int64, v_time_stride: tl.int64,
+    gy_batch_stride: tl.int64, gy_time_stride: tl.int64,
+    T: tl.int32, C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32,
+    CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """The adjoint before every chunk but the first, each of that chunk alone, the last one with gstate_out."""
+    b, slot, C, c, exists = locate(C_aligned, chunks - 1, CHANNELS, ALIGNMENT)
+    begin = (slot + 1) * chunk_len
+    end = tl.minimum(begin + chunk_len, T)
+    log_decay = log_decay_of(load_parameter(w, c, ALIGNMENT))
+    u = load_parameter(u, c, ALIGNMENT)
+    checkpoints = checkpoints_of(checkpoints, b, T, C, c, ALIGNMENT)
+    state = load_state(checkpoints + (begin // INTERVAL - 1) * 3 * C, C)
+    gnum = tl.zeros(c.shape, tl.float32)
+    gden = gnum
+    if gstate_out is not None:
+        if slot == chunks - 2:
+            last_max = tl.load(checkpoints + ((tl.cdiv(T, INTERVAL) - 1) * 3 + 2) * C)
+            factor = tl.exp2((state[2] + (end - begin) * log_decay - last_max) * LOG2E)
+            gnum, gden = load_adjoint(gstate_out + b * 3 * C, C, c, ALIGNMENT)
+            gnum *= factor
+            gden *= factor
+    k = sequence(k, b, k_batch_stride, k_time_stride, c, ALIGNMENT)
+    v = sequence(v, b, v_batch_stride, v_time_stride, c, ALIGNMENT)
+    gy = sequence(gy, b, gy_batch_stride, gy_time_stride, c, ALIGNMENT)
+    passed = tl.full(c.shape, 1.0, tl.float32)
+    adjoint = (gnum, gden)
+    whole = end - (end - begin) % LOADED
+    for t in range(begin, whole, LOADED):
+        state, passed, adjoint = summarise_adjoint_steps(k, v, gy, t, log_decay, u, state, passed, adjoint, LOADED)
+    for t in range(whole, end):
+        state, passed, adjoint = summarise_adjoint_steps(k, v, gy, t, log_decay, u, state, passed, adjoint, 1)
+    store_pair(chunk_adjoints + (b * (chunks - 1) + slot) * 2 * C, C, c, adjoint, exists, ALIGNMENT)
+
+
+@triton.jit
+def carry_adjoint(slots, maxes, last, C, stride, decay, adjoint, exists, SLOTS: tl.constexpr):
+    # From slot `last` + 1 to SLOTS slots before it.
+    own = ()
+    for i in tl.static_range(SLOTS):
+        slot = slots + (last - i) * 2 * C
+        change = tl.load(maxes + (last - i) * stride) - tl.load(maxes + (last - i + 1) * stride)
+        own = own + ((tl.load(slot), tl.load(slot + C), tl.exp2((decay + change) * LOG2E)),)
+    gnum, gden = adjoint
+    for i in tl.static_range(SLOTS):
+        slot = slots + (last - i) * 2 * C
+        gnum = own[i][0] + own[i][2] * gnum
+        gden = own[i][1] + own[i][2] * gden
+        tl.store(slot, gnum, mask=exists)
+        tl.store(slot + C, gden, mask=exists)
+    return gnum, gden
+
+
+@kernel
+def carry_adjoints(
+    w, checkpoints, chunk_adjoints, T: tl.int32, C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32,
+    CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """Joins the adjoints of the chunks from the last to the first, in place: slot i becomes that after chunk i."""
+    b, _, C, c, exists = locate(C_aligned, 1, CHANNELS, ALIGNMENT)
+    decay = chunk_len * log_decay_of(load_parameter(w, c, ALIGNMENT))
+    # The max of the state after chunk i lies at maxes + i * stride.
+    stride = chunk_len // INTERVAL * 3 * C
+    maxes = checkpoints_of(checkpoints, b, T, C, c, ALIGNMENT) + stride - C
+    slots = columns(chunk_adjoints + b * (chunks - 1) * 2 * C, c, ALIGNMENT)
+    # The last slot is true already.
+    adjoint = load_adjoint(chunk_adjoints + ((b + 1) * (chunks - 1) - 1) * 2 * C, C, c, ALIGNMENT)
+    left_over = (chunks - 2) % LOADED
+    for passed in range(0, chunks - 2 - left_over, LOADED):
+        adjoint = carry_adjoint(slots, maxes, chunks - 3 - passed, C, stride, decay, adjoint, exists, LOADED)
+    for passed in range(left_over):
+        adjoint = carry_adjoint(slots, maxes, left_over - 1 - passed, C, stride, decay, adjoint, exists, 1)
+
+
+@kernel
+def backward(
+    w, u, k, v, gy, state, checkpoints, gstate_out, chunk_adjoints, parked, gk, gv, gstate, partials,
+    k_batch_stride: tl.int64, k_time_stride: tl.int64, v_batch_stride: tl.int64, v_time_stride: tl.int64,
+    gy_batch_stride: tl.int64, gy_time_stride: tl.int64,
+    T: tl.int32, C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32,
+    CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """gk, gv, the gradient of the first state, and each chunk's part of the gradients of log_decay and u.
+
+    Takes the chunk interval by interval, from the last to the first. It advances from the interval's checkpoint and
+    parks the state before every few steps in memory of its own; then it takes these few steps, from the last to the
+    first, forward once more and back.
+    """
+    b, chunk, C, c, exists = locate(C_aligned, chunks, CHANNELS, ALIGNMENT)
+    log_decay = log_decay_of(load_parameter(w, c, ALIGNMENT))
+    u = load_parameter(u, c, ALIGNMENT)
+    begin = chunk * chunk_len
+    end = tl.minimum(begin + chunk_len, T)
+    checkpoints = checkpoints_of(checkpoints, b, T, C, c, ALIGNMENT)
+    zero = tl.zeros(c.shape, tl.float32)
+    adjoint = (zero, zero)
+    if chunk < chunks - 1:
+        adjoint = load_adjoint(chunk_adjoints + (b * (chunks - 1) + chunk) * 2 * C, C, c, ALIGNMENT)
+    elif gstate_out is not None:
+        adjoint = load_adjoint(gstate_out + b * 3 * C, C, c, ALIGNMENT)
+    sums = (zero, zero)
+
+    k = sequence(k, b, k_batch_stride, k_time_stride, c, ALIGNMENT)
+    v = sequence(v, b, v_batch_stride, v_time_stride, c, ALIGNMENT)
+    gy = sequence(gy, b, gy_batch_stride, gy_time_stride, c, ALIGNMENT)
+    gk = columns(gk + b * T * C, c, ALIGNMENT)
+    gv = columns(gv + b * T * C, c, ALIGNMENT)
+    parked += tl.program_id(0).to(tl.int64) * (PARKED * 3 * CHANNELS)
+    parked = tl.max_contiguous(tl.multiple_of(parked + tl.arange(0, CHANNELS), 16), 16)
+    all_channels = tl.full(c.shape, 1, tl.int1)
+
+    intervals = tl.cdiv(end - begin, INTERVAL)
+    for behind in range(intervals):
+        t_first = begin + (intervals - 1 - behind) * INTERVAL
+        steps = tl.minimum(end - t_first, INTERVAL)
+        left_over = steps % LOADED
+        whole = t_first + steps - left_over
+        running = load_first_state(state, b, C, c, ALIGNMENT)
+        if t_first > 0:
+            running = load_state(checkpoints + (t_first // INTERVAL - 1) * 3 * C, C)
+
+        slot = parked
+        for t in range(t_first, whole, LOADED):
+            for part in tl.static_range(LOADED // REPLAYED):
+                store_state(slot, CHANNELS, running, all_channels)
+                slot += 3 * CHANNELS
+                running = advance_steps(k, v, t + part * REPLAYED, log_decay, running, REPLAYED)
+        for t in range(whole, whole + left_over):
+            store_state(slot, CHANNELS, running, all_channels)
+            slot += 3 * CHANNELS
+            running = advance_steps(k, v, t, log_decay, running, 1)
+        # Triton may give a channel's store and load to two threads.
+        tl.debug_barrier()
+
+        # The next checkpoint may have been joined, and not advanced to: the same state in another gauge.
+        max_after = tl.load(checkpoints + (t_first // INTERVAL * 3 + 2) * C)
+        change = tl.exp2((running[2] - max_after) * LOG2E)
+        adjoint = (adjoint[0] * change, adjoint[1] * change)
+        for i in range(left_over):
+            slot -= 3 * CHANNELS
+            before = load_state(slot, CHANNELS)
+            t = whole + left_over - 1 - i
+            adjoint, sums = backward_steps(k, v, gy, gk, gv, t, C, log_decay, u, before, adjoint, sums, exists, 1)
+        for i in range(REPLAYED, whole - t_first + 1, REPLAYED):
+            slot -= 3 * CHANNELS
+            before = load_state(slot, CHANNELS)
+            adjoint, sums = backward_steps(
+                k, v, gy, gk, gv, whole - i, C, log_decay, u, before, adjoint, sums, exists, REPLAYED
+            )
+        tl.debug_barrier()
+
+    store_pair(partials + (b * chunks + chunk) * 2 * C, C, c, sums, exists, ALIGNMENT)
+    if chunk == 0:
+        # The gradient of max follows from the others for consumers that respect the state's gauge.
+        num, den, _ = load_first_state(state, b, C, c, ALIGNMENT)
+        gnum, gden = adjoint
+        gradient = (gnum, gden, num * gnum + den * gden)
+        store_state(columns(gstate + b * 3 * C, c, ALIGNMENT), C, gradient, exists)
+
+
+@kernel
+def reduce(w, partials, gw, gu, C: tl.int32, rows: tl.int32, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
+    """Sums the partial gradients over all rows, in an order that depends on their number alone."""
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = c < C
+    first = tl.arange(0, ROWS)
+    g_log_decay = tl.zeros([ROWS, CHANNELS], tl.float32)
+    g_u = g_log_decay
+    for start in range(0, rows, ROWS):
+        row = start + first
+        at = partials + row.to(tl.int64)[:, None] * (2 * C) + c[None, :]
+        inside = (row < rows)[:, None] & exists[None, :]
+        g_log_decay += tl.load(at, mask=inside, other=0.0)
+        g_u += tl.load(at + C, mask=inside, other=0.0)
+    # The log-decay -exp(w) is its own derivative.
+    log_decay = log_decay_of(tl.load(w + c, mask=exists, other=0.0).to(tl.float32))
+    tl.store(gw + c, (tl.sum(g_log_decay, 0) * log_decay).to(gw.dtype.element_ty), mask=exists)
+    tl.store(gu + c, tl.sum(g_u, 0).to(gu.dtype.element_ty), mask=exists)
+
+
+# ---- one token ----
+
+
+@kernel
+def step(
+    w, u, k, v, r, state, y, k_stride: tl.int64, v_stride: tl.int64, r_stride: tl.int64,
+    state_batch_stride: tl.int64, state_row_stride: tl.int64, state_channel_stride: tl.int64,
+    C: tl.int32, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """y of one token, gated where there is an r, and the state in place."""
+    b, _, _, c, exists = locate(C, 1, CHANNELS, 1)
+    log_decay = log_decay_of(load_parameter(w, c, 1))
+    kt = key_logit(tl.load(k + b * k_stride + c))
+    vt = tl.load(v + b * v_stride + c).to(tl.float32)
+    state += b * state_batch_stride + c * state_channel_stride
+    before = normal(load_state(state, state_row_stride))
+    y_num, y_den = mix(before, weigh(before[2], load_parameter(u, c, 1) + kt), vt)
+    yt = y_num * reciprocal(y_den)
+    if r is not None:
+        yt *= tl.sigmoid(tl.load(r + b * r_stride + c).to(tl.float32))
+    tl.store(y + b * C + c, yt.to(y.dtype.element_ty), mask=exists)
+    store_state(state, state_row_stride, advance(before, log_decay, kt, vt), exists)
