@@ -21,16 +21,10 @@ namespace wkv {
 
 // ---- torch's operators that its stable interface names nowhere, by their schemas ----
 
-inline Tensor logical_not(const Tensor& tensor) {
-  std::array<StableIValue, 1> stack{torch::stable::detail::from(tensor)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::logical_not", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-inline Tensor where(const Tensor& condition, const Tensor& yes, const Tensor& no) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(condition), torch::stable::detail::from(yes),
-                                    torch::stable::detail::from(no)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::where", "self", stack.data(), TORCH_ABI_VERSION));
+template <class... Tensors>
+Tensor call(const char* name, const char* overload, const Tensors&... tensors) {
+  std::array<StableIValue, sizeof...(tensors)> stack{torch::stable::detail::from(tensors)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -40,7 +34,9 @@ inline Tensor row_of(Tensor state, int64_t row) { return torch::stable::narrow(s
 inline void state_after_no_steps(const std::optional<Tensor>& state, const Tensor& state_out) {
   set_zero(state_out);
   torch::stable::fill_(row_of(state_out, 2), kEmptyMax);
-  if (state.has_value()) copy(where(logical_not(row_of(*state, 1)), state_out, *state), state_out);
+  if (!state.has_value()) return;
+  const Tensor empty = call("aten::logical_not", "", row_of(*state, 1));
+  copy(call("aten::where", "self", empty, state_out, *state), state_out);
 }
 
 // Torch counts a tensor's versions for autograd where its own operators write to it, and kernels here write to memory:
