@@ -64,7 +64,7 @@ Tensor allocate(const Shape& shape, DType dtype, const Device& device) {
     strides[i] = stride;
     stride *= shape.begin()[i] > 0 ? shape.begin()[i] : 1;
   }
-  const Tensor whole = empty({count + 2 * kGuard}, dtype, device);
+  const Tensor whole = device.empty({count + 2 * kGuard}, dtype);
   Tensor inner = torch::stable::narrow(const_cast<Tensor&>(whole), 0, kGuard, count);
   Tensor filled = whole;
   torch::stable::fill_(filled, 1.0);

@@ -17,8 +17,8 @@ inline void check_like(const char* name, const Tensor& tensor, const Sizes& shap
   require(where == device, name, ": expected device ", device, " as k, got ", where);
 }
 
-// The arguments that forward, backward and step share, checked. k and v are [B, T, C], or [B, C] for the one token of a
-// step, with contiguous channels.
+// The arguments that forward, backward and step share, checked, with contiguous channels. k and v are [B, T, C], or
+// [B, C] for the one token of a step.
 struct Arguments {
   DType dtype, w_dtype, u_dtype;
   Device device;
@@ -45,8 +45,7 @@ struct Arguments {
     check_like("v", v, sizes, dtype, device);
     check_like("w", w, sizes_of({C}), w_dtype, device);
     check_like("u", u, sizes_of({C}), u_dtype, device);
-    k = with_contiguous_channels(k);
-    v = with_contiguous_channels(v);
+    for (Tensor* tensor : {&w, &u, &k, &v}) make_channels_contiguous(*tensor);
     if (state_.has_value()) state = checked_state("state", *state_);
   }
 
@@ -57,10 +56,11 @@ struct Arguments {
 
   bool nothing_to_do() const { return B == 0 || T == 0 || C == 0; }
 
-  Tensor empty_sequence() const { return empty({B, T, C}, dtype, device); }
-  Tensor empty_state() const { return empty({B, 3, C}, state_type(dtype), device); }
-  Tensor empty_checkpoints(bool wanted) const {
-    return empty({B, wanted ? checkpoint_count(dtype, T) : 0, 3, C}, state_type(dtype), device);
+  // Outputs, whose memory is got from a device or a launcher.
+  Tensor empty_sequence(const auto& from) const { return from.empty({B, T, C}, dtype); }
+  Tensor empty_state(const auto& from) const { return from.empty({B, 3, C}, state_type(dtype)); }
+  Tensor empty_checkpoints(const auto& from, bool wanted) const {
+    return from.empty({B, wanted ? checkpoint_count(dtype, T) : 0, 3, C}, state_type(dtype));
   }
 };
 
@@ -83,10 +83,10 @@ struct TokenArguments : Arguments {
     }
     if (!r_.has_value()) return;
     check_like("r", *r_, sizes_of({B, C}), dtype, device);
-    r = with_contiguous_channels(*r_);
+    make_channels_contiguous(r.emplace(*r_));
   }
 
-  Tensor empty_token() const { return empty({B, C}, dtype, device); }
+  Tensor empty_token(const auto& from) const { return from.empty({B, C}, dtype); }
 };
 
 // Backward's further arguments.
@@ -102,8 +102,14 @@ struct GradientArguments {
     check_like("checkpoints", checkpoints, sizes_of({B, checkpoint_count(dtype, T), 3, C}), state_type(dtype),
                arguments.device);
     checkpoints = as_contiguous(checkpoints);
-    gy = with_contiguous_channels(gy);
+    make_channels_contiguous(gy);
     if (gstate_out_.has_value()) gstate_out = arguments.checked_state("gstate_out", *gstate_out_);
+  }
+
+  // The gradients where there are no steps.
+  void after_no_steps(const Tensor& gw, const Tensor& gu, const Tensor& gstate) const {
+    for (const Tensor* gradient : {&gw, &gu, &gstate}) set_zero(*gradient);
+    if (gstate_out.has_value()) copy(*gstate_out, gstate);
   }
 };
 

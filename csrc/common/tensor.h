@@ -64,6 +64,21 @@ struct Device {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
   }
   bool operator==(const Device&) const = default;
+
+  // A contiguous tensor of any content.
+  Tensor empty(const Shape& shape, DType dtype) const {
+    constexpr size_t kMostDimensions = 4;
+    require(shape.size() <= kMostDimensions, "a tensor of ", shape.size(), " dimensions");
+    int64_t strides[kMostDimensions], stride = 1;
+    for (size_t i = shape.size(); i-- > 0;) {
+      strides[i] = stride;
+      stride *= shape.begin()[i] > 0 ? shape.begin()[i] : 1;
+    }
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
+                                                    torch_type(dtype), type, index, &handle));
+    return Tensor(handle);
+  }
 };
 
 inline std::ostream& operator<<(std::ostream& stream, const Device& device) {
@@ -102,22 +117,7 @@ inline std::ostream& operator<<(std::ostream& stream, const Sizes& sizes) {
   return stream << "]";
 }
 
-// ---- allocation and copies ----
-
-// Contiguous, with memory of any content.
-inline Tensor empty(const Shape& shape, DType dtype, const Device& device) {
-  constexpr size_t kMostDimensions = 4;
-  require(shape.size() <= kMostDimensions, "a tensor of ", shape.size(), " dimensions");
-  int64_t strides[kMostDimensions], stride = 1;
-  for (size_t i = shape.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= shape.begin()[i] > 0 ? shape.begin()[i] : 1;
-  }
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
-                                                  torch_type(dtype), device.type, device.index, &handle));
-  return Tensor(handle);
-}
+// ---- copies ----
 
 inline void set_zero(const Tensor& tensor) { TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(tensor.get())); }
 
@@ -129,10 +129,10 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// [B, T, C] or [B, C] with contiguous channels: as it is where it can be, else a copy.
-inline Tensor with_contiguous_channels(const Tensor& tensor) {
+// Channels are the last dimension.
+inline void make_channels_contiguous(Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
-  return tensor.stride(last) == 1 || tensor.size(last) <= 1 ? tensor : torch::stable::contiguous(tensor);
+  if (tensor.stride(last) != 1 && tensor.size(last) > 1) tensor = torch::stable::contiguous(tensor);
 }
 
 inline const void* data_of(const Tensor& tensor) { return tensor.const_data_ptr(); }

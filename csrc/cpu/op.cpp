@@ -58,14 +58,12 @@ WorkItems work_items_of(const Params& params) {
   return {make_plan(dtype, B, T, C, torch::stable::get_num_threads()), B, T, C};
 }
 
-// A [C] tensor of any type and stride as Real.
+// A contiguous [C] tensor of any type as Real.
 template <class Real>
 void convert(const Tensor& channels, DType dtype, Real* to) {
   with_dtype(dtype, [&](auto type) {
     using Element = ElementOf<type.value, torch::headeronly::Half, torch::headeronly::BFloat16>;
-    const Element* from = static_cast<const Element*>(data_of(channels));
-    const int64_t C = channels.size(0), stride = channels.stride(0);
-    for (int64_t c = 0; c < C; ++c) to[c] = static_cast<Real>(from[c * stride]);
+    std::copy_n(static_cast<const Element*>(data_of(channels)), channels.size(0), to);
   });
 }
 
@@ -114,9 +112,9 @@ void run_forward(const Arguments& arguments, ForwardParams params) {
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
                                            const std::optional<Tensor>& state, bool checkpoint) {
   const Arguments arguments(w, u, k, v, state);
-  const Tensor y = arguments.empty_sequence();
-  const Tensor state_out = arguments.empty_state();
-  const Tensor checkpoints = arguments.empty_checkpoints(checkpoint);
+  const Tensor y = arguments.empty_sequence(arguments.device);
+  const Tensor state_out = arguments.empty_state(arguments.device);
+  const Tensor checkpoints = arguments.empty_checkpoints(arguments.device, checkpoint);
   ForwardParams params{params_of(arguments)};
   params.y = y.mutable_data_ptr();
   params.state_out = state_out.mutable_data_ptr();
@@ -164,13 +162,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& w, con
                                                             const std::optional<Tensor>& gstate_out) {
   const Arguments arguments(w, u, k, v, state);
   const GradientArguments given(arguments, checkpoints, gy, gstate_out);
+  const Device& cpu = arguments.device;
   const DType type = state_type(arguments.dtype);
-  const Tensor gw = empty({arguments.C}, type, arguments.device), gu = empty({arguments.C}, type, arguments.device);
-  const Tensor gk = arguments.empty_sequence(), gv = arguments.empty_sequence();
-  const Tensor gstate = arguments.empty_state();
+  const Tensor gw = cpu.empty({arguments.C}, type), gu = cpu.empty({arguments.C}, type);
+  const Tensor gk = arguments.empty_sequence(cpu), gv = arguments.empty_sequence(cpu);
+  const Tensor gstate = arguments.empty_state(cpu);
   if (arguments.nothing_to_do()) {
-    for (const Tensor& gradient : {gw, gu, gstate}) set_zero(gradient);
-    if (given.gstate_out.has_value()) copy(*given.gstate_out, gstate);
+    given.after_no_steps(gw, gu, gstate);
   } else {
     BackwardParams params{params_of(arguments)};
     params.gy = sequence_of(given.gy);
@@ -188,10 +186,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& w, con
 Tensor step(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Tensor& state,
             const std::optional<Tensor>& r) {
   const TokenArguments arguments(w, u, k, v, state, r);
-  const Tensor y = arguments.empty_token();
+  const Tensor y = arguments.empty_token(arguments.device);
   if (arguments.nothing_to_do()) return y;
 
-  const Tensor given = as_contiguous(state), moved = arguments.empty_state();
+  const Tensor given = as_contiguous(state), moved = arguments.empty_state(arguments.device);
   StepParams params{params_of(arguments)};
   if (arguments.r.has_value()) params.r = sequence_of(*arguments.r);
   params.y = y.mutable_data_ptr();

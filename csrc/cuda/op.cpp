@@ -43,7 +43,7 @@ class CudaLauncher {
       : device_(device), guard_(device.index), stream_(current_stream(device.index)) {}
 
   DeviceLimits limits() const { return device_limits(device_.index); }
-  Tensor empty(const Shape& shape, DType dtype) const { return wkv::empty(shape, dtype, device_); }
+  Tensor empty(const Shape& shape, DType dtype) const { return device_.empty(shape, dtype); }
   void set_all_bits(void* memory, int64_t bytes) const {
     check_cuda(cudaMemsetAsync(memory, 0xff, static_cast<size_t>(bytes), stream_));
   }

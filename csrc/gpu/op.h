@@ -59,20 +59,13 @@ inline Sequence gpu_sequence(Tensor& tensor) {
   return sequence_of(tensor);
 }
 
-// w and u as the kernels take them, contiguous. Owns the copies until the launch.
-struct ContiguousParameters {
-  Tensor w, u;
-  ChannelParameters pointers;
-
-  explicit ContiguousParameters(const Arguments& arguments)
-      : w(as_contiguous(arguments.w)),
-        u(as_contiguous(arguments.u)),
-        pointers{data_of(w), data_of(u), arguments.w_dtype, arguments.u_dtype} {}
-};
+inline ChannelParameters channel_parameters(const Arguments& arguments) {
+  return {data_of(arguments.w), data_of(arguments.u), arguments.w_dtype, arguments.u_dtype};
+}
 
 // What forward and backward have in common.
-inline SequenceParams sequence_params(Arguments& arguments, const ContiguousParameters& parameters) {
-  return {.parameters = parameters.pointers,
+inline SequenceParams sequence_params(Arguments& arguments) {
+  return {.parameters = channel_parameters(arguments),
           .B = static_cast<uint32_t>(arguments.B),
           .T = static_cast<uint32_t>(arguments.T),
           .C = static_cast<uint32_t>(arguments.C),
@@ -80,24 +73,15 @@ inline SequenceParams sequence_params(Arguments& arguments, const ContiguousPara
           .state = data_or_null(arguments.state)};
 }
 
-// A plan's memory: parts of gradients, then messages and tickets.
-struct Workspace {
-  Tensor memory;
-  char* partials;
-  char* exchange;
-
-  template <class Launcher>
-  Workspace(Launcher& launcher, const Plan& plan)
-      // Whole float64 elements, which torch's allocator aligns for any type.
-      : memory(launcher.empty({(plan.partial_bytes + plan.exchange_bytes + 15) / 8}, DType::float64)),
-        partials(static_cast<char*>(memory.mutable_data_ptr())),
-        exchange(partials + (plan.partial_bytes + 7) / 8 * 8) {}
-};
-
-// The blocks of a plan, in as many launches as its sequences take.
+// The blocks of a plan, in as many launches as its sequences take. Returns the memory behind params.partials, which
+// this fills in.
 template <class Launcher>
-void launch_plan(Launcher& launcher, Kernel kernel, DType dtype, const Plan& plan, SequenceParams params,
-                 char* exchange) {
+Tensor launch_plan(Launcher& launcher, Kernel kernel, DType dtype, const Plan& plan, SequenceParams& params) {
+  // Parts of gradients, then messages and tickets, in whole float64 elements, which torch's allocator aligns for any
+  // type.
+  const Tensor workspace = launcher.empty({(plan.partial_bytes + plan.exchange_bytes + 7) / 8}, DType::float64);
+  params.partials = workspace.mutable_data_ptr();
+  char* const exchange = static_cast<char*>(params.partials) + plan.partial_bytes;
   params.chunking = {.first_batch = 0,
                      .chunks = static_cast<uint32_t>(plan.chunks),
                      .chunk_tiles = static_cast<int32_t>(plan.chunk_tiles),
@@ -123,6 +107,7 @@ void launch_plan(Launcher& launcher, Kernel kernel, DType dtype, const Plan& pla
          &params,
          sizeof params});
   }
+  return workspace;
 }
 
 // For launches of one thread or one group of threads for each of `count` things.
@@ -139,21 +124,19 @@ std::tuple<Tensor, Tensor, Tensor> gpu_forward(const Tensor& w, const Tensor& u,
   check_sizes(arguments);
   const auto& [dtype, B, T, C] = std::tie(arguments.dtype, arguments.B, arguments.T, arguments.C);
   Launcher launcher(arguments.device);
-  const Tensor y = launcher.empty({B, T, C}, dtype);
-  const Tensor state_out = launcher.empty({B, 3, C}, state_type(dtype));
-  const Tensor checkpoints = launcher.empty({B, checkpoint ? checkpoint_count(dtype, T) : 0, 3, C}, state_type(dtype));
+  const Tensor y = arguments.empty_sequence(launcher);
+  const Tensor state_out = arguments.empty_state(launcher);
+  const Tensor checkpoints = arguments.empty_checkpoints(launcher, checkpoint);
   if (arguments.nothing_to_do()) {
     state_after_no_steps(arguments.state, state_out);
     return {y, state_out, checkpoints};
   }
-  const Plan plan = make_plan(Operation::forward, dtype, B, T, C, launcher.limits());
-  const Workspace workspace(launcher, plan);
-  const ContiguousParameters parameters(arguments);
-  SequenceParams params = sequence_params(arguments, parameters);
+  SequenceParams params = sequence_params(arguments);
   params.outputs[0] = y.mutable_data_ptr();
   params.checkpoints = checkpoint ? checkpoints.mutable_data_ptr() : nullptr;
   params.state_out = state_out.mutable_data_ptr();
-  launch_plan(launcher, Kernel::forward, dtype, plan, params, workspace.exchange);
+  const Plan plan = make_plan(Operation::forward, dtype, B, T, C, launcher.limits());
+  launch_plan(launcher, Kernel::forward, dtype, plan, params);
   return {y, state_out, checkpoints};
 }
 
@@ -168,30 +151,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gpu_backward(const Tensor& w,
   const auto& [dtype, B, T, C] = std::tie(arguments.dtype, arguments.B, arguments.T, arguments.C);
   Launcher launcher(arguments.device);
   const Tensor gw = launcher.empty({C}, arguments.w_dtype), gu = launcher.empty({C}, arguments.u_dtype);
-  const Tensor gk = launcher.empty({B, T, C}, dtype), gv = launcher.empty({B, T, C}, dtype);
-  const Tensor gstate = launcher.empty({B, 3, C}, state_type(dtype));
+  const Tensor gk = arguments.empty_sequence(launcher), gv = arguments.empty_sequence(launcher);
+  const Tensor gstate = arguments.empty_state(launcher);
   if (arguments.nothing_to_do()) {
-    set_zero(gw);
-    set_zero(gu);
-    set_zero(gstate);
-    if (gradients.gstate_out.has_value()) copy(*gradients.gstate_out, gstate);
+    gradients.after_no_steps(gw, gu, gstate);
     return {gw, gu, gk, gv, gstate};
   }
-  const Plan plan = make_plan(Operation::backward, dtype, B, T, C, launcher.limits());
-  const Workspace workspace(launcher, plan);
-  const ContiguousParameters parameters(arguments);
-  SequenceParams params = sequence_params(arguments, parameters);
+  SequenceParams params = sequence_params(arguments);
   params.inputs[2] = gpu_sequence(gradients.gy);
   params.outputs[0] = gk.mutable_data_ptr();
   params.outputs[1] = gv.mutable_data_ptr();
   params.checkpoints = gradients.checkpoints.mutable_data_ptr();
   params.state_out = gstate.mutable_data_ptr();
   params.gstate_out = data_or_null(gradients.gstate_out);
-  params.partials = workspace.partials;
-  launch_plan(launcher, Kernel::backward, dtype, plan, params, workspace.exchange);
-  const ReduceParams reduce = {.parameters = parameters.pointers,
+  const Plan plan = make_plan(Operation::backward, dtype, B, T, C, launcher.limits());
+  const Tensor workspace = launch_plan(launcher, Kernel::backward, dtype, plan, params);
+  const ReduceParams reduce = {.parameters = params.parameters,
                                .C = C,
-                               .partials = workspace.partials,
+                               .partials = params.partials,
                                .rows = B * plan.chunks,
                                .gw = gw.mutable_data_ptr(),
                                .gu = gu.mutable_data_ptr()};
@@ -212,11 +189,10 @@ Tensor gpu_step(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor&
   const TokenArguments arguments(w, u, k, v, state, r);
   const auto& [dtype, B, C] = std::tie(arguments.dtype, arguments.B, arguments.C);
   Launcher launcher(arguments.device);
-  const Tensor y = launcher.empty({B, C}, dtype);
+  const Tensor y = arguments.empty_token(launcher);
   if (arguments.nothing_to_do()) return y;
 
-  const ContiguousParameters parameters(arguments);
-  const StepParams params = {.parameters = parameters.pointers,
+  const StepParams params = {.parameters = channel_parameters(arguments),
                              .B = B,
                              .C = C,
                              .k = data_of(arguments.k),
