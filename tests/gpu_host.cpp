@@ -15,9 +15,9 @@
 #include <random>
 #include <vector>
 
+#include "common/namespace.h"
 #include "gpu/kernels.h"
 #include "gpu/op.h"
-#include "common/namespace.h"
 
 namespace wkv {
 
@@ -58,22 +58,15 @@ struct Allocation {
 std::vector<Allocation> allocations;
 
 Tensor allocate(const Shape& shape, DType dtype, const Device& device) {
-  int64_t count = 1, strides[4], stride = 1;
+  int64_t count = 1;
   for (const int64_t size : shape) count *= size;
-  for (size_t i = shape.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= shape.begin()[i] > 0 ? shape.begin()[i] : 1;
-  }
   const Tensor whole = device.empty({count + 2 * kGuard}, dtype);
   Tensor inner = torch::stable::narrow(const_cast<Tensor&>(whole), 0, kGuard, count);
   Tensor filled = whole;
   torch::stable::fill_(filled, 1.0);
   torch::stable::fill_(inner, std::numeric_limits<double>::quiet_NaN());
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(whole.get(), static_cast<int64_t>(shape.size()), shape.begin(),
-                                                        strides, kGuard, &handle));
   allocations.push_back({whole, dtype, count});
-  return Tensor(handle);
+  return torch::stable::view(inner, shape);
 }
 
 bool guards_hold(const Allocation& allocation) {
@@ -201,9 +194,8 @@ class HostLauncher {
       return;
     }
     const unsigned grid[] = {launch.grid.x, launch.grid.y, launch.grid.z};
-    const char* dtypes[] = {"float32", "float16", "bfloat16", "float64"};
-    const int failed = settings.runner(name_of(launch.kernel), dtypes[static_cast<int>(launch.dtype)], grid,
-                                       launch.threads, launch.shared_bytes, launch.params, launch.params_bytes);
+    const int failed = settings.runner(name_of(launch.kernel), name_of(launch.dtype), grid, launch.threads,
+                                       launch.shared_bytes, launch.params, launch.params_bytes);
     require(failed == 0, "the runner failed");
   }
 
