@@ -91,15 +91,16 @@ def test_checkpoints_are_made_where_they_are_wanted(dtype: torch.dtype, ops: Any
 def test_parameters_have_a_dtype_and_strides_of_their_own(parameter_dtype: torch.dtype, ops: Any) -> None:
     x = make(Problem(T=70), torch.bfloat16)
     w, u = x.w.to(parameter_dtype), x.u.to(torch.float16)
-    outputs = ops.wkv_forward(w, u, x.k, x.v, None, True)
-    gradients = ops._wkv_backward(w, u, x.k, x.v, None, outputs[2], x.gy, None)
-    assert (gradients[0].dtype, gradients[1].dtype) == (parameter_dtype, torch.float16)
-    strided = (_every_second(w), _every_second(u), x.k, x.v, None)
-    _assert_equal(ops.wkv_forward(*strided, True), outputs)
-    _assert_equal(ops._wkv_backward(*strided, outputs[2], x.gy, None), gradients)
-    wide = ops._wkv_backward(w.float(), u.float(), x.k, x.v, None, outputs[2], x.gy, None)
-    torch.testing.assert_close(gradients[0].float(), wide[0], rtol=2**-7, atol=0)
-    torch.testing.assert_close(gradients[1].float(), wide[1], rtol=2**-10, atol=0)
+    for operators in (ops, torch.ops.rwkv_kernels):
+        outputs = operators.wkv_forward(w, u, x.k, x.v, None, True)
+        gradients = operators._wkv_backward(w, u, x.k, x.v, None, outputs[2], x.gy, None)
+        assert (gradients[0].dtype, gradients[1].dtype) == (parameter_dtype, torch.float16)
+        strided = (_every_second(w), _every_second(u), x.k, x.v, None)
+        _assert_equal(operators.wkv_forward(*strided, True), outputs)
+        _assert_equal(operators._wkv_backward(*strided, outputs[2], x.gy, None), gradients)
+        wide = operators._wkv_backward(w.float(), u.float(), x.k, x.v, None, outputs[2], x.gy, None)
+        torch.testing.assert_close(gradients[0].float(), wide[0], rtol=2**-7, atol=0)
+        torch.testing.assert_close(gradients[1].float(), wide[1], rtol=2**-10, atol=0)
 
 
 @pytest.mark.parametrize("gated", [False, True])
