@@ -1,4 +1,4 @@
-"""The recipes of docs/recipes.md do what they say."""
+"""The code of README.md and the recipes of docs/recipes.md do what they say."""
 
 import functools
 import re
@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from problems import assert_tensor_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rwkv_kernels import wkv
 from rwkv_kernels.nn import RWKV
 
+README = (Path(__file__).parents[1] / "README.md").read_text()
 RECIPES = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
 
 
@@ -23,6 +25,22 @@ def _run(heading: str) -> dict[str, Any]:
     (code,) = re.findall(rf"^## {heading}\n(?:(?!^## ).*\n)*?```python\n((?:.*\n)*?)```", RECIPES, re.MULTILINE)
     exec(code, names)
     return names
+
+
+def test_the_readme_runs_and_its_few_lines_of_torch_are_the_operator() -> None:
+    names: dict[str, Any] = {}
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec("\n".join(code), names)
+    assert names["y"].device.type == names["device"]
+    assert all(names[name].grad is not None for name in "wukv")
+    w, u = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    k, v = (torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    found, expected = names["wkv_by_softmax"](w, u, k, v), wkv(w, u, k, v)
+    torch.testing.assert_close(found, expected)
+    gy = torch.randn_like(found)
+    gradients = (torch.autograd.grad(y, (w, u, k, v), gy) for y in (found, expected))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.fixture
