@@ -1,4 +1,4 @@
-"""The code of README.md and the recipes of docs/recipes.md do what they say."""
+"""The code of README.md, docs/wkv.md and docs/recipes.md does what they say."""
 
 import functools
 import re
@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from problems import assert_tensor_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rwkv_kernels import wkv
+from rwkv_kernels import native, wkv
 from rwkv_kernels.nn import RWKV
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-RECIPES = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+ROOT = Path(__file__).parents[1]
+README, WKV, RECIPES = ((ROOT / name).read_text() for name in ("README.md", "docs/wkv.md", "docs/recipes.md"))
 
 
 def _run(heading: str) -> dict[str, Any]:
@@ -25,6 +25,15 @@ def _run(heading: str) -> dict[str, Any]:
     (code,) = re.findall(rf"^## {heading}\n(?:(?!^## ).*\n)*?```python\n((?:.*\n)*?)```", RECIPES, re.MULTILINE)
     exec(code, names)
     return names
+
+
+def test_the_snippets_of_the_derivation_run_as_they_stand() -> None:
+    if native.operators.why_missing is not None:
+        pytest.skip(native.operators.why_missing)
+    snippets = re.findall(r"```python\n(.*?)```", WKV, re.DOTALL)
+    assert len(snippets) > 10
+    for code in snippets:
+        exec(compile(code, "docs/wkv.md", "exec"), {})
 
 
 def test_the_readme_runs_and_its_few_lines_of_torch_are_the_operator() -> None:
