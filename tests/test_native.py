@@ -1,4 +1,4 @@
-"""Which libraries are loaded, and what is said of one that cannot be: stand-ins for them, in a copy of the package."""
+"""The libraries that are loaded, and the reasons for those that cannot be: stand-ins, in a copy of the package."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from rwkv_kernels import native
 OPERATORS = "librwkv_kernels.so"
 IN_SOURCE_TREE = "run `pip install --no-build-isolation .` in the source tree"
 
-# For a user: whatever the libraries are like, the package imports and the reference computes.
+# For a user: with any libraries, the package imports and the reference computes.
 PROGRAM = """
 import json, os, sys
 import torch
@@ -69,7 +69,7 @@ def _built() -> Path:
 
 
 def _elf(machine: int) -> bytes:
-    """The header of a 64-bit library that has nothing else."""
+    """A 64-bit library that has only its header."""
     return struct.pack("<4s5B7xHHIQQQIHHHHHH", b"\x7fELF", 2, 1, 1, 0, 0, 3, machine, 1, 0, 0, 0, 0, 64, 0, 0, 0, 0, 0)
 
 
@@ -84,7 +84,7 @@ def test_the_operators_are_loaded_and_tell_their_build(package: Path) -> None:
 
 
 def test_a_package_of_links_finds_its_library(package: Path) -> None:
-    """As a download of huggingface_hub is one: files are links into a store, which knows them by their hash."""
+    """As a download of huggingface_hub is one: files are links into a store, which names them by their hash."""
     shutil.copy(_built(), package)
     for number, path in enumerate(sorted(path for path in package.rglob("*") if path.is_file())):
         stored = package.parent.parent / f"{number:064x}"

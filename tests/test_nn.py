@@ -51,7 +51,7 @@ def _states_close(found: RWKVState, expected: RWKVState, allowed: float) -> None
 
 @pytest.fixture
 def chosen(compiled_backend: str) -> Iterator[None]:
-    """Every compiled backend in turn, as what "auto" means."""
+    """Every compiled backend in turn, as the meaning of "auto"."""
     with rwkv_kernels.use_backend(compiled_backend):
         yield
 
@@ -315,7 +315,7 @@ def test_greedy_generation_is_the_argmax_of_the_parallel_model() -> None:
     output = model.generate(prompt, 15, temperature=0)
     logits, _ = model(output[:, :-1])
     assert torch.equal(output[:, 4:], logits[:, 3:].argmax(-1))
-    # So little probability is reached by the likeliest token alone.
+    # The likeliest token alone reaches this probability.
     assert torch.equal(output, model.generate(prompt, 15, top_p=1e-6))
 
 

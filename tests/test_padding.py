@@ -32,7 +32,7 @@ def _model(dtype: torch.dtype = torch.float64) -> RWKV:
 
 
 def _batch(rows: list[str]) -> tuple[Tensor, Tensor]:
-    """Tokens, with numbers that are none in the padding, and the mask."""
+    """Tokens, with invalid ones in the padding, and the mask."""
     mask = torch.tensor([[int(c) for c in row] for row in rows])
     tokens = torch.randint(V, mask.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(mask.device)
     return tokens.masked_fill(mask == 0, -100), mask
@@ -47,7 +47,7 @@ def _state(model: RWKV, batch: int) -> RWKVState:
 
 
 def _loss(logits: Tensor, state: RWKVState) -> Tensor:
-    """Something that depends on every logit and on the state up to its gauge."""
+    """A loss that depends on every logit and on the state up to its gauge."""
     num, den, top = state.wkv.unbind(-2)
     log_den = torch.where(den > 0, top + den.clamp(min=1e-30).log(), 0)
     mean = torch.where(den > 0, num / den.clamp(min=1e-30), 0)

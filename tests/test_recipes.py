@@ -18,7 +18,7 @@ RECIPES = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
 
 
 def _run(heading: str) -> dict[str, Any]:
-    """The names that the recipe's code leaves."""
+    """The names that the recipe's code defines."""
     names: dict[str, Any] = {}
     (code,) = re.findall(rf"^## {heading}\n(?:(?!^## ).*\n)*?```python\n((?:.*\n)*?)```", RECIPES, re.MULTILINE)
     exec(code, names)
@@ -44,7 +44,7 @@ def test_compiled_decoding_gives_the_tokens_of_the_parallel_model(monkeypatch: p
 
 
 class _Calls(TorchDispatchMode):
-    """The operators that are computed."""
+    """Records the operators that are computed."""
 
     def __init__(self) -> None:
         super().__init__()

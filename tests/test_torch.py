@@ -249,7 +249,7 @@ def _run(function: Callable[[], None], in_thread: bool) -> None:
 
 
 def _nested(*inputs: Tensor) -> Any:
-    """Three calls, one of them in a checkpoint in the checkpoint, and one in a block of its own."""
+    """Three calls, one of them in a checkpoint in the checkpoint, and one in a separate block."""
     w, u, k, v, state = inputs
     y, state = _wkv(w, u, k, v, state)
     y, state = checkpointed(_wkv, w, u, y, v, state, use_reentrant=False)
@@ -391,7 +391,7 @@ def test_a_model_decodes_under_autocast() -> None:
         expected, _ = model(tokens)
         state = model.empty_state(2)
         found = torch.stack([model.step(token, state) for token in tokens.unbind(1)], 1)
-    # The two ways round a dozen intermediates to eight bits at other places.
+    # The two ways round a dozen intermediates to eight bits at different places.
     torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
 
 
@@ -465,7 +465,7 @@ def test_gradients_cost_at_most_1_3_times_a_plain_function(native_backend: str) 
         for what in ("wkv", PLAIN)
     ]
     ours, plain = math.inf, math.inf
-    # The least of each, whatever else the machine does. Ten rounds before the first verdict, so that a slow sample of
+    # The minimum of each, on a busy machine. Ten rounds before the first verdict, so that a slow sample of
     # the plain one cannot give it.
     for rounds in range(100):
         ours, plain = (min(least, timer.timeit(50).mean) for least, timer in zip((ours, plain), timers, strict=True))
