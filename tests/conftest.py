@@ -1,6 +1,7 @@
 """Fixtures that every test may use, and the closing line that says which backends ran."""
 
 import collections
+import pathlib
 from typing import Any, NamedTuple
 
 import pytest
@@ -96,6 +97,14 @@ def gpu_backend(request: pytest.FixtureRequest) -> str:
 def triton(request: pytest.FixtureRequest) -> str:
     """The backend "triton", on a GPU or interpreted."""
     return _start(request.param, request)
+
+
+@pytest.fixture
+def single_process(tmp_path: pathlib.Path) -> collections.abc.Iterator[None]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
 """The GPU's operators without a GPU: their host path on CPU tensors, and their kernels on the CPU.
 
 gpu_host.cpp is the launcher that takes a GPU's place; the checks, allocations, plans and launches are those of the
-operators. Two executors run a launch: `Emulator` the kernels' phases, compiled by the host compiler; `PtxRunner` the PTX
-that nvcc makes of the kernels, by tools/ptx.
+operators. Two executors run a launch: `Emulator` the kernels' phases, compiled by the host compiler; `PtxRunner` the
+PTX that nvcc makes of the kernels, by tools/ptx.
 """
 
 import ctypes

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import model_oracle
+import models
 import pytest
 import torch
 import transformers_models
@@ -24,11 +25,7 @@ CLOSE = 1e-11
 
 
 def _model(dtype: torch.dtype = torch.float64) -> RWKV:
-    torch.manual_seed(0)
-    model = RWKV(V, C, L, HIDDEN).double()
-    for parameter in model.parameters():
-        parameter.data.add_(0.3 * torch.randn_like(parameter))
-    return model.to(dtype)
+    return models.rwkv(dtype, hidden=HIDDEN)
 
 
 def _assert_same(found: RWKV, expected: RWKV) -> None:

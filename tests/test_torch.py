@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.benchmark
+from models import randomised
 from problems import Problem, make, widest_dtype
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpointed
@@ -285,9 +286,7 @@ def test_recomputation_takes_the_backend_of_its_forward(
 
 def test_a_checkpointed_model_trains_under_use_backend() -> None:
     torch.manual_seed(0)
-    model, tokens = RWKV(11, 8, 2).double(), torch.randint(11, (2, 6))
-    for parameter in model.parameters():
-        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    model, tokens = randomised(RWKV(11, 8, 2).double()), torch.randint(11, (2, 6))
     parameters = list(model.parameters())
     expected = torch.autograd.grad(model(tokens)[0].square().sum(), parameters)
     for block in model.blocks:
@@ -384,9 +383,7 @@ def test_autocast_joins_the_dtypes_of_a_step(narrow: str, compiled_backend: str)
 
 def test_a_model_decodes_under_autocast() -> None:
     torch.manual_seed(0)
-    model, tokens = RWKV(11, 8, 2), torch.randint(11, (2, 6))
-    for parameter in model.parameters():
-        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    model, tokens = randomised(RWKV(11, 8, 2)), torch.randint(11, (2, 6))
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         expected, _ = model(tokens)
         state = model.empty_state(2)
