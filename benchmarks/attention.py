@@ -17,7 +17,7 @@ TITLE_OF_GROWTH = "Growth: time ~ T^p and memory ~ T^q, fitted to the longest {l
 TITLE_OF_CROSSOVER = "From which T on WKV is faster, of the lengths that both were measured at"
 
 WIDTH = {"cuda": 1024, "cpu": 256, "smoke": 32}
-# On GPUs, torch's fast attention wants 16 bits.
+# On GPUs, torch's fast attention needs 16 bits.
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32, "smoke": torch.float32}
 SHORTEST = 128
 LONGEST = {"cuda": 2**17, "cpu": 2**15, "smoke": 256}

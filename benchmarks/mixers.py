@@ -68,7 +68,7 @@ class TorchAttention(nn.Module):
         self.backend = backend
 
     def forward(self, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """In O(T²) time, and but for the backend "math" in O(T) memory."""
+        """In O(T²) time and O(T) memory; with the backend "math" in O(T²)."""
         with sdpa_kernel(self.backend):
             return _joined(F.scaled_dot_product_attention(_heads(r), _heads(k), _heads(v), is_causal=True))
 

@@ -1,6 +1,5 @@
 // The CUDA backend's launcher without a GPU, to test its errors: csrc/cuda/op.cpp as it is, for CPU tensors.
-// The runtime, streams, the guard of the current device and the kernels are replaced here; a launch only
-// fails.
+// The runtime, streams, the guard of the current device and the kernels are replaced here; a launch only fails.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>

@@ -10,11 +10,11 @@
 // it, the earliest and the latest that a device may choose. The words of a message appear in any order, and late.
 //
 // Relaxed messages suffice, because a word is data and flag in one. A reader waits for each word, uses the floats in it
-// and no other memory that its writer wrote: an acquire would make nothing further visible. It may see
-// the words of a message in any order, as it waits for all. The launch orders the setting of all bits before it. A
-// ticket is unique because fetch_add is atomic; it grants a position, whose inputs are constant and whose outputs
-// no other block touches. The protocol that needs acquire and release, data beside a flag, is here for comparison:
-// relaxed, it is reported.
+// and no other memory that its writer wrote: an acquire would make nothing further visible. It may see the
+// words of a message in any order, as it waits for all. The launch orders the setting of all bits before it. A ticket
+// is unique because fetch_add is atomic; it grants a position, whose inputs are constant and whose outputs no other
+// block touches. The protocol that needs acquire and release, data beside a flag, is here for comparison: relaxed, it
+// is reported.
 //
 // The command line plants faults. A barrier loses its order alone: its threads still wait for one another, so that the
 // results stay correct, no thread is lost, and only the tool can detect it.

@@ -202,14 +202,14 @@ def test_auto_on_a_gpu_takes_cuda_then_triton_and_else_lists_the_reasons(
     assert "refused (cuda: not built; triton: no Triton; cpu: not built). Available for this" in str(error.value)
 
 
-def test_the_device_is_asked_once(pretend: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+def test_the_device_is_queried_once(pretend: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    queried: list[int] = []
     pretend(_cuda("9.0"), (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: asked.append(index) or (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: queried.append(index) or (9, 0))
     for _ in range(3):
         registry.select("auto", _on("cuda:0"))
         registry.select("cuda", _on("cuda:1"))
-    assert asked == [0, 1]
+    assert queried == [0, 1]
 
 
 def test_torch_compile_takes_what_a_device_said_for_a_constant() -> None:

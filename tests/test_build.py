@@ -60,7 +60,7 @@ def test_the_toolkit_is_found_behind_a_wrapper(home: Path, monkeypatch: pytest.M
         ("8.6;12.0;", ["8.6", "12.0"]),
     ],
 )
-def test_the_architectures_are_those_asked_for_or_all_that_nvcc_knows(
+def test_the_architectures_are_those_requested_or_all_that_nvcc_knows(
     asked: str | None, expected: list[str], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if asked is not None:

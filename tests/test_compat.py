@@ -133,7 +133,7 @@ def test_run_cuda_returns_the_dtype_of_the_float_mode(
     assert blinkdl.RUN_CUDA(B, T, C, x["w"], x["u"], x["k"], x["v"]).dtype == dtype
 
 
-def test_run_cuda_checks_the_sizes_that_it_is_told() -> None:
+def test_run_cuda_checks_its_sizes() -> None:
     x = _inputs()
     with pytest.raises(ValueError, match=r"k: expected shape \[B, T, C\] = \[3, 13, 9\], got \[3, 13, 8\]"):
         blinkdl.RUN_CUDA(B, T, C + 1, x["w"], x["u"], x["k"], x["v"])

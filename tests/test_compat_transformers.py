@@ -337,7 +337,7 @@ def test_another_way_of_indexing_the_state_is_refused() -> None:
 # ---- the function and its state ----
 
 
-def test_the_function_returns_a_state_only_when_it_is_asked_for_or_given() -> None:
+def test_the_function_returns_a_state_only_when_it_is_requested_or_given() -> None:
     w, u = torch.randn(2, 6)
     k, v = torch.randn(2, 2, 5, 6)
     output, state = compat.rwkv_linear_attention(w, u, k, v)

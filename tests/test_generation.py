@@ -125,7 +125,7 @@ def test_a_stream_goes_on_in_and_out_of_autocast() -> None:
             assert len(list(stream)) == 4
 
 
-def test_a_stream_computes_no_step_that_nobody_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_computes_only_requested_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     model, steps = rwkv(), []
     original = RWKV.step
 

@@ -223,7 +223,7 @@ def test_what_is_profiled_runs() -> None:
     counters.launch_all("smoke")
 
 
-def test_a_python_without_torch_is_told_what_to_do(tmp_path: Path) -> None:
+def test_a_python_without_torch_gets_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "tools/gpu_check.py"]

@@ -103,7 +103,7 @@ OVER_ANCHORS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=gpu_host.name_of)
 @pytest.mark.parametrize("problem", OVER_ANCHORS)
 @pytest.mark.parametrize("limits", ["H100", "T4"])
-def test_states_are_handed_on_over_many_chunks(limits: str, problem: str, dtype: torch.dtype) -> None:
+def test_states_pass_through_many_chunks(limits: str, problem: str, dtype: torch.dtype) -> None:
     given = OVER_ANCHORS[problem]
     if dtype != torch.float64:
         for operation in ("forward", "backward"):

@@ -166,7 +166,7 @@ MOST_WORKSPACE, MOST_ALTOGETHER = 0.3125, 0.5
 
 @pytest.mark.parametrize("limits", [H100, T4], ids=["H100", "T4"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_the_chunks_hand_on_is_small(dtype: str, limits: Limits) -> None:
+def test_messages_of_chunks_are_small(dtype: str, limits: Limits) -> None:
     for B, T, C in [(8, 1024, 768), (1, 4096, 768), (1, 65536, 2560), (32, 1024, 2048)]:
         of_state = 8 if dtype == "float64" else 4
         checkpoints = 3 * of_state / checkpoint_interval(dtype)

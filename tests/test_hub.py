@@ -204,7 +204,7 @@ def test_the_copy_and_the_package_live_in_one_process(kernel: ModuleType) -> Non
 INCLUDED = (".h", ".def")
 
 
-def test_kernel_builder_is_told_every_source() -> None:
+def test_kernel_builder_gets_every_source() -> None:
     """kernel-builder sees the files that build.toml names, and no others."""
     tomllib = pytest.importorskip("tomllib", reason="this Python is older than 3.11")
     configuration = tomllib.loads((ROOT / "hub" / "build.toml").read_text())

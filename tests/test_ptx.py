@@ -103,7 +103,7 @@ def test_the_oldest_architecture_equals_the_oracle(dtype: torch.dtype, folder: P
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=gpu_host.name_of)
 @pytest.mark.parametrize("problem", OVER_ANCHORS)
-def test_states_are_handed_on_over_many_chunks(problem: str, dtype: torch.dtype, folder: Path) -> None:
+def test_states_pass_through_many_chunks(problem: str, dtype: torch.dtype, folder: Path) -> None:
     given = OVER_ANCHORS[problem]
     for operation in ("forward", "backward"):
         plan = plan_of(operation, dtype, given, gpu_host.H100)

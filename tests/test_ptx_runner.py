@@ -671,7 +671,7 @@ def test_what_is_not_translated_is_named_with_its_line() -> None:
         ptx.Kernel(".entry k1() { ret; } .entry k2() { ret; }", "k")
 
 
-def test_other_processors_are_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_processors_get_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert str(ptx.unavailable()).startswith("PTX runs on x86-64 only")
     with pytest.raises(ptx.PtxError, match="this is aarch64"):

@@ -127,7 +127,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def test_a_compiled_step_moves_the_views_of_states_that_it_is_given() -> None:
-    """By Inductor, for any batch: the offset of layer 1 depends on B, and torch loses such a one of a mutated view."""
+    """By Inductor, for any batch: the offset of layer 1 depends on B, and torch loses that of a mutated view."""
     w, u = torch.linspace(-1, 1, 5), torch.linspace(1, 0, 5)
 
     def step(k: Tensor, states: dict[str, Tensor]) -> list[Tensor]:

@@ -375,7 +375,7 @@ def _numbers(what: str | None) -> str | None:
 
 
 def differing_nans(one: Outputs, other: Outputs) -> int:
-    """The number of outputs that are the same but for the signs and payloads of NaNs."""
+    """The number of outputs that differ only in the signs and payloads of NaNs."""
     pairs = ((a, other.get(case, {}).get(name, a)) for case, found in one.items() for name, a in found.items())
     return sum(a != b and _numbers(a) == _numbers(b) for a, b in pairs)
 

@@ -89,7 +89,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _all_processes() -> dict[Process, tuple[int, int]]:
-    """Parent and session of all that run, but for zombies."""
+    """Parent and session of all running processes, without zombies."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it may be gone by now

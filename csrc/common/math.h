@@ -53,7 +53,7 @@ WKV_HD Quotients<Real> divide(Real first, Real second, Real by) {
 
 // ---- the operator ----
 
-// Beyond w = 64 a decay is zero whatever the keys are; up to there its multiples over any number of steps are finite.
+// Beyond w = 64 a decay is zero for any keys; up to there its multiples over any number of steps are finite.
 // An infinite one would make NaN: times zero in the gradient of w and over no steps, and beside a key of -inf.
 inline constexpr double kLargestRawDecay = 64.0;
 

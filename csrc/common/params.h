@@ -12,7 +12,7 @@ inline constexpr DType kDTypes[] = {DType::float32, DType::float16, DType::bfloa
 inline constexpr const char* kDTypeNames[] = {"float32", "float16", "bfloat16", "float64"};
 constexpr const char* name_of(DType dtype) { return kDTypeNames[static_cast<int>(dtype)]; }
 
-// The C++ type of an element; processors have 16-bit numbers of their own.
+// The C++ type of an element; the 16-bit types are those of the backend.
 template <DType dtype, class Half, class Bfloat16>
 using ElementOf = std::tuple_element_t<static_cast<int>(dtype), std::tuple<float, Half, Bfloat16, double>>;
 

@@ -79,7 +79,7 @@ struct LogitRange {
   }
   // Above every logit of the subchunk, u + k included.
   WKV_HD Real reference(Channel<Real> channel) const { return highest + larger(channel.u, Real(0)); }
-  // |u|, because the bonus may lift the reference or lower the only weight there is; u once more where it is positive,
+  // |u|, because the bonus may lift the reference or lower the only weight; u once more where it is positive,
   // because it also lifts weights that are held at the smallest float. False without any weight and for a key of +inf,
   // which belong to RunningScale. NaN may pass: it stays NaN in either scale.
   WKV_HD auto fits(Channel<Real> channel) const {
