@@ -604,7 +604,7 @@ class Case {
   }
 
  private:
-  static constexpr DType kType = ElementTraits<Element>::dtype;
+  static constexpr DType kType = kTypeOf<Element>;
 
   struct Comparison {
     const char* what;

@@ -71,7 +71,7 @@ struct Input {
   explicit Input(const Values& given) : memory(static_cast<int64_t>(given.size() * sizeof(T))) {
     std::vector<T> rounded(given.size());
     for (size_t i = 0; i < given.size(); ++i) {
-      wkv::from_real(static_cast<typename wkv::ElementTraits<T>::Real>(given[i]), rounded[i]);
+      wkv::from_real(static_cast<wkv::RealOf<wkv::kTypeOf<T>>>(given[i]), rounded[i]);
       values.push_back(wkv::to_real(rounded[i]));
     }
     memory.write(rounded);
@@ -219,8 +219,8 @@ void compare(const std::string& what, const Values& found, const Values& expecte
 
 template <class Element>
 class Kernels {
-  using Real = typename wkv::ElementTraits<Element>::Real;
-  static constexpr DType kType = wkv::ElementTraits<Element>::dtype;
+  using Real = wkv::RealOf<wkv::kTypeOf<Element>>;
+  static constexpr DType kType = wkv::kTypeOf<Element>;
   static constexpr DType kParameters = sizeof(Real) == 8 ? DType::float64 : DType::float32;
   // Roundings of some hundred steps at keys of a few, and one more to the type of the element.
   static constexpr double kUnit = sizeof(Real) == 8 ? 1e-16 : 6e-8;

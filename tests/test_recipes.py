@@ -1,4 +1,4 @@
-"""The recipes of docs/recipes.md do what they say."""
+"""The code of README.md, docs/wkv.md and docs/recipes.md does what they say."""
 
 import functools
 import re
@@ -12,9 +12,11 @@ from models import randomised
 from problems import assert_tensor_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rwkv_kernels import native, wkv
 from rwkv_kernels.nn import RWKV
 
-RECIPES = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+ROOT = Path(__file__).parents[1]
+README, WKV, RECIPES = ((ROOT / name).read_text() for name in ("README.md", "docs/wkv.md", "docs/recipes.md"))
 
 
 def _run(heading: str) -> dict[str, Any]:
@@ -23,6 +25,31 @@ def _run(heading: str) -> dict[str, Any]:
     (code,) = re.findall(rf"^## {heading}\n(?:(?!^## ).*\n)*?```python\n((?:.*\n)*?)```", RECIPES, re.MULTILINE)
     exec(code, names)
     return names
+
+
+def test_the_snippets_of_the_derivation_run_as_they_stand() -> None:
+    if native.operators.why_missing is not None:
+        pytest.skip(native.operators.why_missing)
+    snippets = re.findall(r"```python\n(.*?)```", WKV, re.DOTALL)
+    assert len(snippets) > 10
+    for code in snippets:
+        exec(compile(code, "docs/wkv.md", "exec"), {})
+
+
+def test_the_readme_runs_and_its_few_lines_of_torch_are_the_operator() -> None:
+    names: dict[str, Any] = {}
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec("\n".join(code), names)
+    assert names["y"].device.type == names["device"]
+    assert all(names[name].grad is not None for name in "wukv")
+    w, u = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    k, v = (torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    found, expected = names["wkv_by_softmax"](w, u, k, v), wkv(w, u, k, v)
+    torch.testing.assert_close(found, expected)
+    gy = torch.randn_like(found)
+    gradients = (torch.autograd.grad(y, (w, u, k, v), gy) for y in (found, expected))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_compiled_decoding_gives_the_tokens_of_the_parallel_model(monkeypatch: pytest.MonkeyPatch) -> None:

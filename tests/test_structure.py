@@ -3,6 +3,7 @@
 import ast
 import re
 import warnings
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 import pytest
@@ -153,34 +154,152 @@ def test_python_modules_import_downwards_only() -> None:
         assert above == set(), f"{module} imports {sorted(above)}"
 
 
+RECORD = ROOT / "benchmarks" / "results" / "cpu" / "tables.md"
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
+
+
+def _recorded(heading: str) -> list[dict[str, str]]:
+    """The rows of the record's table under the heading that begins so, by the names of their columns."""
+    (section,) = (x for x in RECORD.read_text().split("\n## ") if x.removeprefix("## ").startswith(heading))
+    names, _, *rows = (line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| "))
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def _where(rows: list[dict[str, str]], **values: str) -> dict[str, str]:
+    (row,) = (row for row in rows if all(row[name] == value for name, value in values.items()))
+    return row
+
+
+def _rounded(number: str, digits: int = 0, times: str = "1") -> str:
+    """As by hand, halves up."""
+    return str((Decimal(number) * Decimal(times)).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
+
+
 def test_documents_quote_the_records() -> None:
-    recorded = (ROOT / "benchmarks" / "results" / "cpu" / "tables.md").read_text().splitlines()
-    readme = (ROOT / "README.md").read_text()
-    measured = readme[readme.index("## Measured") : readme.index("## Read the code")]
+    recorded = RECORD.read_text().splitlines()
     migrating = (ROOT / "docs" / "migrating.md").read_text()
-    quoted = [line for line in measured.splitlines() if line.startswith("| ")]
-    quoted += [line for line in migrating.splitlines() if re.match(r"\| \d+, \d+, \d+ \|", line)]
-    assert len(quoted) > 20
+    quoted = [line for line in migrating.splitlines() if re.match(r"\| \d+, \d+, \d+ \|", line)]
+    assert len(quoted) == 16
     assert [line for line in quoted if line not in recorded] == []
 
 
-def test_what_the_readme_says_beside_peers_is_their_record() -> None:
-    records = (ROOT / "benchmarks" / "results" / "cpu" / "tables.md").read_text()
+def _measured() -> str:
     readme = (ROOT / "README.md").read_text()
-    shape, forward, backward, file, anchor = re.findall(
-        r"at \(([\d, ]+)\), by `python -m benchmarks peers`:\n\[(\d+) times faster forward, (\d+) times backward\]"
-        r"\((.*)#(.*)\)",
-        readme,
-    )[0]
-    assert (ROOT / file).read_text() == records
-    # GitHub's anchor of a heading: lower case, no punctuation, hyphens for spaces.
-    headings = {re.sub(r"[^\w -]", "", line[3:].lower()).replace(" ", "-"): line for line in records.splitlines()}
-    table = records[records.index(headings[anchor]) :].split("\n## ")[0]
-    assert "`python -m benchmarks peers " in table
-    for operation, times in (("forward", forward), ("backward", backward)):
-        start = f"| {shape} | float32 | {operation} | transformers 5.23.0, loop | "
-        (row,) = (line.removeprefix(start) for line in table.splitlines() if line.startswith(start))
-        assert round(float(row.split(" | ")[2])) == int(times)
+    return readme[readme.index("\n## Measured\n") : readme.index("\n## Commands\n")]
+
+
+def test_the_tables_of_the_readme_follow_from_the_record() -> None:
+    operator, expected = _recorded("The operator"), []
+    for shape in ("8, 1024, 768", "1, 16384, 768"):
+        for dtype in ("float32", "bfloat16"):
+            cells = [shape, dtype]
+            for operation in ("forward", "backward"):
+                row = _where(operator, shape=shape, dtype=dtype, operation=operation, backend="cpu")
+                cells += [_rounded(row["µs"], 1, "0.001"), f"{_rounded(row['of triad'], 0, '100')} %"]
+            expected.append(cells)
+    growth = [row for row in _recorded("Growth") if row["pass"] == "training step"]
+    slower = [row for row in _recorded("From which T on") if row["pass"] == "training step"]
+    for mixer in ("WKV", "attention, naive", "attention, torch flash", "AFT-full", "LSTM"):
+        row, times = _where(growth, mixer=mixer), "1"
+        if mixer != "WKV":
+            compared = _where(slower, than=mixer)
+            assert compared["at T"] == row["up to T"]
+            times = compared["times faster there"]
+        powers = [f"T^{_rounded(row[of], 2)}" for of in ("of time", "of memory")]
+        expected.append([mixer, row["up to T"], _rounded(times, 1), *powers])
+    rows = [line.strip("| ").split(" | ") for line in _measured().splitlines() if line.startswith("| ")]
+    assert [row for row in rows if not {"---", "mixer", "B, T, C"} & {*row}] == expected
+
+
+def test_the_sentences_of_the_readme_follow_from_the_record() -> None:
+    (shortest,) = {row["from T"] for row in _recorded("From which T on") if row["pass"] == "training step"}
+    assert shortest == min((row["T"] for row in _recorded("A token mixer against T")), key=int)
+    generated = _recorded("Generation of one sequence")
+    rwkv, transformer = (
+        [_rounded(_where(generated, model=model, tokens="8192")[of], digits) for of, digits in columns]
+        for model, columns in (
+            ("RWKV, state", (("ms", 1), ("state or cache, MB", 2))),
+            ("transformer, cache", (("ms", 1), ("state or cache, MB", 0))),
+        )
+    )
+    (early,) = {_rounded(row["ms"], 1) for row in generated if row["tokens"] == "128"}
+    shape = "4, 512, 768"
+    loop = {
+        row["operation"]: _rounded(row["of our time"])
+        for row in _recorded("Peers")
+        if row["shape"] == shape and row["who"] == "transformers 5.23.0, loop"
+    }
+    steps = [
+        int(_rounded(row["times faster"]))
+        for row in _recorded("transformers' RwkvForCausalLM")
+        if row["operation"] == "training step" and row["code"] == "patched"
+    ]
+    call = _where(_recorded("Latency"), what="cpu: wkv at (1, 1, 768)", way="eager")
+    accuracy = [row for row in _recorded("Accuracy") if row["dtype"] == "float32"]
+    errors = [float(row[of].split(" ")[0]) for row in accuracy for of in row if of not in ("T", "dtype")]
+    sentences = [
+        f"WKV is the fastest of them from T = {shortest} on, the shortest measured.",
+        f"After 8192 others, a generated token takes {rwkv[0]} ms and a state of {rwkv[1]} MB; in a transformer of "
+        f"equal size {transformer[0]} ms and a cache of {transformer[1]} MB. After 128 both take {early} ms.",
+        f"Beside the loop of transformers 5.23.0 at ({shape}), the operator is {loop['forward']} times faster forward "
+        f"and {loop['backward']} times backward; a training step of the whole model is {min(steps)} to "
+        f"{max(steps)} times faster with [the patch](docs/migrating.md#transformers).",
+        f"An eager call at (1, 1, 768) takes {_rounded(call['µs'])} µs.",
+        f"Of float32 outputs and gradients, for T up to {max(int(row['T']) for row in accuracy)}, the largest error "
+        f"against the float64 oracle is {max(errors):.1e} of the largest element.",
+    ]
+    listed = [" ".join(x.split()) for x in re.findall(r"^- ((?:.+\n(?:  .+\n)*))", _measured(), re.MULTILINE)]
+    assert listed == sentences
+
+
+def _anchors(document: Path) -> set[str]:
+    """GitHub's anchors of the headings: lower case, no punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_architecture_names_functions_where_they_are() -> None:
+    """Its rows begin with a file, which has the names that follow; its folders are those of the sources."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `([\w/.]+\.\w+)` \| (.+) \|$", text, re.MULTILINE)
+    assert len(rows) > 25
+    missing = []
+    for file, cells in rows:
+        code = (ROOT / file).read_text()
+        missing += [(file, x) for x in re.findall(r"`(\w+)`", cells) if not re.search(rf"\b{x}\b", code)]
+    assert missing == []
+    folders = re.findall(r"^\| `([\w/]+)/` \|", text, re.MULTILINE)
+    owned = {str(path.relative_to(ROOT)) for top in (CSRC, PACKAGE) for path in top.iterdir() if path.is_dir()}
+    assert {x for x in folders if x.startswith(("csrc/", "rwkv_kernels/"))} == owned - {"rwkv_kernels/__pycache__"}
+    assert all((ROOT / x).is_dir() for x in folders)
+
+
+def test_no_include_points_against_the_architecture() -> None:
+    """Of every chain `a.h → b.h, c.h → d.h` that docs/architecture.md draws beside a folder."""
+    (drawn,) = re.findall(r"```text\n(.+?)```", (ROOT / "docs" / "architecture.md").read_text(), re.DOTALL)
+    folder, pairs = CSRC, []
+    for name, chains in re.findall(r"^(csrc/\w+)? +(.+)$", drawn, re.MULTILINE):
+        folder = ROOT / name if name else folder
+        for chain in chains.split(";"):
+            groups = [re.findall(r"\w+\.(?:h|cpp)", group) for group in chain.split("→")]
+            found = [[folder / x if (folder / x).exists() else CSRC / "common" / x for x in group] for group in groups]
+            pairs += [(x, y) for i, group in enumerate(found) for x in group for later in found[i + 1 :] for y in later]
+    assert len(pairs) > 50
+    included = {x: re.findall(r'#include "(.+)"', x.read_text()) for x, _ in pairs}
+    assert [(x, y) for x, y in pairs if y in {(x.parent / header).resolve() for header in included[x]}] == []
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    links = [(x, link) for x in DOCUMENTS for link in re.findall(r"\]\(([^)\s]+)\)", x.read_text())]
+    relative = [(document, link) for document, link in links if not link.startswith("https://")]
+    assert len(relative) > 50
+    broken = []
+    for document, link in relative:
+        name, _, anchor = link.partition("#")
+        target = document.parent / name if name else document
+        if not target.exists() or (anchor and anchor not in _anchors(target)):
+            broken.append(f"{document.relative_to(ROOT)}: {link}")
+    assert broken == []
 
 
 def _python_files() -> list[Path]:

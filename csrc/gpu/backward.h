@@ -18,20 +18,14 @@ struct BackwardPass {
   using Tile = wkv::Tile<kSteps>;
   static_assert(kBackwardWarps * kSteps == checkpoint_interval(Block::kType));
 
-  // The state before a step, replaced by its gk and gv without the share of steps after the subchunk; and the weight of
-  // its key or, with RunningScale, its `at`.
-  struct Step {
-    Sums<Pair> sums;
-    Pair weight;
-  };
   struct Thread : ScanThread<Element, kSteps> {
-    Step steps[kSteps];
-    Scaled start;         // warp 0: the state before the tile
-    Scaled after;         // warp 0: the adjoint before the tile, for the next one
-    Sums<Pair> decayed;   // states, each weighted by the decay from its step to the end of the subchunk
-    Pair max_after;       // of keys that spread: the maximum that sums after the subchunk are relative to
-    Pair g_log_decay;     // without the share of steps after the subchunk
-    Sums<Pair> partials;  // of the gradients of the log-decay and u, over all tiles
+    SavedStep<Pair> steps[kSteps];  // the sums are replaced by gk and gv without the carry's part
+    Scaled start;                   // warp 0: the state before the tile
+    Scaled after;                   // warp 0: the adjoint before the tile, for the next one
+    Sums<Pair> decayed;             // states, each weighted by the decay from its step to the end of the subchunk
+    Pair max_after;                 // of keys that spread: the maximum that sums after the subchunk are relative to
+    Pair g_log_decay;               // without the carry's part
+    Sums<Pair> partials;            // of the gradients of the log-decay and u, over all tiles
   };
 
   WKV_HD static void begin(Thread& thread) {
@@ -186,7 +180,7 @@ struct BackwardPass {
       const Weights<Pair> weights = scale.weights(at).advance;
       thread.steps[step] = {state.sums, at};
       decayed = weights.past * (decayed + state.sums);
-      state = {mix(state.sums, weights, v.get(step)), scale.next_max(state.max, kt)};
+      state = advance(scale, state, weights, kt, v.get(step));
     });
     thread.decayed = decayed;
     thread.max_after = state.max;
@@ -194,12 +188,7 @@ struct BackwardPass {
     Sums<Pair> adjoint{Pair(0), Pair(0)};
     Pair g_log_decay(0), gu(0);
     for_steps_back<kSteps>(steps, [&](int step) {
-      const auto [sums, at] = thread.steps[step];
-      const Pair vt = v.get(step);
-      const auto weights = scale.weights(at);
-      StepGradients<Pair> of_step;
-      advance_adjoint(sums, weights.advance, vt, adjoint, of_step);
-      read_adjoint(sums, weights.read, vt, gy.get(step), adjoint, of_step);
+      const auto of_step = step_adjoint(scale, thread.steps[step], v.get(step), gy.get(step), adjoint);
       thread.steps[step].sums = {of_step.gk, of_step.gv};
       g_log_decay = g_log_decay + of_step.g_log_decay;
       gu = gu + of_step.gu;
@@ -235,13 +224,13 @@ struct BackwardPass {
     thread.partials.num = thread.partials.num + factor * g_log_decay;
     if (kFullTilesOnly || fit) {
       for_steps_back<kSteps>(steps, [&](int step) {
-        add(step, thread.steps[step].weight, adjoint);
+        add(step, thread.steps[step].at, adjoint);
         adjoint = decay * adjoint;
       });
     } else {
       const auto scale = block.running_scale(thread);
       for_steps_back<kSteps>(steps, [&](int step) {
-        const Weights<Pair> weights = scale.weights(thread.steps[step].weight).advance;
+        const Weights<Pair> weights = scale.weights(thread.steps[step].at).advance;
         add(step, weights.present, adjoint);
         adjoint = weights.past * adjoint;
       });

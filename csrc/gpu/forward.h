@@ -110,9 +110,8 @@ struct ForwardPass {
       for_steps<kSteps>(steps, [&](int step) {
         const Pair logit = key(thread.weights[step]), vt = v.get(step);
         const auto weights = scale.weights(scale.at(state.max, logit));
-        const Sums<Pair> now = mix(state.sums, weights.read, vt);
-        v.set(step, now.num / now.den);
-        state = {mix(state.sums, weights.advance, vt), scale.next_max(state.max, logit)};
+        v.set(step, read(state.sums, weights.read, vt));
+        state = advance(scale, state, weights.advance, logit, vt);
       });
     };
     if (!fit && scale.lifts) {

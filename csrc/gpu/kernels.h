@@ -9,12 +9,13 @@ namespace wkv {
 
 // A reduction's partials have the accumulation type.
 template <class Element>
-using ReduceOf = Reduce<typename ElementTraits<Element>::Real>;
+using ReduceOf = Reduce<RealOf<kTypeOf<Element>>>;
 
 // Calls function.operator()<Type>() for a kernel of a dtype.
 template <class Function>
 auto with_kernel(Kernel kernel, DType dtype, const Function& function) {
-  const auto of = [&]<class Element>() {
+  return with_dtype(dtype, [&](auto constant) {
+    using Element = ElementOf<constant.value, Half, Bfloat16>;
     switch (kernel) {
 #define WKV_KERNEL(name, Type) \
   case Kernel::name:           \
@@ -23,17 +24,7 @@ auto with_kernel(Kernel kernel, DType dtype, const Function& function) {
 #undef WKV_KERNEL
     }
     return function.template operator()<Step<Element>>();
-  };
-  switch (dtype) {
-    case DType::float32:
-      return of.template operator()<float>();
-    case DType::float16:
-      return of.template operator()<Half>();
-    case DType::bfloat16:
-      return of.template operator()<Bfloat16>();
-    default:
-      return of.template operator()<double>();
-  }
+  });
 }
 
 // Launch bounds: the most threads of a block, and the blocks of a multiprocessor that registers must allow.
@@ -43,14 +34,14 @@ struct Bounds {
 };
 template <class Element>
 struct Bounds<Forward<Element>> {
-  static constexpr DType dtype = ElementTraits<Element>::dtype;
+  static constexpr DType dtype = kTypeOf<Element>;
   static constexpr int threads = forward_warps(dtype, kCudaArch) * kWarpThreads;
   static constexpr int blocks = forward_blocks(dtype, kCudaArch);
 };
 template <class Element>
 struct Bounds<Backward<Element>> {
   static constexpr int threads = kBackwardWarps * kWarpThreads;
-  static constexpr int blocks = backward_blocks(ElementTraits<Element>::dtype, kCudaArch);
+  static constexpr int blocks = backward_blocks(kTypeOf<Element>, kCudaArch);
 };
 template <>
 struct Bounds<Forward<double>> {

@@ -55,7 +55,7 @@ WKV_HD Pair logit_at_end(Pair key, Pair log_decay, int step, int steps) {
 // largest: it is at most 1, and one that underflows is negligible.
 template <int kSteps, class Element, class Left>
 WKV_HD Scaled sum_of_spread(const Left& left, Column<Element> v, int steps) {
-  State<Pair> state{{Pair(0), Pair(0)}, Pair(kEmptyMax)};
+  State<Pair> state = empty_state<Pair>();
   for_steps<kSteps>(steps, [&](int step) { state.max = larger(left(step), state.max); });
   const Pair max_log2 = state.max * Pair(kLog2E);
   for_steps<kSteps>(steps, [&](int step) {

@@ -30,7 +30,7 @@ struct Tile {
 // The channels and the shared memory of a block of `kWarps` warps; 0 stands for as many as it is launched with.
 template <class Element, int kInputs, int kSteps, int kWarps>
 struct ScanBlock {
-  static constexpr DType kType = ElementTraits<Element>::dtype;
+  static constexpr DType kType = kTypeOf<Element>;
   static constexpr int kSubchunk = kSteps * kTileChannels;
   // Rows of 64 floats that a warp's part of a tile has room for.
   static constexpr int kWarpRows = kSubchunk * static_cast<int>(sizeof(Element)) / kRowBytes;
@@ -96,7 +96,7 @@ struct ScanBlock {
     store_state(checkpoint_at(t, thread), {state.sums, state.exponent});
   }
   WKV_HD State<Pair> first_state(TileThread thread) const {
-    if (params.state == nullptr) return {{Pair(0), Pair(0)}, Pair(kEmptyMax)};
+    if (params.state == nullptr) return empty_state<Pair>();
     return or_empty(load_state(row_of(params.state, b, 3, thread)));
   }
   WKV_HD RunningScale<Pair> running_scale(TileThread thread) const {
@@ -192,8 +192,8 @@ struct Scan {
 
   // By the last warp: joins the predecessors' messages, or the one state that is known, with the tile's own sum, which
   // is the message after them.
-  WKV_HD static void hand_on(const Block& block, const LookBack& look_back, const Tile& tile, bool waits,
-                             Thread& thread) {
+  WKV_HD static void join_predecessors(const Block& block, const LookBack& look_back, const Tile& tile, bool waits,
+                                       Thread& thread) {
     const int lane = thread.lane(), own = waits ? look_back.predecessors : 1;
     const Pair chunk_decay = block.channels.decay_log2(lane, block.params.chunking.chunk_tiles * block.warps * kSteps);
     const Pair own_decay = block.channels.decay_log2(lane, tile.rows);
@@ -271,7 +271,7 @@ struct Scan {
         }
       });
       team.phase([&](Thread& thread) {
-        if (thread.warp() == last_warp(tile)) hand_on(block, look_back, tile, waits, thread);
+        if (thread.warp() == last_warp(tile)) join_predecessors(block, look_back, tile, waits, thread);
       });
       team.warp_phase([&](Thread& thread) {
         if (kFullTilesOnly || tile.steps_of(thread.warp()) > 0) Pass::correct(block, tile, fit, thread);
