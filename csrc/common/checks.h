@@ -17,7 +17,7 @@ inline void check_like(const char* name, const Tensor& tensor, const Sizes& shap
   require(where == device, name, ": expected device ", device, " as k, got ", where);
 }
 
-// The arguments that forward, backward and step share, checked. k and v are [B, T, C], or [B, C] for the one token of a
+// The checked arguments that forward, backward and step share. k and v are [B, T, C], or [B, C] for the one token of a
 // step, with contiguous channels.
 struct Arguments {
   DType dtype, w_dtype, u_dtype;
@@ -69,7 +69,7 @@ inline Sequence sequence_of(const Tensor& tensor) {
   return {data_of(tensor), tensor.stride(0), tensor.dim() == 3 ? tensor.stride(1) : 0};
 }
 
-// A step's arguments: one token, k, v and maybe r [B, C], and the state that it moves on, of any strides.
+// A step's arguments: one token, k, v and optionally r [B, C], and the state that it updates, of any strides.
 struct TokenArguments : Arguments {
   std::optional<Tensor> r;
 

@@ -1,4 +1,4 @@
-// All kernels, and what a compiler is told of each.
+// All kernels, and the launch bounds of each.
 #pragma once
 
 #include "backward.h"
@@ -7,7 +7,7 @@
 
 namespace wkv {
 
-// A reduction's partials are of the type that all is accumulated in.
+// A reduction's partials have the accumulation type.
 template <class Element>
 using ReduceOf = Reduce<RealOf<kTypeOf<Element>>>;
 
@@ -27,7 +27,7 @@ auto with_kernel(Kernel kernel, DType dtype, const Function& function) {
   });
 }
 
-// Threads of a block, at most, and blocks of a multiprocessor that registers shall suffice for.
+// Launch bounds: the most threads of a block, and the blocks of a multiprocessor that registers must allow.
 template <class Kernel>
 struct Bounds {
   static constexpr int threads = kPlainThreads, blocks = 1;

@@ -1,5 +1,5 @@
-// The kernels of one thread for each channel: a token's step, the reduction of gradients, and float64, which is there
-// to be exact: it walks a sequence from one end to the other.
+// The kernels of one thread for each channel: a token's step, the reduction of gradients, and float64, which is for
+// exactness: one thread takes a sequence from one end to the other.
 #pragma once
 
 #include "backward.h"
@@ -24,7 +24,7 @@ struct Step {
       const int64_t C = params.C, i = static_cast<int64_t>(block.x) * threads + thread.index;
       if (i >= params.B * C) return;
       const int64_t b = i / C, c = i % C;
-      // All that comes from memory is asked for at once.
+      // All loads are issued before any is used.
       Real* const num =
           static_cast<Real*>(params.state) + b * params.state_batch_stride + c * params.state_channel_stride;
       Real* const den = num + params.state_row_stride;
@@ -32,7 +32,7 @@ struct Step {
       const State<Real> given = {{*num, *den}, *max};
       const Real k = to_real(static_cast<const Element*>(params.k)[b * params.k_stride + c]);
       const Real v = to_real(static_cast<const Element*>(params.v)[b * params.v_stride + c]);
-      // An infinite r is a gate that stands open, and changes no bit.
+      // An infinite r is an open gate: it changes no bit.
       const Real r = params.r == nullptr ? Real(INFINITY)
                                          : to_real(static_cast<const Element*>(params.r)[b * params.r_stride + c]);
       const RunningScale<Real> scale{load_channel<Real>(params.parameters, c)};
@@ -156,8 +156,8 @@ struct Forward<double> {
   }
 };
 
-// An interval is walked forward twice: once for the states every `kDoubleSteps`, which go to shared memory, and from
-// each of these once more, to be walked back.
+// The recurrence runs over an interval twice: once for the states every `kDoubleSteps`, which go to shared memory, and
+// from each of these once more, before the steps after it are taken backward.
 template <>
 struct Backward<double> {
   using Params = SequenceParams;

@@ -1,4 +1,4 @@
-// What lies between memory and the walks: rows of a tile staged in shared memory, channels' parameters, states.
+// The path between memory and registers: rows of a tile staged in shared memory, channels' parameters, states.
 #pragma once
 
 #include "../common/recurrence.h"
@@ -8,8 +8,8 @@
 
 namespace wkv {
 
-// The kernel report counts the instructions of what a full tile takes: whole subchunks that share an exponent, moved by
-// vectors. It compiles that alone.
+// The kernel report counts the instructions of a full tile: whole subchunks that share an exponent, moved by vectors.
+// It compiles only these.
 #if defined(WKV_FULL_TILES_ONLY)
 inline constexpr bool kFullTilesOnly = true;
 #else
@@ -83,7 +83,7 @@ struct Rows64 {
 struct SharedChannels {
   Rows64 rows;
 
-  // Those that do not exist have parameters of zero.
+  // Channels beyond the last have parameters of zero.
   WKV_HD void load(const ChannelParameters& parameters, uint32_t c, int columns, unsigned thread, int threads) const {
     float* const values = reinterpret_cast<float*>(rows.first);
 #pragma unroll 1
@@ -108,7 +108,7 @@ struct SharedChannels {
   WKV_HD Pair log_decay(int lane) const { return rows.get(0, lane) * Pair(1 / kLog2E); }
   WKV_HD Pair decay(int lane) const { return rows.get(1, lane); }
   WKV_HD Pair bonus(int lane) const { return rows.get(2, lane); }
-  // Log2 of what is left of a state after so many steps.
+  // Log2 of the decay over this many steps.
   WKV_HD Pair decay_log2(int lane, int steps) const { return Pair(steps) * rows.get(0, lane); }
 };
 
@@ -142,7 +142,7 @@ struct ChannelRow {
 template <class Element>
 struct Rows {
   Element* data;
-  uint32_t stride;  // in elements; op.h sees to it that 32 bits suffice for it and for T
+  uint32_t stride;  // in elements; op.h ensures that 32 bits suffice for it and for T
 
   // One instruction, as a product of 32-bit numbers.
   WKV_HD Element* at(int t) const { return data + static_cast<uint64_t>(static_cast<uint32_t>(t)) * stride; }
@@ -158,7 +158,7 @@ WKV_HD Rows<Element> rows_from(void* contiguous, int64_t T, int64_t C, uint32_t 
   return {static_cast<Element*>(contiguous) + b * (T * C) + c, static_cast<uint32_t>(C)};
 }
 
-// How the lanes of a warp share a subchunk's rows of 16-byte vectors: each has one column and every so-many-th row.
+// A lane's share of a subchunk's rows of 16-byte vectors: one column, and every kRowStep-th row.
 template <class Element>
 struct VectorShare {
   static constexpr int kPerVector = static_cast<int>(sizeof(Vector) / sizeof(Element));
@@ -169,7 +169,7 @@ struct VectorShare {
   WKV_HD explicit VectorShare(unsigned lane)
       : column(lane % kVectorsOfRow * kPerVector), first_row(lane / kVectorsOfRow) {}
 
-  // Of `columns`, so many are moved by vectors: none where an address is not a multiple of 16.
+  // The number of `columns` that are moved by vectors: 0 where an address is not a multiple of 16.
   WKV_HD static int vectored(Rows<const Element> rows, int columns) {
     if (kFullTilesOnly) return kTileChannels;
     const auto address = reinterpret_cast<uintptr_t>(rows.data);
@@ -208,8 +208,8 @@ WKV_HD void move_rows(Rows<Memory> rows, int t, Element* subchunk, int steps, in
   }
 }
 
-// Brings rows to shared memory. Columns that do not exist become zero, so that no result depends on what shared memory
-// held.
+// Stages rows in shared memory. Columns beyond the last become zero, so that no result depends on the earlier contents
+// of shared memory.
 template <int kSteps, class Element>
 WKV_HD void stage(Element* subchunk, Rows<const Element> source, int t, int steps, int columns, int lane) {
   move_rows<kSteps>(
@@ -240,8 +240,8 @@ struct Column {
   WKV_HD void set(int step, Pair value) const { at(step) = pack<Element>({value.x, value.y}); }
 };
 
-// For arrays over steps of which not all are written: where a block takes several tiles, the compiler would keep
-// registers for what the tile before left in the others.
+// Clears an array over steps that is only partly written: where a block takes several tiles, the compiler would
+// otherwise keep registers for the values of the tile before.
 template <class Value, int kSteps>
 WKV_HD void clear_unless_full(int count, Value (&values)[kSteps]) {
   if (kFullTilesOnly || count == kSteps) return;
@@ -250,7 +250,7 @@ WKV_HD void clear_unless_full(int count, Value (&values)[kSteps]) {
 }
 
 // Calls function(step) for the first `count` steps of a subchunk, or from the last of these to the first, all unrolled,
-// so that arrays over them can be registers; a whole subchunk, which is the rule, compares nothing at each step.
+// so that arrays over them can be registers; a whole subchunk, the usual case, compares nothing at each step.
 template <int kSteps, bool kBack = false, class Function>
 WKV_HD void for_steps(int count, const Function& function) {
   if (kFullTilesOnly || count == kSteps) {
