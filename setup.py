@@ -1,12 +1,12 @@
 """Builds the libraries of csrc/; everything else about the package is in pyproject.toml.
 
 They use torch's stable ABI alone and know no Python: one build serves every torch from 2.11 on and every Python. The
-CUDA kernels are a library of their own, built where a CUDA toolkit and a CUDA build of torch are found, whether or not
-there is a GPU. RWKV_KERNELS_CUDA=0 leaves them out, RWKV_KERNELS_CUDA=1 insists, which takes a toolkit and any torch;
-TORCH_CUDA_ARCH_LIST says for which GPUs.
+CUDA kernels are a separate library, built where a CUDA toolkit and a CUDA build of torch are found, whether or not
+there is a GPU. RWKV_KERNELS_CUDA=0 leaves them out, RWKV_KERNELS_CUDA=1 requires them, with a toolkit and any torch;
+TORCH_CUDA_ARCH_LIST names the GPUs.
 
-Without a C++ compiler or without a torch the package is made without libraries, and a file in it says why. The pybind11
-module _introspection is for this source tree's tests and benchmarks: only `build_ext --inplace` builds it.
+Without a C++ compiler or without a torch the package is built without libraries, and a file in it gives the reason. The
+pybind11 module _introspection is for this source tree's tests and benchmarks: only `build_ext --inplace` builds it.
 """
 
 import os
@@ -35,9 +35,9 @@ import cuda_toolkit  # noqa: E402
 
 OLDEST_TORCH = (2, 11)
 
-# The walks never look at floating-point exceptions or errno. Products and sums shall fuse, which Clang does across
-# inlined functions only if told. In a*b + c*d GCC fuses another product without -fwrapv, which most Pythons add: said
-# here, the last bit depends on neither the Python nor the build system.
+# No kernel reads floating-point exceptions or errno. Products and sums shall fuse, which Clang does across inlined
+# functions only with the flag. In a*b + c*d GCC fuses another product without -fwrapv, which most Pythons add: set
+# here, it makes the last bit independent of the Python and the build system.
 FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fwrapv"]
 FLAGS += ["-Wall", "-Wno-psabi", "-fvisibility=hidden"]
 
@@ -46,7 +46,7 @@ STRIP = ["-Wl,-s"] if sys.platform == "linux" else []
 
 
 def why_no_library() -> str | None:
-    """None where the libraries can be built, else what is missing; the doctor shows it."""
+    """None where the libraries can be built, else the reason, which the doctor shows."""
     oldest = ".".join(map(str, OLDEST_TORCH))
     if torch is None:
         return "there was no torch when it was installed, and pip's isolated build sees none"
@@ -91,7 +91,7 @@ class Build(build_ext):
 
 
 class BuildPython(build_py):
-    """Leaves a word where libraries would be."""
+    """Writes the reason into the package where libraries are missing."""
 
     def run(self) -> None:
         super().run()
@@ -126,8 +126,8 @@ def operators() -> Extension:
 
 def cuda(toolkit: cuda_toolkit.Toolkit) -> Extension:
     architectures = toolkit.architectures()
-    # BuildExtension finds nvcc here, and not behind a wrapper script. It refuses the nvcc of another CUDA than torch's,
-    # and asks it for no dependencies beside a torch without CUDA: the library sees nothing of torch's CUDA.
+    # BuildExtension finds nvcc here, not behind a wrapper script. It refuses the nvcc of another CUDA than torch's, and
+    # beside a torch without CUDA it requests no dependencies from nvcc: the library uses nothing of torch's CUDA.
     cpp_extension.CUDA_HOME = str(toolkit.home)
     torch.version.cuda = toolkit.version
     return Extension(

@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--peer", type=_named_file, action="append", default=[], metavar="NAME=FILE", help="see benchmarks/peers.py"
     )
-    commands.add_parser("all", parents=[common], help="every benchmark of the device, each in a process of its own")
+    commands.add_parser("all", parents=[common], help="every benchmark of the device, each in a separate process")
     for name in BENCHMARKS:
         module = importlib.import_module(f"benchmarks.{name}")
         command = commands.add_parser(name, parents=[common], help=module.__doc__, description=module.__doc__)
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run_all(arguments: argparse.Namespace, options: list[str]) -> int:
-    # Each in a process of its own: its effect on memory and caches, or its crash, must not meet the next.
+    # Each runs in a separate process: its effect on memory and caches, or its crash, must not reach the next.
     names = [name for name in BENCHMARKS if arguments.device in ONLY_ON.get(name, DEVICES)]
     status = {name: subprocess.run([sys.executable, "-m", "benchmarks", name, *options]).returncode for name in names}
     failed = [name for name in names if status[name] not in (0, CANNOT_RUN)]
@@ -84,7 +84,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _draw(folder: Path) -> None:
-    from benchmarks import plots  # matplotlib is needed for nothing else
+    from benchmarks import plots  # only this command needs matplotlib
 
     plots.draw(folder)
     write_tables(folder)

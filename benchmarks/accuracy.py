@@ -1,4 +1,4 @@
-"""How far results are from the float64 oracle, beside the step loop in the same dtype."""
+"""Errors against the float64 oracle, beside those of the step loop in the same dtype."""
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def _results(inputs: tuple[Tensor, ...], backend: str) -> dict[str, Tensor]:
     leaves = [x.requires_grad_() for x in (y.detach().clone() for y in given)]
     y, state = rwkv_kernels.wkv(*leaves, return_state=True, backend=backend)
     num, den, _ = state.unbind(1)
-    # A function of y and of the state's mean, which no choice of gauge can change.
+    # A function of y and of the state's mean, which is independent of the gauge.
     loss = (y * gy).sum() + (num / den).sum()
     gw, gu, gk, gv, gstate = torch.autograd.grad(loss, leaves)
     results = {"y": y, "state": num / den, "gw": gw, "gu": gu, "gk": gk, "gv": gv, "gstate": gstate}

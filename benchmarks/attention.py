@@ -17,11 +17,11 @@ TITLE_OF_GROWTH = "Growth: time ~ T^p and memory ~ T^q, fitted to the longest {l
 TITLE_OF_CROSSOVER = "From which T on WKV is faster, of the lengths that both were measured at"
 
 WIDTH = {"cuda": 1024, "cpu": 256, "smoke": 32}
-# On GPUs, torch's fast attention wants 16 bits.
+# On GPUs, torch's fast attention needs 16 bits.
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32, "smoke": torch.float32}
 SHORTEST = 128
 LONGEST = {"cuda": 2**17, "cpu": 2**15, "smoke": 256}
-# Seconds after which a call is long enough: the next one would take twice or four times as long.
+# Seconds of a call that ends a sweep: the next one would take twice or four times as long.
 LONG_ENOUGH = {"cuda": 0.1, "cpu": 0.2, "smoke": 0.1}
 PATIENCE = 20.0  # seconds for the runs of one call: enough for 20 of the next length, four times as long
 FITTED = 3
@@ -88,7 +88,7 @@ def _sweep(device: Device, name: str, operation: str) -> Iterator[Row]:
 
 
 def _offered(device: Device) -> list[str]:
-    """The mixers that this device and torch have; why another is not there is printed."""
+    """The mixers that this device and torch have; prints the reason for each that is missing."""
     offered = []
     for name in mixers.NAMES:
         try:
@@ -136,7 +136,7 @@ def _crossover(ours: list[Row], others: list[Row]) -> Row:
 
 
 def _check_against_each_other() -> None:
-    """Compares mixers in float64 where they are cases of each other: each must be what its name says."""
+    """Compares mixers in float64 where they are cases of each other: each must match its name."""
     torch.manual_seed(0)
     T, C = 48, 2 * mixers.HEAD_CHANNELS
     r, k, v = torch.randn(3, 1, T, C, dtype=torch.float64)
@@ -154,7 +154,7 @@ def _check_against_each_other() -> None:
         aft.biases.normal_()
         agree(aft, torch.sigmoid(r) * weighted_mean(aft.biases[..., None] + k))
         agree(mixers.AftSimple(T, C), torch.sigmoid(r) * weighted_mean(k.expand(T, T, C)))
-        # WKV is AFT whose biases fall with the distance, but for the present step.
+        # WKV is AFT whose biases fall with the distance, except for the present step.
         ours = mixers.Wkv(T, C).double()
         ours.u.normal_()
         distance = (torch.arange(T)[:, None] - torch.arange(T))[..., None]

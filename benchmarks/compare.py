@@ -7,7 +7,7 @@ from benchmarks.device import quartiles
 from benchmarks.records import Record, Row, Table
 
 TITLE = "{before} -> {after}: medians, the lower and upper quartile in brackets"
-LEAST_SAMPLES = 3  # which a verdict rests on
+LEAST_SAMPLES = 3  # for a verdict
 # Two records are comparable if they share these.
 PLACE = ("device", "smoke", "processor", "threads", "instruction_set", "gpu")
 

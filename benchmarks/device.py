@@ -102,7 +102,7 @@ class Device:
 
         def evict() -> None:
             cold.zero_()
-            # The last writes still wait in the cache to go to memory: these reads send them there.
+            # The last writes are still in the cache: these reads evict them to memory.
             cold[: size // 4].view(torch.int64).sum()
             if self.is_gpu:
                 # Some 2 ms, in which the CPU queues the timed call: the events then enclose the kernels alone.
@@ -126,7 +126,7 @@ class Device:
             torch.cuda.synchronize()
 
     def triad(self) -> tuple[int, Call]:
-        """The yardstick of bandwidth: the bytes that it moves, and a sum of two large tensors."""
+        """The reference of bandwidth: the bytes that it moves, and a sum of two large tensors."""
         elements = {"cuda": 2**27, "cpu": 2**23, "smoke": 2**10}[self.scale]
         a, b, target = (torch.ones(elements, device=self.type) for _ in range(3))
         return 3 * a.nbytes, lambda: torch.add(a, b, alpha=2.0, out=target)
@@ -134,7 +134,7 @@ class Device:
     def peak_bytes(self, prepare: Callable[..., Call], *arguments: object) -> int | None:
         """The peak of memory during prepare(*arguments)(), beyond what was held before the call.
 
-        None where the system does not tell. On a CPU it is called in another process, by its name.
+        None where the system does not report it. On a CPU it is called in another process, by its name.
         """
         if not self.is_gpu:
             return footprint.peak_bytes(prepare, *arguments)
@@ -151,7 +151,7 @@ class Device:
 
 
 def backends(device: Device) -> list[str]:
-    """The backends that run on the device, but for the oracle."""
+    """The backends that run on the device, without the oracle."""
     names = [info.name for info in rwkv_kernels.backends() if info.name != "reference"]
     return [name for name in names if takes(name, device.type)]
 

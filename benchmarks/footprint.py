@@ -21,20 +21,20 @@ def _other_process() -> ProcessPoolExecutor:
 
 
 def _return_freed_memory() -> None:
-    """Makes glibc return freed blocks at once: an earlier call's leftovers must not serve the next one unseen."""
+    """Makes glibc return freed blocks at once: an earlier call's free blocks must not serve the next one unseen."""
     M_MMAP_THRESHOLD, least = -3, 2**16
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, least)
 
 
 def _measured(prepare: Callable[..., Callable[[], object]], *arguments: object) -> int:
     call = prepare(*arguments)
-    call()  # threads and code are there from now on
-    CLEAR_REFS.write_text("5")  # the peak starts anew
+    call()  # starts threads and loads code
+    CLEAR_REFS.write_text("5")  # resets the peak
     before = _peak()
     results = call()
     peak = _peak()
     del results
-    return max(0, peak - before)  # the system takes unused pages back when it likes
+    return max(0, peak - before)  # the system may reclaim unused pages at any time
 
 
 def _peak() -> int:

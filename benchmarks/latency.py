@@ -1,12 +1,12 @@
 """The cost of a call besides its work: importing the package, a launch, a decoding step, and gradients.
 
-Gradients are measured beside the least that a differentiable operator of torch can cost: an autograd.Function that
+Gradients are measured beside the minimum for a differentiable operator of torch: an autograd.Function that
 calls the same two kernels and checks nothing.
 
 `--beside TREE` measures small calls of this tree and of another one, in processes that take turns. On a machine with
 other work, two runs after each other differ by more than the cost of a call does. Here each round times the same calls
 in both trees within a fraction of a second, and the difference is taken within the round. Several pairs of processes
-are started: where a process has its memory makes a difference, and no more rounds average it out.
+are started: the placement of a process's memory makes a difference, which more rounds do not average out.
 """
 
 import json
@@ -123,7 +123,7 @@ def gradient_calls(backend: str) -> dict[tuple[str, str], Call]:
         "scaled_dot_product_attention": lambda: torch.nn.functional.scaled_dot_product_attention(k, k, v),
     }
     if not torch._C._dispatch_has_kernel_for_dispatch_key("rwkv_kernels::wkv_forward", k.device.type.upper()):
-        del forwards[PLAIN]  # there are other backends for such a device
+        del forwards[PLAIN]  # such a device has other backends
 
     def with_backward(forward: Callable[[], Any]) -> Call:
         return lambda: torch.autograd.grad(forward(), inputs, gy, allow_unused=True)
@@ -157,7 +157,7 @@ def _run_beside(device: Device, record: Record, tree: Path) -> None:
             children = {side: stack.enter_context(_started(folder, device)) for side, folder in trees}
             answers = [{side: {IMPORT: _import_seconds(children[side], folder)} for side, folder in trees}]
             answers += [{side: _asked(children[side], repetitions) for side, _ in trees} for _ in range(rounds)]
-        trees.reverse()  # neither is always the first
+        trees.reverse()  # so that the first place alternates
         for answer in answers:
             for name, seconds in answer["here"].items():
                 pairs.setdefault(name, []).append((seconds, answer["there"][name]))

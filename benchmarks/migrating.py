@@ -16,7 +16,7 @@ TITLE = "transformers' RwkvForCausalLM before and after the patch, 4 layers, flo
 
 # With gradients, the loop's time grows with T²: every step of it writes a whole gradient of k and of v.
 SHAPES = [(4, 512, 768), (1, 4096, 768)]
-LAYERS, VOCAB = 4, 256  # a model of bytes: with a large vocabulary, the head would be most of both times
+LAYERS, VOCAB = 4, 256  # a model of bytes: with a large vocabulary, the head would take most of both times
 RUNS = 3
 LONGEST_OF_MANY_RUNS = 512  # beyond it, the loop is measured once
 
@@ -46,7 +46,7 @@ def _rows(device: Device, shape: Shape, version: str) -> list[Row]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     tokens = torch.randint(VOCAB, (B, T), device=device.type)
     modeling = transformers.models.rwkv.modeling_rwkv
-    modeling.rwkv_cuda_kernel = None  # which would refuse long sequences and, for some, write out of bounds
+    modeling.rwkv_cuda_kernel = None  # it would refuse long sequences and, for some, write out of bounds
     w, u = torch.randn(2, C, device=device.type, requires_grad=True)
     k, v, gy = torch.randn(3, B, T, C, device=device.type, requires_grad=True)
 

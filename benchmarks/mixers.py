@@ -1,6 +1,6 @@
-"""Token mixers of language models: the same four projections around different ways to look back in time.
+"""Token mixers of language models: the same four projections around different operations over time.
 
-Each way is a function of (r, k, v), [B, T, C] all, and gives [B, T, C], of which step t depends on steps up to t. For
+Each operation is a function of (r, k, v), all [B, T, C], and returns [B, T, C]; step t depends on steps up to t. For
 attention, r is the query. Sources: WKV and the gate sigmoid(r), arXiv 2305.13048, equations 14 and 15; AFT-full and
 AFT-simple, arXiv 2105.14103, in their causal form.
 """
@@ -28,7 +28,7 @@ def _joined(x: Tensor) -> Tensor:
 
 
 def _future(T: int) -> Tensor:
-    """[T, T], where step t may not look at step s."""
+    """[T, T], true where step t must not see step s."""
     return torch.ones(T, T, dtype=torch.bool).triu(1)
 
 
@@ -45,7 +45,7 @@ class Wkv(nn.Module):
 
 
 class NaiveAttention(nn.Module):
-    """Softmax attention as it is written down: the T×T matrix of scores is there."""
+    """Softmax attention with the whole T×T matrix of scores."""
 
     future: Tensor
 
@@ -68,7 +68,7 @@ class TorchAttention(nn.Module):
         self.backend = backend
 
     def forward(self, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """In O(T²) time, and but for the backend "math" in O(T) memory."""
+        """In O(T²) time and O(T) memory; with the backend "math" in O(T²)."""
         with sdpa_kernel(self.backend):
             return _joined(F.scaled_dot_product_attention(_heads(r), _heads(k), _heads(v), is_causal=True))
 
@@ -104,7 +104,7 @@ class AftSimple(nn.Module):
 
 
 class Mixer(nn.Module):
-    """x [B, T, C] -> [B, T, C]: projections to r, k and v, a way to look back, a projection of its result."""
+    """x [B, T, C] -> [B, T, C]: projections to r, k and v, the operation over time, a projection of its result."""
 
     def __init__(self, C: int, look_back: nn.Module) -> None:
         super().__init__()

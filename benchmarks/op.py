@@ -26,7 +26,7 @@ SHAPES: dict[str, list[Shape]] = {
         (1, 128, 768),
         (8, 1, 768),
     ],
-    # Not small: eviction takes the code along, and a small call would wait for that. Those are for `latency`.
+    # Not small: eviction also evicts the code, for which a small call would wait. `latency` measures small calls.
     "cpu": [(8, 1024, 768), (1, 16384, 768), (1, 4096, 768), (4, 512, 768)],
     "smoke": [(2, 130, 64), (2, 1, 64)],
 }
@@ -38,17 +38,17 @@ DTYPES = {
 # Shared CPUs change their speed for many seconds at a time; several rounds over all cases show it in the spread.
 ROUNDS = {"cuda": 1, "cpu": 4, "smoke": 1}
 TENSORS = {"forward": 3, "backward": 5}
-# Checkpoints for backward take 12/64 bytes an element, which the minimum has not.
+# Checkpoints for backward take 12/64 bytes an element more than the minimum.
 WITH_CHECKPOINTS = "forward with checkpoints"
 OF_A_STEP = 6  # k, v, gy, y, gk, gv
-LEAST_ELEMENTS_TOLD = 2**20  # a process's memory is counted in pages
+LEAST_ELEMENTS_COUNTED = 2**20  # a process's memory is counted in pages
 
 STEPS = {"cuda": [2**14, 2**15, 2**16, 2**17], "cpu": [2**11, 2**12, 2**13, 2**14], "smoke": [64, 128]}
 CHANNELS = 768
 
 
 def calls_of(problem: Problem, backend: str) -> dict[str, Callable[[], object]]:
-    """Forward, forward with checkpoints, and backward, each to be timed by itself."""
+    """Forward, forward with checkpoints, and backward, each to be timed separately."""
     function = function_of(backend)
     return {
         "forward": lambda: problem.forward(function),
@@ -58,10 +58,10 @@ def calls_of(problem: Problem, backend: str) -> dict[str, Callable[[], object]]:
 
 
 def planned(backend: str, operation: str, dtype: torch.dtype, shape: Shape) -> dict[str, object]:
-    """The planner's plan, nothing for a backend without one."""
+    """The planner's plan, empty for a backend without one."""
     if backend != "cuda":
         return {}
-    from rwkv_kernels import _introspection  # of an in-place build alone, and nobody else needs it
+    from rwkv_kernels import _introspection  # only an in-place build has it, and only this function needs it
 
     properties = torch.cuda.get_device_properties(0)
     limits: _introspection.DeviceLimits = {
@@ -141,7 +141,7 @@ class Case:
 def _extra_bytes(device: Device, shape: Shape, dtype: torch.dtype, backend: str) -> dict[str, float]:
     """Memory beyond inputs, outputs and gradients: of forward alone, and of forward and backward together."""
     elements = shape[0] * shape[1] * shape[2]
-    if not device.is_gpu and elements < LEAST_ELEMENTS_TOLD:
+    if not device.is_gpu and elements < LEAST_ELEMENTS_COUNTED:
         return {}
     outputs = {"forward": 1, "backward": 3}  # y; y, gk and gv
     peaks = {operation: device.peak_bytes(prepare_operation, shape, dtype, backend, operation) for operation in TENSORS}
@@ -169,9 +169,9 @@ def _measure_memory(device: Device, record: Record) -> None:
             for T in steps:
                 peak = device.peak_bytes(prepare_operation, (1, T, CHANNELS), dtype, backend, "backward")
                 if peak is None:
-                    print("this system does not tell a process's peak memory")
+                    print("this system does not report a process's peak memory")
                     return
-                held.append(peak + 3 * T * CHANNELS * dtype.itemsize)  # k, v and gy were there before
+                held.append(peak + 3 * T * CHANNELS * dtype.itemsize)  # k, v and gy were allocated before
                 least = OF_A_STEP * T * CHANNELS * dtype.itemsize
                 where = {"backend": backend, "dtype": name_of(dtype), "T": T}
                 rows.append({**where, "MB": held[-1] / 1e6, "inputs, outputs, gradients, MB": least / 1e6})

@@ -1,4 +1,4 @@
-"""The operator against those in use: fla and transformers where installed, and others from files of the user.
+"""The operator against other implementations: fla and transformers where installed, and files of the user.
 
 Such a file is Python with a differentiable function `wkv(w, u, k, v)` -> y in this package's conventions: w [C] the raw
 decay, u [C], k and v [B, T, C]. It may compile and load anything. Around the `RUN_CUDA` of BlinkDL's
@@ -36,7 +36,7 @@ def _fla() -> Function:
     from fla.ops.rwkv4 import fused_recurrent_rwkv4
 
     def wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        state = rwkv_kernels.empty_state(k.shape[0], k.shape[2], device=k.device).to(k.dtype)  # it wants k's dtype
+        state = rwkv_kernels.empty_state(k.shape[0], k.shape[2], device=k.device).to(k.dtype)  # it requires k's dtype
         return fused_recurrent_rwkv4(w, u, k, v, state.unsqueeze(2))[0]  # type: ignore[no-any-return]
 
     return wkv
@@ -45,7 +45,7 @@ def _fla() -> Function:
 def _transformers_kernel() -> Function:
     from transformers.models.rwkv import modeling_rwkv
 
-    modeling_rwkv.load_wkv_cuda_kernel(1024)  # the longest that it is built for, whatever a longer context asks
+    modeling_rwkv.load_wkv_cuda_kernel(1024)  # its longest sequence, even for models of longer contexts
 
     def wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if k.shape[0] > 1:
@@ -83,7 +83,7 @@ def _version(distribution: str) -> str:
 
 
 def load(device: Device, files: dict[str, Path]) -> dict[str, Function]:
-    """The peers that are there, by name and version; why another is not is printed."""
+    """The available peers, by name and version; prints the reason for each that is missing."""
     transformers = f"transformers {_version('transformers')}"
     loaders: dict[str, Callable[[], Function]] = {f"{transformers}, loop": _transformers_loop}
     if device.is_gpu:
@@ -92,7 +92,7 @@ def load(device: Device, files: dict[str, Path]) -> dict[str, Function]:
     loaders |= {name: lambda path=path: _from_file(path) for name, path in files.items()}
     peers = {}
     for name, loader in loaders.items():
-        # A peer whose import or build fails is left out, whatever it raises.
+        # A peer whose import or build fails is left out, for any exception.
         try:
             peers[name] = loader()
         except Exception as error:
@@ -118,7 +118,7 @@ def run(device: Device, record: Record, files: dict[str, Path]) -> None:
 
 
 def _errors_of_others(problem: Problem, others: dict[str, Function], where: str) -> dict[str, float]:
-    """Of those that solve the problem; a peer may refuse one, or be wrong."""
+    """The errors of the peers that solve the problem; a peer may refuse it, or be wrong."""
     errors = {}
     for who, function in others.items():
         try:

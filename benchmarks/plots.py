@@ -1,4 +1,4 @@
-"""Draws records, and computes nothing but the place of a label."""
+"""Draws records, and computes only the places of labels."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -108,7 +108,7 @@ def _lines(axis: Axes, rows: list[Row], series: str, x: str, y: str) -> None:
 
 
 def _curves(record: Record, series: str, x: str, *panels: tuple[str, Row, str, Callable[..., str]]) -> Figure:
-    """A panel for each title, with the rows that agree with it, a column of theirs and its unit."""
+    """A panel for each title, with the rows that agree with it, one of their columns and its unit."""
     figure, axes = _panels(len(panels), 4)
     for axis, (title, chosen, column, unit) in zip(axes, panels, strict=True):
         rows = [row for row in record.tables[0].rows if all(row[key] == value for key, value in chosen.items())]

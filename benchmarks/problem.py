@@ -48,7 +48,7 @@ class Problem:
         return self.w, self.u, self.k, self.v
 
     def forward(self, function: Function) -> Tensor:
-        """The output, where no gradient will be asked for."""
+        """The output, where no gradient is requested."""
         with torch.no_grad():
             return function(*self.leaves)
 
@@ -63,7 +63,7 @@ class Problem:
         return y.detach(), *torch.autograd.grad(y, self.leaves, self.gy)
 
     def _exact(self, x: Tensor) -> Tensor:
-        """Three channels in float64: channels do not know of each other, and all would take the CPU too long."""
+        """Three channels in float64: channels are independent, and all would take the CPU too long."""
         C = self.k.shape[-1]
         channels = torch.tensor(sorted({0, C // 2, C - 1}), device=x.device)
         return x.detach().index_select(-1, channels).double().cpu()
@@ -74,7 +74,7 @@ class Problem:
         given = [self._exact(x).requires_grad_() for x in self.leaves]
         backend = "reference" if self.k.shape[1] <= LONGEST_FOR_THE_ORACLE else "cpu"
         y = rwkv_kernels.wkv(*given, backend=backend)
-        # A single step does not know of w.
+        # A single step does not depend on w.
         gradients = torch.autograd.grad(y, given, self._exact(self.gy), materialize_grads=True)
         return y.detach(), *gradients
 
@@ -90,7 +90,7 @@ class Problem:
         return float(torch.stack(errors).max())  # which is NaN if one of them is
 
     def check(self, function: Function) -> float:
-        """The error; raises AssertionError where it is more than roundings explain."""
+        """The error; raises AssertionError where it exceeds what rounding explains."""
         error = self.error(function)
         allowed = torch.finfo(self.k.dtype).eps + 100 * torch.finfo(torch.float32).eps * self.k.shape[1] ** 0.5
         assert error <= allowed, f"off by {error:.1e} of the largest element, allowed {allowed:.1e}"

@@ -1,4 +1,4 @@
-"""Records: measurements with their raw samples, and the place, without which they cannot be compared."""
+"""Records: measurements with their raw samples and their environment, which a comparison needs."""
 
 import json
 import platform
@@ -29,7 +29,7 @@ class Table:
     rows: list[Row]
 
     def markdown(self) -> str:
-        """The table, and how far to trust it."""
+        """The table, with a warning if its measurements are noisy."""
         names = [name for name in self.rows[0] if not name.startswith("_")]
         cells = [[_format(row.get(name, "-")) for name in names] for row in self.rows]
         lines = [names, ["---"] * len(names), *cells]
@@ -122,7 +122,7 @@ def write_tables(folder: Path) -> None:
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """The place of a measurement on the device: versions, commit, processor."""
+    """The environment of a measurement on the device: versions, commit, processor."""
     return {
         "device": device,
         "rwkv_kernels": rwkv_kernels.__version__,
@@ -148,12 +148,12 @@ def _gpu() -> dict[str, Any]:
 
 
 def _output(*command: str) -> str:
-    """The output of a program, nothing if it is not installed."""
+    """The output of a program, empty if it is not installed."""
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which(command[0]) else ""
 
 
 def _processor() -> str:
-    """The processor's own name where the system tells it."""
+    """The processor's name where the system reports it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

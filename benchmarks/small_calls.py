@@ -1,7 +1,7 @@
 """Small calls of the rwkv_kernels that this process imports, for both tables of benchmarks/latency.py.
 
-It is a program, too, which runs with the package of any tree: it imports torch and the package alone, and uses names
-that every version has. It prints where the package lies and the seconds of its import; then for each line that it
+It is also a program that runs with the package of any tree: it imports only torch and the package, and uses names
+that every version has. It prints the package's path and the seconds of its import; then for each line that it
 reads, a number of repetitions, it prints the seconds of every call. Its argument is the type of a device.
 """
 
@@ -22,7 +22,7 @@ IMPORT_SECONDS = time.perf_counter() - started
 Calls = dict[str, Callable[[], object]]
 
 C = 768
-BATCHES = 5  # of which the fastest counts: whatever else the machine does only adds
+BATCHES = 5  # the fastest counts: other work of the machine only adds
 
 
 def calls(device: str, backend: str = "auto") -> Calls:
@@ -81,7 +81,7 @@ def operator_calls(device: str) -> Calls:
 
 
 def check(device: str, backend: str = "auto") -> None:
-    """Raises AssertionError where a call gives other than the oracle."""
+    """Raises AssertionError where a call's results differ from the oracle's."""
     for kind in (calls, gradient_calls):
         for (name, call), exact in zip(kind(device, backend).items(), kind(device, "reference").values(), strict=True):
             torch.testing.assert_close(
@@ -90,7 +90,7 @@ def check(device: str, backend: str = "auto") -> None:
 
 
 def timers(measured: Calls, threads: int = 1) -> dict[str, Timer]:
-    """A timer of each call, by its name; with one thread none waits for another, whatever else the machine does."""
+    """A timer of each call, by its name; with one thread none waits for another on a busy machine."""
     return {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in measured.items()}
 
 

@@ -13,7 +13,7 @@ from rwkv_kernels.nn import RWKV
 
 TITLE = "A training step of a language model: forward, backward and AdamW"
 
-TOKENS = {"cuda": 2**15, "cpu": 2**12, "smoke": 256}  # in every step, whatever T
+TOKENS = {"cuda": 2**15, "cpu": 2**12, "smoke": 256}  # in every step, for every T
 LENGTHS = {"cuda": [2**9, 2**11, 2**13, 2**15], "cpu": [2**7, 2**9, 2**11, 2**12], "smoke": [128]}
 PATIENCE = 16.0  # seconds for the runs of the slower model
 

@@ -1,4 +1,4 @@
-"""A transformer as plain as RWKV-4, to measure beside it: pre-norm, learnt nothing but matrices and layer norms."""
+"""A transformer as plain as RWKV-4, to measure beside it: pre-norm, its parameters only matrices and layer norms."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 HEAD_CHANNELS = 64
 
-# Of the models that are compared, RWKV and this one.
+# The sizes of the compared models, RWKV and this one.
 VOCAB = 256
 SIZES = {"cuda": (1024, 12), "cpu": (256, 4), "smoke": (64, 1)}  # channels and layers
 
@@ -20,7 +20,7 @@ class KeyValueCache:
         self.length = 0
 
     def bytes_of(self, tokens: int) -> int:
-        """The size of so many tokens."""
+        """The bytes that this many tokens take."""
         return self.kept[..., :tokens, :].numel() * self.kept.element_size()
 
 
@@ -34,7 +34,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(channels, hidden, bias=False), nn.Linear(hidden, channels, bias=False)
 
     def forward(self, x: Tensor, kept: Tensor | None = None, length: int = 0) -> Tensor:
-        """x [B, T, C] -> [B, T, C]; with the layer's cache, one token after `length` others, which moves in."""
+        """x [B, T, C] -> [B, T, C]; with the layer's cache, one token after `length` others, which is added to it."""
         q, k, v = self.qkv(self.ln1(x)).unflatten(-1, (3, -1, HEAD_CHANNELS)).permute(2, 0, 3, 1, 4)
         if kept is not None:
             kept[:, :, :, length] = torch.stack((k, v))[:, :, :, 0]

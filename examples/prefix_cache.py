@@ -2,9 +2,9 @@
 
     python examples/prefix_cache.py [--checkpoint FILE_OR_FOLDER]
 
-A state has the same size after any number of tokens, so what is kept of the text is a few kilobytes for each layer.
+A state has the same size after any number of tokens, so the saved text takes a few kilobytes for each layer.
 Tokens are bytes here, so a checkpoint must be one of a model of bytes; without one, the weights are random, which
-changes what is said and nothing else.
+changes only the answers.
 """
 
 import argparse

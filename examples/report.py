@@ -32,14 +32,14 @@ COLOURS = {"RWKV": "#c2410c", "wkv": "#c2410c", "attention": "#1d4ed8", "zlib -9
 
 
 class LossPoint(NamedTuple):
-    """The training loss of one step, in bits per byte, after so many tokens."""
+    """The training loss of one step, in bits per byte, and the tokens before it."""
 
     tokens: int
     bits: float
 
 
 class Timing(NamedTuple):
-    """Seconds of one call on a sequence of so many steps."""
+    """Seconds of one call on a sequence, and its steps."""
 
     name: str
     steps: int

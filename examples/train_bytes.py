@@ -1,8 +1,8 @@
-"""Trains a byte-level RWKV for a few minutes, and shows what the operator is good for.
+"""Trains a byte-level RWKV for a few minutes, and compares it with compression and attention.
 
     python examples/train_bytes.py [--text FILE_OR_FOLDER] [--minutes 3.5]
 
-The text is the source code of Python's standard library unless told otherwise. The end of it is held out, and the model
+The text is the source code of Python's standard library by default. The end of it is held out, and the model
 has to predict it in fewer bits per byte than zlib compresses it to. A report with plots is written to demo/.
 """
 
@@ -27,8 +27,8 @@ from rwkv_kernels.nn import RWKV
 
 DEFAULT_MINUTES = 3.5
 CHANNELS, LAYERS = 192, 3
-# So short a training learns more from many places than from long windows. What lies further back than a window is still
-# of use afterwards, because the state carries it.
+# So short a training learns more from many places than from long windows. After training, the state still carries
+# context from further back than a window.
 BATCH, CONTEXT = 8, 128
 LEARNING_RATE, WARM_UP = 4e-3, 0.03
 LEAST_BYTES, HELD_OUT_BYTES = 100_000, 400_000
@@ -51,7 +51,7 @@ def read_text(path: Path | None) -> Tensor:
 
 
 def order_0_bits(text: Tensor) -> float:
-    """Bits per byte of a code that knows how frequent each byte is, and nothing else."""
+    """Bits per byte of a code that uses only the frequency of each byte."""
     frequencies = text.bincount().double() / len(text)
     return float(-torch.special.xlogy(frequencies, frequencies).sum()) / math.log(2)
 
@@ -114,7 +114,7 @@ def recurrent_error(model: RWKV, text: Tensor) -> float:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal softmax attention in the plainest way, with its T x T matrix."""
+    """Causal softmax attention with its whole T x T matrix."""
     scores = q @ k.T / math.sqrt(q.shape[1])
     future = torch.ones(scores.shape, dtype=torch.bool).triu_(1)
     return scores.masked_fill_(future, -torch.inf).softmax(-1) @ v
@@ -125,7 +125,7 @@ def compare_times(limit: float) -> list[Timing]:
     """Seconds per forward call of wkv and of attention, T doubling from 256 until a call takes `limit` seconds."""
     timings: list[Timing] = []
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # whatever else runs on the machine disturbs one thread the least
+    torch.set_num_threads(1)  # other work of the machine disturbs one thread the least
     calls: dict[str, Callable[..., object]] = {
         "attention": attention,
         "wkv": lambda w, k, v: rwkv_kernels.wkv(w[0], w[0], k[None], v[None]),
@@ -158,7 +158,7 @@ def main() -> None:
         parser.error(f"{len(text)} bytes of text are too few, at least {LEAST_BYTES} are needed")
 
     torch.manual_seed(0)
-    # A shorter run is a smaller one throughout.
+    # A shorter run is smaller in every respect.
     scale = min(1.0, arguments.minutes / DEFAULT_MINUTES)
     cut = len(text) - min(HELD_OUT_BYTES, len(text) // 10)
     held_out = text[cut:][: max(4096, int(scale * HELD_OUT_BYTES))]

@@ -1,4 +1,4 @@
-"""What Hugging Face's `kernels` imports: the package's own names, and the functions that transformers' RwkvModel calls.
+"""The module that Hugging Face's `kernels` imports: the package's names, and the functions that RwkvModel calls.
 
 `make hub` lays this file beside a copy of the package. Imports are relative: `kernels` gives the module the name of its
 build, and the libraries register their operators under that name.

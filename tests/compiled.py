@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def compiled(name: str, command: list[str], source: Path, *versions: str) -> Path:
-    """What the command makes of the source and csrc's headers: known by their content, in build/`name`."""
+    """The output of a compiler command for the source, in build/`name`, cached by the content of source and csrc."""
     version = subprocess.run([command[0], "--version"], capture_output=True, check=True).stdout
     content = hashlib.sha256(repr((command, versions)).encode() + version)
     for path in [source, *sorted((ROOT / "csrc").rglob("*.h")), *sorted((ROOT / "csrc").rglob("*.def"))]:

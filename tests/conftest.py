@@ -1,6 +1,7 @@
 """Fixtures that every test may use, and the closing line that says which backends ran."""
 
 import collections
+import pathlib
 from typing import Any, NamedTuple
 
 import pytest
@@ -35,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def _start(name: str, request: pytest.FixtureRequest) -> str:
-    """The name of an available backend, whose device is from now on torch's default; a skip or failure without it."""
+    """The name of an available backend, whose device becomes torch's default; skips or fails without it."""
     info = next(info for info in rwkv_kernels.backends() if info.name == name)
     if not info.available:
         stop = pytest.fail if name in request.config.getoption("--require-backend") else pytest.skip
@@ -58,7 +59,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=[name for name in NAMES if name != "reference"])
 def compiled_backend(request: pytest.FixtureRequest) -> str:
-    """Every backend with an operator of its own, as against the oracle in plain torch."""
+    """Every backend but the oracle in plain torch."""
     return _start(request.param, request)
 
 
@@ -79,7 +80,7 @@ class Operators(NamedTuple):
 
 @pytest.fixture(params=[name for name in NAMES if isinstance(BACKENDS[name].step, OpOverload)])
 def operators(request: pytest.FixtureRequest) -> Operators:
-    """Those of every backend that has some."""
+    """The operators of every backend that has some."""
     backend = _start(request.param, request)
     prefix = BACKENDS[backend].step._schema.name.split("::")[1].removesuffix("_step")
     names = (f"{prefix}_forward", f"_{prefix}_backward", f"{prefix}_step")
@@ -94,22 +95,30 @@ def gpu_backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=["triton"])
 def triton(request: pytest.FixtureRequest) -> str:
-    """That backend, on a GPU or interpreted."""
+    """The backend "triton", on a GPU or interpreted."""
     return _start(request.param, request)
+
+
+@pytest.fixture
+def single_process(tmp_path: pathlib.Path) -> collections.abc.Iterator[None]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> collections.abc.Iterator[None]:
-    """New tensors start as NaN, so that an element that nothing wrote is seen."""
-    # Only the filling is wanted: cuBLAS and others that are not deterministic by themselves may stay so. This way
-    # of saying so does not import Inductor, which costs torch.use_deterministic_algorithms 3 seconds a process.
+    """New tensors start as NaN, so that an unwritten element is detected."""
+    # Only the filling is needed: cuBLAS and others may stay nondeterministic. torch.use_deterministic_algorithms would
+    # also import Inductor, which takes 3 seconds a process.
     torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.set_deterministic_debug_mode("default")
 
 
-# Several processes (pytest -n) count together: each worker hands its calls to the one that prints the closing lines.
+# Several processes (pytest -n) count together: each worker sends its counts to the one that prints the closing lines.
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -1,6 +1,5 @@
-// The CUDA backend's launcher without a GPU, for what it says of errors: csrc/cuda/op.cpp as it is, for CPU tensors.
-// The runtime, streams, the guard of the current device and the kernels are replaced here; a launch does nothing but
-// fail.
+// The CUDA backend's launcher without a GPU, to test its errors: csrc/cuda/op.cpp as it is, for CPU tensors.
+// The runtime, streams, the guard of the current device and the kernels are replaced here; a launch only fails.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -33,7 +32,7 @@ struct NoGuard {
 #define dlsym(library, name) reinterpret_cast<void*>(current_stream_of_host)
 #include "cuda/op.cpp"
 
-// What launches and fillings of memory return from now on.
+// Sets the results of later launches and fillings of memory.
 WKV_EXPORTED void set_errors(int of_launch, int of_memset) {
   launch_error = static_cast<cudaError_t>(of_launch);
   memset_error = static_cast<cudaError_t>(of_memset);

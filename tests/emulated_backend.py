@@ -1,6 +1,6 @@
 """A backend "emulated" for tests: the GPU's operators by one of the executors of gpu_host, on CPU tensors.
 
-As a pytest plugin (-p emulated_backend) it lets the whole suite run on them: on the C++ phases, or with
+As a pytest plugin (-p emulated_backend) it runs the whole suite on them: on the C++ phases, or with
 WKV_TEST_ARCHITECTURE=sm_90 on the PTX of that architecture. WKV_TEST_MULTIPROCESSORS makes the device smaller.
 """
 

@@ -21,7 +21,7 @@ def main() -> None:
         y, after = call(*leaves)
         assert y.shape == k.shape and after.shape == state.shape
         assert y.dtype == k.dtype and after.dtype == state.dtype
-        # Something that depends on the state up to its gauge, as every consumer of a state does.
+        # A loss that depends on the state up to its gauge, as every consumer of a state does.
         mean = after[:, 0] / after[:, 1]
         loss = (y * gy).sum() + mean.sin().sum() + (after[:, 2] + after[:, 1].log()).sin().sum()
         gradients = torch.autograd.grad(loss, leaves)

@@ -2,8 +2,8 @@
 // They are run by an emulation of a block's threads, which take turns in any order, or by a function that a test gives.
 //
 // Outputs and workspaces begin as NaN, between guards. Shared memory and registers of the emulation begin as NaN, too;
-// blocks run one after the other. A barrier of those blocks that start last of their columns can be dropped, to see
-// that its absence is noticed.
+// blocks run one after the other. A barrier of those blocks that start last of their columns can be dropped, to test
+// that its absence is detected.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -21,7 +21,7 @@
 
 namespace wkv {
 
-void pause_on_host() { __builtin_trap(); }  // the blocks that are waited for have run
+void pause_on_host() { __builtin_trap(); }  // every awaited block has already run
 
 namespace {
 
@@ -40,7 +40,7 @@ struct {
   Runner runner;  // or null for the emulation
 } settings;
 
-// Of the block that ran last of each kernel.
+// The barriers of each kernel's last block.
 int barriers_of_last_block[4];
 
 // ---- memory between guards ----
@@ -132,7 +132,7 @@ class HostTeam {
     bool synchronises;  // the warp
   };
 
-  // Warp by warp, up to a barrier of the block.
+  // Runs the pending phases warp by warp, up to a barrier of the block.
   void run_pending() {
     const auto in_turn = [this](int64_t count) { return turns(count, settings.order, random_); };
     const auto count = static_cast<int64_t>(threads_.size());
@@ -167,7 +167,7 @@ void emulate(const Launch& launch) {
   std::mt19937_64 random(settings.seed);
   const auto& [columns, sequences, chunks] = launch.grid;
   std::vector<unsigned> started(int64_t{columns} * sequences);
-  // Tickets make any order right.
+  // Tickets make every order correct.
   for (const int64_t i : turns(int64_t{columns} * sequences * chunks, settings.block_order, random)) {
     const bool is_last = ++started[i % (int64_t{columns} * sequences)] == chunks;
     std::memset(static_cast<void*>(shared.data()), 0xff, shared.size() * sizeof(Line));
@@ -212,7 +212,7 @@ WKV_LIBRARY_IMPL(WKV_NAMESPACE, CPU, m) {
   m.impl("wkv_step", TORCH_BOX(&wkv::gpu_step<wkv::HostLauncher>));
 }
 
-// All strings belong to the caller, and have to last.
+// All strings belong to the caller and must outlive the setting.
 WKV_EXPORTED void set_limits(int64_t multiprocessors, int64_t shared_per_block, int64_t shared_per_multiprocessor,
                              int64_t architecture) {
   wkv::settings.limits = {multiprocessors, shared_per_block, shared_per_multiprocessor, architecture};
@@ -225,7 +225,7 @@ WKV_EXPORTED void set_emulation(int order, int block_order, uint64_t seed, const
   wkv::settings.unsynchronised = unsynchronised;
   wkv::settings.dropped_barrier = dropped_barrier;
 }
-// Of a kernel by its name; -1 where there is none.
+// The barriers of a kernel by its name; -1 for an unknown one.
 WKV_EXPORTED int barriers_of_last_block(const char* kernel) {
   for (int i = 0; i < 4; ++i) {
     if (std::strcmp(kernel, name_of(static_cast<wkv::Kernel>(i))) == 0) return wkv::barriers_of_last_block[i];
@@ -234,7 +234,7 @@ WKV_EXPORTED int barriers_of_last_block(const char* kernel) {
 }
 WKV_EXPORTED void set_runner(wkv::Runner runner) { wkv::settings.runner = runner; }
 
-// Of the memory that calls have got since the last `forget_allocations`.
+// The memory that calls have allocated since the last `forget_allocations`.
 WKV_EXPORTED int64_t allocation_count() { return static_cast<int64_t>(wkv::allocations.size()); }
 WKV_EXPORTED void* allocation(int64_t i, int64_t* bytes) {
   *bytes = wkv::allocations[i].bytes();

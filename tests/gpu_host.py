@@ -1,8 +1,8 @@
 """The GPU's operators without a GPU: their host path on CPU tensors, and their kernels on the CPU.
 
-gpu_host.cpp is the launcher that takes a GPU's place; the checks, allocations, plans and launches are the operators'
-own. Two executors run a launch: `Emulator` the kernels' phases, compiled by the host compiler; `PtxRunner` the PTX that
-nvcc makes of the kernels, by tools/ptx.
+gpu_host.cpp is the launcher that takes a GPU's place; the checks, allocations, plans and launches are those of the
+operators. Two executors run a launch: `Emulator` the kernels' phases, compiled by the host compiler; `PtxRunner` the
+PTX that nvcc makes of the kernels, by tools/ptx.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ OPERATORS = ("wkv_forward", "_wkv_backward", "wkv_step")
 Limits = dict[str, int]  # as _introspection.plan_cuda takes them
 H100 = {"multiprocessors": 132, "shared_per_block": 232448, "shared_per_multiprocessor": 233472, "architecture": 900}
 T4 = {"multiprocessors": 40, "shared_per_block": 65536, "shared_per_multiprocessor": 65536, "architecture": 750}
-# Its columns suffice wherever there are a few: chunks have several tiles.
+# A few columns suffice for it: chunks have several tiles.
 ONE_MULTIPROCESSOR = {**H100, "multiprocessors": 1}
 
 _Runner = ctypes.CFUNCTYPE(
@@ -97,10 +97,10 @@ class Executor(Protocol):
 
 @dataclass
 class Emulator:
-    """Threads in order, reversed or shuffled, and blocks as well if nothing else is said of them.
+    """Runs the phases with threads in order, reversed or shuffled, and blocks too unless `block_order` differs.
 
-    Without one barrier of a kernel, if that is given, in the blocks that start last of their columns: by its number,
-    the barriers of a block being counted from 0.
+    `dropped_barrier` is a kernel and the number of a barrier, counted from 0 in a block, that is left out in the blocks
+    that start last of their columns.
     """
 
     order: str = "forward"
@@ -111,7 +111,7 @@ class Emulator:
 
     def prepare(self, given: tuple[Any, ...]) -> None:
         kernel, barrier = self.dropped_barrier or (None, -1)
-        self._kernel = kernel.encode() if kernel else None  # lives as long as the setting
+        self._kernel = kernel.encode() if kernel else None  # must outlive the setting
         orders = [
             ("forward", "reversed", "shuffled").index(order) for order in (self.order, self.block_order or self.order)
         ]
@@ -123,21 +123,21 @@ class Emulator:
 
 
 def symbol(kernel: str, dtype: str) -> str:
-    """Enough of the kernel's mangled name to know it by."""
+    """The part of the kernel's mangled name that identifies it."""
     element = {"float32": "f", "float16": "NS_4HalfE", "bfloat16": "NS_8Bfloat16E", "float64": "d"}[dtype]
     if kernel == "reduce":
         element = "d" if dtype == "float64" else "f"
     return f"{len(kernel)}{kernel.capitalize()}I{element}E"
 
 
-# Compiled for this processor, which takes longer than to run: by the PTX, the kernel, and whether it counts.
+# Kernels compiled for this processor, which takes longer than to run them: by PTX, kernel, and whether it counts.
 _kernels: dict[tuple[Path, str, bool], Any] = {}
 
 
 class PtxRunner:
-    """The PTX for one architecture, with the `order`, `seed` and `resident` blocks of ptx.Kernel.run.
+    """Runs the PTX for one architecture, with the `order`, `seed` and `resident` blocks of ptx.Kernel.run.
 
-    With `counted`, that gathers how often all threads together executed each operation of a kernel.
+    `counted`, if given, collects how often all threads together executed each operation of a kernel.
     """
 
     def __init__(
@@ -197,14 +197,14 @@ class PtxRunner:
             )
             if self._counted is not None:
                 self._counted.setdefault(kernel.decode(), Counter()).update(executed)
-        except BaseException as error:  # to where the operator was called: nothing passes through C
+        except BaseException as error:  # raised again by the caller of the operator: it cannot pass through C
             self._error = error
             return 1
         return 0
 
 
 def _allocated() -> Iterator[numpy.ndarray[Any, Any]]:
-    """The memory that the operator has got."""
+    """The memory that the operator has allocated."""
     size = ctypes.c_int64()
     for i in range(library().allocation_count()):
         address = library().allocation(i, ctypes.byref(size))
@@ -242,7 +242,7 @@ def step(executor: Executor, *arguments: Any) -> Tensor:
 
 
 def _contiguous(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """As the operators would make them: an executor that checks accesses knows the tensors that it is given."""
+    """The tensors as the operators would copy them: an executor that checks accesses allows only the given ones."""
     return tuple(
         x.contiguous() if isinstance(x, Tensor) and (x.dim() != 3 or x.stride(-1) != 1) else x for x in arguments
     )

@@ -3,8 +3,8 @@
     LOCAL_KERNELS=kernels-community/rwkv=build/hub python hub_in_transformers.py
     python hub_in_transformers.py build/hub    for versions of transformers that refuse this version of `kernels`
 
-transformers calls its kernel on a GPU alone. Without one it is told of one: its module for RWKV, and nothing else,
-reads "cuda" as every tensor's device, and what it makes there lies on the CPU. No line of it is changed.
+transformers calls its kernel on a GPU alone. Without one, its module for RWKV, and only that, reads "cuda" as every
+tensor's device, and the tensors that it makes there lie on the CPU. No line of it is changed.
 """
 
 import contextlib
@@ -23,13 +23,12 @@ from transformers.models.rwkv import modeling_rwkv
 import rwkv_kernels
 
 T = 11
-# Either computation rounds as one operator does, in every layer, each error independent of the others. The model's keys
-# are below 4.
+# Either computation rounds as one operator does, in every layer, with independent errors. The model's keys are below 4.
 CLOSE = math.sqrt(2 * transformers_models.L) * tolerance(torch.float32, T, 4.0)
 
 
 class PretendedGPU(TorchFunctionMode):
-    """See above; the module is told by the frame that asks."""
+    """Pretends a GPU to transformers' module, which the calling frame identifies."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -64,7 +63,7 @@ def loss_and_gradients(model: Any, tokens: Tensor) -> dict[str, Tensor]:
 
 
 def continued(model: Any, tokens: Tensor) -> dict[str, Tensor]:
-    """Two calls, the second of which goes on with the state of the first."""
+    """Two calls, the second of which continues from the state of the first."""
     with torch.no_grad():
         first = model(tokens[:, :5], use_cache=True)
         second = model(tokens[:, 5:], state=first.state, use_cache=True)

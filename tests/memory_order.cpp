@@ -1,24 +1,23 @@
 // The GPU kernels on threads of the host, for ThreadSanitizer: a std::thread for each thread of a block, several blocks
-// at a time. The tool sees every access to shared and global memory, and reports two that nothing orders in whichever
-// order they happen. It shows neither all that a weaker memory than this processor's makes of relaxed accesses nor the
+// at a time. The tool sees every access to shared and global memory, and reports two unordered ones in whichever order
+// they happen. It covers neither all effects of a memory weaker than this processor's on relaxed accesses nor the
 // device's own instructions.
 //
-// So nothing here may order memory that does not on a device. Block and warp barriers acquire and release; votes,
-// messages and tickets are relaxed; lanes of a warp meet at its barriers alone. Waiting is a call of futex, which the
-// tool does not see: std::barrier and std::atomic::wait count their waiters in words that all barriers share, and that
-// would order blocks which have nothing to do with each other. An asynchronous copy lands, by chance, at once or when
-// its thread waits for it, the earliest and the latest that a device may choose. The words of a message appear in any
-// order, and late.
+// Therefore nothing here may order memory unless it does on a device. Block and warp barriers acquire and release;
+// votes, messages and tickets are relaxed; lanes of a warp meet at its barriers alone. Waiting is a call of futex,
+// which the tool does not see: std::barrier and std::atomic::wait count their waiters in words that all barriers share,
+// and that would order unrelated blocks. An asynchronous copy lands, by chance, at once or when its thread waits for
+// it, the earliest and the latest that a device may choose. The words of a message appear in any order, and late.
 //
 // Relaxed messages suffice, because a word is data and flag in one. A reader waits for each word, uses the floats in it
-// and no other memory that its writer wrote: there is nothing that an acquire would have to make visible. It may see
-// the words of a message in any order, as it waits for all. That all bits are set before is ordered by the launch. A
-// ticket is unique because fetch_add is atomic; it grants a position, whose inputs are constant and whose outputs
-// nobody else touches. The protocol that does need acquire and release, data beside a flag, is here for comparison, and
-// relaxed it is reported.
+// and no other memory that its writer wrote: an acquire would make nothing further visible. It may see the
+// words of a message in any order, as it waits for all. The launch orders the setting of all bits before it. A ticket
+// is unique because fetch_add is atomic; it grants a position, whose inputs are constant and whose outputs no other
+// block touches. The protocol that needs acquire and release, data beside a flag, is here for comparison: relaxed, it
+// is reported.
 //
 // The command line plants faults. A barrier loses its order alone: its threads still wait for one another, so that the
-// results stay right, no thread is lost, and only the tool can tell.
+// results stay correct, no thread is lost, and only the tool can detect it.
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -43,7 +42,7 @@
 #include <thread>
 #include <vector>
 
-// Functions of target.h that this program has in its own way.
+// Functions of target.h that this program replaces.
 #define store_relaxed store_relaxed_always
 #define load_relaxed load_relaxed_always
 #define copy_async copy_at_once
@@ -56,7 +55,7 @@
 
 namespace wkv {
 
-// Does not change while threads run.
+// Constant while threads run.
 struct {
   bool plain_stores, plain_loads, late_copies;
   std::string kernel;  // whose barriers order nothing in these lines, file:line
@@ -73,7 +72,7 @@ struct Random {
   bool one_in(uint32_t count) { return next() % count == 0; }
 };
 
-// A thread of a block, beside what the kernel keeps of it.
+// The state of a block's thread beyond the kernel's own.
 struct Lane {
   struct Copy {
     void* shared;
@@ -87,8 +86,8 @@ struct Lane {
 
   Random random;
   bool jitters;
-  std::vector<Store> stores;  // that nobody has seen
-  std::vector<Copy> copies;   // that have not landed
+  std::vector<Store> stores;  // not visible to any thread yet
+  std::vector<Copy> copies;   // not landed yet
   bool awaits_copies = false;
   uint64_t pauses = 0;
 
@@ -97,7 +96,7 @@ struct Lane {
     copies.clear();
     awaits_copies = false;
   }
-  // At a barrier or when the thread waits, in any order, some later than others.
+  // Publishes the stores at a barrier or when the thread waits, in any order, some later than others.
   void show_stores() {
     while (!stores.empty()) {
       std::swap(stores[random.next() % stores.size()], stores.back());
@@ -120,7 +119,7 @@ struct Lane {
       std::this_thread::yield();
     }
   }
-  // Now and then a thread stays behind, or all of its warp, whose threads draw the same `of_warp`.
+  // Delays a thread now and then, or all of its warp, whose threads draw the same `of_warp`.
   void jitter(Random of_warp) {
     if (!jitters) return;
     if (of_warp.one_in(8)) std::this_thread::sleep_for(std::chrono::microseconds(of_warp.next() % 300));
@@ -145,7 +144,7 @@ inline void copy_async(void* shared, const void* global) {
 inline void wait_for_copies() {
   Lane& lane = *lane_of_this_thread;
   if (planted.late_copies) {
-    lane.awaits_copies = true;  // and gets them behind the barrier
+    lane.awaits_copies = true;  // which land after the barrier
   } else {
     lane.land_copies();
   }
@@ -177,7 +176,7 @@ void wake_all(const std::atomic<int>& word) {
 // Kept from launch to launch: under the tool a thread takes a millisecond to make.
 class Pool {
  public:
-  // Calls function(i) on a thread of its own for each i of `order`, started in this order, and waits for all.
+  // Calls function(i) on a separate thread for each i of `order`, started in this order, and waits for all.
   void run(const std::vector<int>& order, const std::function<void(int)>& function) {
     while (workers_.size() < order.size()) {
       Worker& worker = *workers_.emplace_back(std::make_unique<Worker>());
@@ -269,7 +268,7 @@ std::string line_of(Site site) {
   return std::string(file.substr(file.rfind('/') + 1)) + ":" + std::to_string(site.line());
 }
 
-// The lines of a kernel's barriers, and of what kind each is.
+// The lines of a kernel's barriers, and the kind of each.
 using Sites = std::map<std::string, const char*>;
 
 template <class Thread>
@@ -348,7 +347,7 @@ struct Grid {
   unsigned x, y, z;
 };
 
-// Where one block after the other runs, each on the same threads; what they do is ordered as by a new launch.
+// Runs one block after the other on the same threads; their accesses are ordered as by a new launch.
 template <class Kernel>
 class Place {
  public:
@@ -364,7 +363,7 @@ class Place {
         shared_(shared_bytes / sizeof(Line) + 1),
         all_(threads) {}
 
-  // All that thread i does in this place.
+  // The work of thread i in this place.
   void run(int i) {
     for (;;) {
       if (i == 0) take_block();
@@ -416,7 +415,7 @@ class Place {
   std::atomic<size_t>& next_;
   std::vector<Line> shared_;
   Barrier all_;
-  std::unique_ptr<BlockOfThreads> block_;  // null behind the last one
+  std::unique_ptr<BlockOfThreads> block_;  // null after the last one
   unsigned number_ = 0;
 };
 
@@ -425,7 +424,7 @@ void run(Pool& pool, const char* name, const typename Kernel::Params& params, Gr
          Schedule schedule) {
   std::vector<unsigned> blocks(grid.x * grid.y * grid.z);
   std::iota(blocks.begin(), blocks.end(), 0);
-  // Tickets make any order right.
+  // Tickets make every order correct.
   if (!schedule.in_order) std::shuffle(blocks.begin(), blocks.end(), std::mt19937_64(schedule.seed));
   std::atomic<size_t> next{0};
   std::vector<std::unique_ptr<Place<Kernel>>> places;
@@ -480,7 +479,7 @@ struct Tensors {
   }
 };
 
-// What a launch writes, NaN until then.
+// The outputs of a launch, NaN until it writes them.
 struct Outputs {
   std::vector<std::vector<char>> buffers;
 
@@ -510,7 +509,7 @@ class Case {
     launch<Forward<Element>>("forward", Operation::forward, params, schedule);
   }
 
-  // From what forward left.
+  // Takes the checkpoints from forward's outputs.
   void run_backward(Schedule schedule, const Outputs& from_forward, Outputs& out) const {
     const auto [B, T, C] = std::tie(problem_.B, problem_.T, problem_.C);
     SequenceParams params = {.parameters = parameters(),
@@ -527,7 +526,7 @@ class Case {
     launch<Backward<Element>>("backward", Operation::backward, params, schedule);
   }
 
-  // Of what backward left.
+  // Reduces the partials of backward's outputs.
   void run_reduce(Schedule schedule, const Outputs& from_backward, Outputs& out) const {
     const int64_t C = problem_.C;
     const ReduceParams params = {.parameters = parameters(),
@@ -605,7 +604,7 @@ class Case {
   }
 
  private:
-  static constexpr DType kType = ElementTraits<Element>::dtype;
+  static constexpr DType kType = kTypeOf<Element>;
 
   struct Comparison {
     const char* what;
@@ -682,7 +681,7 @@ class Case {
   Tensors<Element> tensors_;
 };
 
-// ---- what the command line asks for ----
+// ---- commands ----
 
 template <class Element>
 void run_in_many_orders(Pool& pool, const Problem& problem, int seeds) {
@@ -707,8 +706,8 @@ void run_in_many_orders(Pool& pool, const Problem& problem, int seeds) {
   if (statistics.pauses == 0) fail("no block has waited for another one");
 }
 
-// Small, with every barrier and message that there is: chunks that wait for several others, of keys that spread, then
-// chunks of two tiles. Without a fault in a kernel what comes before it runs in order, and what comes behind it not at
+// Small, with every barrier and every kind of message: chunks that wait for several others, of keys that spread, then
+// chunks of two tiles. With a fault planted in a kernel, the kernels before it run in order, and those after it not at
 // all.
 void run_all_once(Pool& pool) {
   const std::string& kernel = planted.kernel;
@@ -736,7 +735,7 @@ void run_all_once(Pool& pool) {
 
 // Data beside a flag, where the order of the flag matters.
 template <std::memory_order kStore, std::memory_order kLoad>
-void hand_over_by_flag() {
+void publish_by_flag() {
   double data = 0;
   std::atomic<bool> is_written{false};
   std::thread reader([&] {
@@ -783,9 +782,9 @@ int main_of(const std::vector<std::string>& arguments) {
     planted.late_copies = what == "late-copies";
     run_all_once(pool);
   } else if (what == "relaxed-flag") {
-    hand_over_by_flag<std::memory_order_relaxed, std::memory_order_relaxed>();
+    publish_by_flag<std::memory_order_relaxed, std::memory_order_relaxed>();
   } else if (what == "ordered-flag") {
-    hand_over_by_flag<std::memory_order_release, std::memory_order_acquire>();
+    publish_by_flag<std::memory_order_release, std::memory_order_acquire>();
   } else if (what != "nothing") {
     std::printf(
         "memory_order run PROBLEM SEEDS | barriers | without-order KERNEL FILE:LINE... | plain-stores | plain-loads | "

@@ -1,4 +1,4 @@
-"""Problems for the operator as data, their exact solutions, and the one rule for how close is close enough."""
+"""Problems for the operator as data, their exact solutions, and the one rule for tolerances."""
 
 import math
 from collections.abc import Callable
@@ -98,11 +98,11 @@ class Tensors:
         return self.changed(Tensor.double)
 
     def widest(self, backend: str) -> "Tensors":
-        """In the widest dtype of the backend, for claims that are exact but for roundings."""
+        """In the widest dtype of the backend, for claims that are exact except for rounding."""
         return self.exact() if widest_dtype(backend) == torch.float64 else self
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> "Tensors":
-        """The same with every tensor changed by the function."""
+        """The same, with the function applied to every tensor."""
         return replace(self, **{name: change(x) for name, x in vars(self).items() if x is not None})
 
 
@@ -120,7 +120,7 @@ def _lay_out(x: Tensor, layout: str) -> Tensor:
 
 
 def checkpoint_interval(dtype: torch.dtype | str) -> int:
-    """Steps between two checkpoints of the compiled operators, as their library tells."""
+    """Steps between two checkpoints of the compiled operators, as their library reports."""
     return int(native.operators.info["checkpoint_intervals"][str(dtype).removeprefix("torch.")])
 
 
@@ -156,7 +156,7 @@ def solve(tensors: Tensors, backend: str, scale_of_state: Tensor | None = None) 
     """Outputs and gradients of Σ y·gy + Σ (num, den)·gstate, by name.
 
     A state is known up to its gauge: it is reported as num/den and log of den·e^max, and its gradient is taken at one
-    scale for everybody, e^scale_of_state [B, C], by default its own denominator.
+    scale for every backend, e^scale_of_state [B, C], by default its own denominator.
     """
     given = {name: x for name, x in zip(["w", "u", "k", "v", "state"], tensors.inputs, strict=True) if x is not None}
     leaves = {name: x.detach().requires_grad_() for name, x in given.items()}

@@ -1,4 +1,4 @@
-"""Python programs in processes of their own, as a user would start them."""
+"""Python programs in new processes, as a user would start them."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ PACKAGE = Path(rwkv_kernels.__file__).parent
 
 
 def run_python(code: str, root: Path = PACKAGE.parent, **environment: str) -> str:
-    """The program's output; `root` is where it runs and holds the package that it imports."""
+    """The program's output; it runs in the folder `root`, which holds the package that it imports."""
     result = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(root), **environment},

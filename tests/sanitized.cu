@@ -2,7 +2,7 @@
 // for this device and for smaller ones.
 //
 // Each call's y, final state and gradients are compared with a plain loop in double on the host. Outputs start as NaN,
-// so that an element that nothing wrote is seen; workspaces start as cudaMalloc left them, so that initcheck sees a
+// so that an unwritten element is detected; workspaces start as cudaMalloc left them, so that initcheck detects a
 // read before a write. With the argument "hog" all of it runs beside a kernel that leaves one multiprocessor free.
 #include <cuda_runtime.h>
 
@@ -62,7 +62,7 @@ class Memory {
   int64_t bytes_;
 };
 
-// Numbers of one type in the device's memory; `values` are what the type has made of them.
+// Numbers of one type in the device's memory; `values` are rounded to the type.
 template <class T>
 struct Input {
   Values values;
@@ -71,7 +71,7 @@ struct Input {
   explicit Input(const Values& given) : memory(static_cast<int64_t>(given.size() * sizeof(T))) {
     std::vector<T> rounded(given.size());
     for (size_t i = 0; i < given.size(); ++i) {
-      wkv::from_real(static_cast<typename wkv::ElementTraits<T>::Real>(given[i]), rounded[i]);
+      wkv::from_real(static_cast<wkv::RealOf<wkv::kTypeOf<T>>>(given[i]), rounded[i]);
       values.push_back(wkv::to_real(rounded[i]));
     }
     memory.write(rounded);
@@ -91,7 +91,7 @@ struct Output {
   }
 };
 
-// ---- a device, and what may keep it busy ----
+// ---- a device, and a kernel that keeps it busy ----
 
 // Takes the place of any other block on a multiprocessor, by its shared memory, for some milliseconds.
 __global__ void hog() {
@@ -105,7 +105,7 @@ class Device {
   int launches = 0, done_before_the_hog = 0;
 
   explicit Device(bool beside_a_hog) : beside_a_hog_(beside_a_hog && limits.multiprocessors > 1) {
-    // Streams that do not wait for the default one, nor for each other.
+    // Streams that wait neither for the default one nor for each other.
     check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream");
     check(cudaStreamCreateWithFlags(&other_, cudaStreamNonBlocking), "stream");
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(&hog), cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -115,10 +115,10 @@ class Device {
 
   cudaStream_t stream() const { return stream_; }
 
-  // What was put on the stream and these launches, to their end.
+  // Runs the launches behind the stream's earlier work, and waits for the end of all.
   void run(const Launches& work) {
     if (beside_a_hog_) {
-      // All multiprocessors but one.
+      // One block for each multiprocessor but one.
       const dim3 grid(static_cast<unsigned>(limits.multiprocessors) - 1), block(32);
       check(cudaDeviceSynchronize(), "before the hog");
       check(cudaLaunchKernel(reinterpret_cast<const void*>(&hog), grid, block, nullptr,
@@ -219,8 +219,8 @@ void compare(const std::string& what, const Values& found, const Values& expecte
 
 template <class Element>
 class Kernels {
-  using Real = typename wkv::ElementTraits<Element>::Real;
-  static constexpr DType kType = wkv::ElementTraits<Element>::dtype;
+  using Real = wkv::RealOf<wkv::kTypeOf<Element>>;
+  static constexpr DType kType = wkv::kTypeOf<Element>;
   static constexpr DType kParameters = sizeof(Real) == 8 ? DType::float64 : DType::float32;
   // Roundings of some hundred steps at keys of a few, and one more to the type of the element.
   static constexpr double kUnit = sizeof(Real) == 8 ? 1e-16 : 6e-8;

@@ -1,4 +1,4 @@
-"""Which backend runs, who may say so, and what is said when one cannot."""
+"""The choice of the backend: its precedence, and the errors when one cannot run."""
 
 import dataclasses
 import subprocess
@@ -108,7 +108,7 @@ def test_the_cuda_backend_refuses_tensors_on_the_cpu_and_names_who_takes_them() 
 
 
 def _on(device: str) -> Any:
-    """All that the choice reads of k, on a device that need not exist."""
+    """A stand-in for k on a device that need not exist, with all that the choice reads."""
     return SimpleNamespace(device=torch.device(device), dtype=torch.float32)
 
 
@@ -116,13 +116,13 @@ NOT_BUILT = Library(None, "not built")
 
 
 def _cuda(*architectures: str) -> Library:
-    """The CUDA kernels of builds that are not here."""
+    """CUDA kernels of a build for these architectures."""
     return Library(Path("library"), None, {"cuda": "13.0", "cuda_architectures": architectures})
 
 
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Replaces the CUDA kernels, the GPU, of which there is one, and what Triton lacks, by others."""
+    """Replaces the CUDA kernels, the only GPU and Triton's reason to be unavailable."""
     remembered = (cuda_backend.why_unavailable, cuda_backend.why_uncovered)
 
     def forget() -> None:
@@ -202,14 +202,14 @@ def test_auto_on_a_gpu_takes_cuda_then_triton_and_else_lists_the_reasons(
     assert "refused (cuda: not built; triton: no Triton; cpu: not built). Available for this" in str(error.value)
 
 
-def test_the_device_is_asked_once(pretend: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+def test_the_device_is_queried_once(pretend: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    queried: list[int] = []
     pretend(_cuda("9.0"), (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: asked.append(index) or (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: queried.append(index) or (9, 0))
     for _ in range(3):
         registry.select("auto", _on("cuda:0"))
         registry.select("cuda", _on("cuda:1"))
-    assert asked == [0, 1]
+    assert queried == [0, 1]
 
 
 def test_torch_compile_takes_what_a_device_said_for_a_constant() -> None:

@@ -48,7 +48,7 @@ def test_every_registered_backend_is_measured_with_its_plan_and_drawn(
     infos = [rwkv_kernels.BackendInfo(name, True, None) for name in actual]
     monkeypatch.setattr(rwkv_kernels, "backends", lambda: infos)
     monkeypatch.setattr(rwkv_kernels, "wkv", lambda *given, backend: wkv(*given, backend=actual[backend]))
-    monkeypatch.setattr(footprint, "peak_bytes", lambda *_: None)  # another process would not know of this
+    monkeypatch.setattr(footprint, "peak_bytes", lambda *_: None)  # another process would not have this stand-in
     shared = {"shared_memory_per_block_optin": 232448, "shared_memory_per_multiprocessor": 233472}
     h100 = SimpleNamespace(multi_processor_count=132, major=9, minor=0, **shared)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: h100)
@@ -153,7 +153,7 @@ def hold(megabytes: int, megabytes_in_passing: int) -> Callable[[], Tensor]:
 
 def test_memory_is_what_a_call_holds_at_its_worst() -> None:
     if not footprint.CLEAR_REFS.exists():
-        pytest.skip("this system does not tell a process's peak memory")
+        pytest.skip("this system does not report a process's peak memory")
     for held, in_passing in [(40, 10), (10, 40), (20, 20)]:
         peak = Device("cpu").peak_bytes(hold, held, in_passing)
         assert peak is not None and abs(peak / 2**20 - max(held, in_passing)) < 1
@@ -211,8 +211,8 @@ def test_a_record_is_what_was_saved(tmp_path: Path) -> None:
         ([1.0, 1.01, 1.02, 1.03], "the same", 0),
         ([1.3, 1.31, 1.32, 1.33], "slower", 1),
         ([0.7, 0.71, 0.72, 0.73], "faster", 0),
-        ([0.7, 1.25, 1.26, 1.9], "the same", 0),  # slower, but no further than the noise
-        ([1.05, 1.051, 1.052, 1.053], "the same", 0),  # no further than is tolerated
+        ([0.7, 1.25, 1.26, 1.9], "the same", 0),  # slower, but within the noise
+        ([1.05, 1.051, 1.052, 1.053], "the same", 0),  # within the tolerance
         ([1.3], "too few to tell", 0),
         (None, "gone", 1),
     ],

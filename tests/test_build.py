@@ -1,4 +1,4 @@
-"""How the CUDA toolkit is found, when CUDA kernels are built, how machine code is counted, and what the stub says."""
+"""The search for the CUDA toolkit, the choice to build CUDA kernels, counts of machine code, and the stub file."""
 
 import ast
 import os
@@ -60,7 +60,7 @@ def test_the_toolkit_is_found_behind_a_wrapper(home: Path, monkeypatch: pytest.M
         ("8.6;12.0;", ["8.6", "12.0"]),
     ],
 )
-def test_the_architectures_are_those_asked_for_or_all_that_nvcc_knows(
+def test_the_architectures_are_those_requested_or_all_that_nvcc_knows(
     asked: str | None, expected: list[str], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if asked is not None:
@@ -165,8 +165,8 @@ def test_the_report_is_of_launches_that_each_architecture_can_hold() -> None:
     for architecture, device in kernel_report.DEVICES.items():
         for kernel, block in kernel_report.blocks(architecture).items():
             least = kernel_report.LEAST_BLOCKS.get(kernel, {}).get(architecture, 1)
-            # With no more registers than a compiler that is asked for so many blocks gives to a thread.
-            warps = -(-least * block.threads // 32 // 4) * 4  # four schedulers have registers of their own
+            # With the registers that a compiler may give to a thread under this bound of blocks.
+            warps = -(-least * block.threads // 32 // 4) * 4  # each of four schedulers has a register file
             registers = min(255, 65536 // (32 * warps) // 8 * 8)
             fit = device.blocks_that_fit(block.threads, registers, block.shared_bytes)
             assert fit >= least, (architecture, kernel, block)

@@ -1,4 +1,4 @@
-"""Checkpoints in every published format, read and written; and what is refused."""
+"""Checkpoints in every published format, read and written; and refused files."""
 
 import json
 import pickle
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import model_oracle
+import models
 import pytest
 import torch
 import transformers_models
@@ -24,11 +25,7 @@ CLOSE = 1e-11
 
 
 def _model(dtype: torch.dtype = torch.float64) -> RWKV:
-    torch.manual_seed(0)
-    model = RWKV(V, C, L, HIDDEN).double()
-    for parameter in model.parameters():
-        parameter.data.add_(0.3 * torch.randn_like(parameter))
-    return model.to(dtype)
+    return models.rwkv(dtype, hidden=HIDDEN)
 
 
 def _assert_same(found: RWKV, expected: RWKV) -> None:
@@ -98,9 +95,9 @@ def test_logits_equal_those_of_transformers_on_the_same_weights(
     model = RWKV.from_pretrained(tmp_path)
     logits, _ = model(tokens)
     with torch.no_grad():
-        # Its own loop rounds keys to float32; in train mode it does not rescale.
+        # transformers' loop rounds keys to float32; in train mode it does not rescale.
         assert_tensor_close("train mode", logits, theirs.train()(tokens).logits, 1e-5)
-        # Rescaled layers differ from the others in the epsilon of their layer norms alone.
+        # Rescaled layers differ from the others only in the epsilon of their layer norms.
         assert_tensor_close("eval mode", logits, theirs.eval()(tokens).logits, 1e-5 if rescale_every == 0 else 1e-3)
     exact, _ = model_oracle.run({name: x.double() for name, x in model.state_dict().items()}, tokens)
     assert_tensor_close("exact", logits, exact, CLOSE)
@@ -137,7 +134,7 @@ def test_a_folder_that_transformers_rescaled_warns(dtype: torch.dtype, layers: i
     draw = torch.Generator().manual_seed(0)
     for name, parameter in theirs.named_parameters():
         if ".value.weight" in name or ".output.weight" in name:
-            # Trained layers are no two of one size, and grow with depth.
+            # No two trained layers have the same norm, and norms grow with depth.
             depth = int(name.split(".")[2]) / layers
             parameter.data.mul_(float(2 ** (depth + 0.15 * torch.randn(1, generator=draw))))
     _saved_by_transformers(tmp_path / "before", theirs, "safetensors")
@@ -281,7 +278,7 @@ def test_nothing_but_torch_is_needed_for_rwkv_lms_files(tmp_path: Path, monkeypa
             model.save_pretrained(tmp_path / name)
 
 
-# ---- what is refused ----
+# ---- refused files ----
 
 
 class _Malicious:
@@ -296,7 +293,7 @@ class _Malicious:
 def test_a_file_with_code_is_refused_and_nothing_of_it_runs(
     container: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The switch by which torch may be told to trust files does not count here.
+    # torch's switch to trust files has no effect here.
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     path, ran = tmp_path / "rwkv.pth", tmp_path / "ran"
     content = dict(_model().state_dict()) | {"emb.weight": _Malicious(ran)}

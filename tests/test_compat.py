@@ -133,7 +133,7 @@ def test_run_cuda_returns_the_dtype_of_the_float_mode(
     assert blinkdl.RUN_CUDA(B, T, C, x["w"], x["u"], x["k"], x["v"]).dtype == dtype
 
 
-def test_run_cuda_checks_the_sizes_that_it_is_told() -> None:
+def test_run_cuda_checks_its_sizes() -> None:
     x = _inputs()
     with pytest.raises(ValueError, match=r"k: expected shape \[B, T, C\] = \[3, 13, 9\], got \[3, 13, 8\]"):
         blinkdl.RUN_CUDA(B, T, C + 1, x["w"], x["u"], x["k"], x["v"])
@@ -210,7 +210,7 @@ def _cuda_wkv_and_more(
     T: int, C: int, w: Tensor, u: Tensor, k: Tensor, v: Tensor, aa: Tensor, bb: Tensor, pp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y, aa, bb, pp = rwkv_pip.cuda_wkv(T, C, w, u, k, v, aa, bb, pp)
-    # Another use of the state, which must see the one after the call.
+    # Another use of the state, which must read its value after the call.
     return y, aa + 0, bb, pp
 
 
@@ -348,7 +348,7 @@ def test_the_model_names_the_converters_of_states_that_it_cannot_take() -> None:
 
 
 def test_equals_flas_own_kernel_in_the_interpreter() -> None:
-    """In a process of its own: Triton decides at import whether it interprets."""
+    """In a new process: Triton decides at import whether it interprets."""
     pytest.importorskip("triton")
     pytest.importorskip("fla.ops.rwkv4")
     program = Path(__file__).parent / "fla_program.py"

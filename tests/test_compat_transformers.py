@@ -1,4 +1,4 @@
-"""transformers' own RWKV with the patch, against a float64 computation that shares nothing with either."""
+"""transformers' own RWKV with the patch, against an independent float64 computation."""
 
 import sys
 import types
@@ -155,7 +155,7 @@ def test_equals_the_original_where_the_original_is_right(dtype: torch.dtype, set
 
 
 class _LowRank(torch.nn.Module):
-    """A linear layer and a low-rank addition to it, with the layer's weight as its own, as peft has it."""
+    """A linear layer and a low-rank addition to it, whose weight attribute is the layer's, as in peft."""
 
     def __init__(self, base: torch.nn.Linear) -> None:
         super().__init__()
@@ -337,7 +337,7 @@ def test_another_way_of_indexing_the_state_is_refused() -> None:
 # ---- the function and its state ----
 
 
-def test_the_function_returns_a_state_only_when_it_is_asked_for_or_given() -> None:
+def test_the_function_returns_a_state_only_when_it_is_requested_or_given() -> None:
     w, u = torch.randn(2, 6)
     k, v = torch.randn(2, 2, 5, 6)
     output, state = compat.rwkv_linear_attention(w, u, k, v)

@@ -18,25 +18,25 @@ _introspection = pytest.importorskip("rwkv_kernels._introspection", reason="rwkv
 
 ROOT = Path(__file__).parent.parent
 
-# What torch calls the instruction sets, in the environment variable that it reads and to the user.
+# torch's names of the instruction sets, in its environment variable and to the user.
 CAPABILITIES = {"baseline": "default", "avx2": "avx2", "avx512": "avx512"}
 
 
 def _target(instruction_set: str) -> set[str]:
-    """The features that its kernels are compiled for, as the compiler is told them."""
+    """The features that its kernels are compiled for, from the source's target pragma."""
     source = (ROOT / "csrc" / "cpu" / f"isa_{instruction_set}.cpp").read_text()
     found = re.findall(r'target\("(.+?)"\)', source)
-    assert len(set(found)) <= 1, "GCC and Clang are told different things"
+    assert len(set(found)) <= 1, "the targets of GCC and Clang differ"
     return set(",".join(found[:1]).split(",")) - {""}
 
 
-def _in_use(asked: str) -> str:
-    """The largest instruction set that is built, asked for and, as the system says, there."""
+def _in_use(largest: str) -> str:
+    """The largest instruction set that is built, allowed and, by /proc/cpuinfo, present."""
     there = set(
         re.findall(r"\w+", "".join(re.findall(r"^flags.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[:1]))
     )
     names = list(CAPABILITIES)
-    can_be = [name for name in names[: names.index(asked) + 1] if _target(name) <= there]
+    can_be = [name for name in names[: names.index(largest) + 1] if _target(name) <= there]
     return next(name for name in reversed(can_be) if name in rwkv_kernels.build_info().cpu_instruction_sets)
 
 
@@ -48,24 +48,24 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("instruction_set", ["avx2", "avx512"])
-def test_the_processor_is_asked_for_all_that_the_compiler_was_told(instruction_set: str) -> None:
+def test_every_compiled_feature_is_checked_on_the_processor(instruction_set: str) -> None:
     source = (ROOT / "csrc" / "cpu" / "isa.cpp").read_text()
     (body, *_) = re.findall(rf"bool runs_{instruction_set}\(\) {{(.*?)}}", source, re.DOTALL)
-    asked = {*re.findall(r'__builtin_cpu_supports\("(\w+)"\)', body), *re.findall(r"processor_has_(\w+)", body)}
-    assert asked == _target(instruction_set)
+    checked = {*re.findall(r'__builtin_cpu_supports\("(\w+)"\)', body), *re.findall(r"processor_has_(\w+)", body)}
+    assert checked == _target(instruction_set)
 
 
 @pytest.mark.parametrize("instruction_set", CAPABILITIES)
 def test_every_instruction_set_passes_the_same_tests(instruction_set: str) -> None:
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": CAPABILITIES[instruction_set]}
-    # The doctor compares outputs and gradients with the oracle, whatever is in use.
+    # The doctor compares outputs and gradients with the oracle for any instruction set in use.
     doctor = subprocess.run([sys.executable, "-m", "rwkv_kernels"], env=environment, capture_output=True, text=True)
     assert doctor.returncode == 0, doctor.stdout + doctor.stderr
     used = re.findall(r"^cpu kernels +(\w+) in use of", doctor.stdout, re.MULTILINE)
     if Path("/proc/cpuinfo").exists():
         assert used == [_in_use(instruction_set)]
     if used != [instruction_set]:
-        pytest.skip(f"this processor or build has no {instruction_set}: asked for, it takes {used[0]} and is right")
+        pytest.skip(f"this processor or build has no {instruction_set}: on request it uses {used[0]} and is correct")
     if instruction_set == rwkv_kernels.build_info().cpu_instruction_set:
         return  # the suite itself runs on it
     files = ["tests/test_operator.py", "tests/test_special_values.py"]

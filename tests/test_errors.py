@@ -1,4 +1,4 @@
-"""Bad input: the exception's type, that it names the argument, what was expected and what was got."""
+"""Bad input: the exception's type and its message: the argument, the expected value and the given one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -144,7 +144,7 @@ def test_nothing_to_do_is_defined(B: int, T: int, C: int, backend: str) -> None:
         assert w.grad is not None and torch.equal(w.grad, torch.zeros(C))
 
 
-# Which type a compiled operator's own errors have is up to torch's version; the public functions own theirs.
+# The type of a compiled operator's own errors depends on torch's version; the public functions define theirs.
 OF_OPERATORS = (RuntimeError, ValueError, TypeError)
 
 

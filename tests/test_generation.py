@@ -9,21 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from models import C, V, rwkv
 from torch import Tensor
 
 import rwkv_kernels
 from rwkv_kernels.nn import RWKV, RWKVState
 
-V, C, L = 23, 16, 2
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 0, 0]])
-
-
-def _model() -> RWKV:
-    torch.manual_seed(0)
-    model = RWKV(V, C, L).double()
-    for parameter in model.parameters():
-        parameter.data.add_(0.3 * torch.randn_like(parameter))
-    return model
 
 
 def _tokens(*shape: int) -> Tensor:
@@ -40,7 +32,7 @@ SETTINGS: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.3, "to
 @pytest.mark.parametrize("with_state", [False, True], ids=["no_state", "state"])
 @pytest.mark.parametrize("settings", SETTINGS, ids=["greedy", "sampled"])
 def test_prompts_of_different_length_go_on_as_each_alone(settings: dict[str, Any], with_state: bool) -> None:
-    model, tokens = _model(), _tokens(3, 5)
+    model, tokens = rwkv(), _tokens(3, 5)
     state = model(_tokens(3, 8).flip(1))[1] if with_state else None
     output = model.generate(
         tokens.masked_fill(MASK == 0, -1),
@@ -63,14 +55,14 @@ def test_prompts_of_different_length_go_on_as_each_alone(settings: dict[str, Any
 
 
 def test_a_seed_decides_a_sequence_whatever_else_is_in_the_batch() -> None:
-    model, tokens = _model(), _tokens(1, 4).expand(4, 4)
+    model, tokens = rwkv(), _tokens(1, 4).expand(4, 4)
     output = model.generate(tokens, 15, generator=_generators(1, 2, 1, 3))
     assert torch.equal(output[0], output[2])
     assert not torch.equal(output[0], output[1]) and not torch.equal(output[1], output[3])
 
 
 def test_streaming_gives_the_tokens_of_generate_one_by_one() -> None:
-    model, tokens = _model(), _tokens(3, 5)
+    model, tokens = rwkv(), _tokens(3, 5)
     expected = model.generate(tokens, 10, attention_mask=MASK, generator=_generators(1)[0])
     stream = model.stream(tokens, 10, attention_mask=MASK, generator=_generators(1)[0])
     assert isinstance(stream, Iterator)
@@ -93,7 +85,7 @@ MODES = {
 @pytest.mark.parametrize("begun", MODES)
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_stream_is_read_in_other_modes_than_it_was_begun_in(begun: str, read: str, masked: bool) -> None:
-    model, tokens = _model(), _tokens(3, 5)
+    model, tokens = rwkv(), _tokens(3, 5)
     mask = MASK if masked else None
     expected = model.generate(tokens, 6, attention_mask=mask, generator=_generators(1)[0])[:, 5:]
     with MODES[begun]():
@@ -112,10 +104,10 @@ def test_a_stream_is_read_in_other_modes_than_it_was_begun_in(begun: str, read: 
 
 
 def test_a_stream_takes_what_was_made_in_inference_mode() -> None:
-    model, prefix, prompts = _model(), _tokens(3, 8), _tokens(3, 5)
+    model, prefix, prompts = rwkv(), _tokens(3, 8), _tokens(3, 5)
     expected = model.generate(prompts, 6, state=model(prefix)[1], temperature=0)
     with torch.inference_mode():
-        inside, tokens, state = _model(), prompts + 0, model(prefix)[1]
+        inside, tokens, state = rwkv(), prompts + 0, model(prefix)[1]
     for served in (inside, model):
         before = [x.clone() for x in state]
         assert torch.equal(served.generate(tokens, 6, state=state, temperature=0), expected)
@@ -124,7 +116,7 @@ def test_a_stream_takes_what_was_made_in_inference_mode() -> None:
 
 def test_a_stream_goes_on_in_and_out_of_autocast() -> None:
     torch.manual_seed(0)
-    model, tokens = RWKV(V, C, L), _tokens(2, 5)
+    model, tokens = RWKV(V, C, 2), _tokens(2, 5)
     for begun, read in [(True, False), (False, True)]:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=begun):
             stream = model.stream(tokens, 5)
@@ -133,8 +125,8 @@ def test_a_stream_goes_on_in_and_out_of_autocast() -> None:
             assert len(list(stream)) == 4
 
 
-def test_a_stream_computes_no_step_that_nobody_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, steps = _model(), []
+def test_a_stream_computes_only_requested_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, steps = rwkv(), []
     original = RWKV.step
 
     def counted(self: RWKV, tokens: Tensor, state: RWKVState) -> Tensor:
@@ -151,7 +143,7 @@ def test_a_stream_computes_no_step_that_nobody_asked_for(monkeypatch: pytest.Mon
 
 
 def test_a_sequence_ends_with_its_stop_token_and_the_batch_with_the_last_sequence() -> None:
-    model, tokens = _model(), _tokens(6, 4)
+    model, tokens = rwkv(), _tokens(6, 4)
     free = model.generate(tokens, 60, generator=_generators(*range(6)))
     stop = [3, 7, 11]
     ends = []
@@ -168,7 +160,7 @@ def test_a_sequence_ends_with_its_stop_token_and_the_batch_with_the_last_sequenc
 
 
 def test_a_single_stop_token_is_one_of_a_set() -> None:
-    model, tokens = _model(), _tokens(6, 4)
+    model, tokens = rwkv(), _tokens(6, 4)
     for stop in (0, 3):
         expected = model.generate(tokens, 60, stop_tokens=[stop], generator=_generators(*range(6)))
         assert torch.equal(expected, model.generate(tokens, 60, stop_tokens=stop, generator=_generators(*range(6))))
@@ -184,7 +176,7 @@ def _embedded(model: RWKV, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize("with_state", [False, True], ids=["no_state", "state"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_embeddings_give_what_their_tokens_give(masked: bool, with_state: bool) -> None:
-    model, tokens = _model(), _tokens(3, 5)
+    model, tokens = rwkv(), _tokens(3, 5)
     mask, state = MASK if masked else None, model(_tokens(3, 8).flip(1))[1] if with_state else None
     embeds = _embedded(model, tokens).masked_fill((MASK == 0)[..., None], torch.nan) if masked else None
     embeds = _embedded(model, tokens) if embeds is None else embeds
@@ -199,7 +191,7 @@ def test_embeddings_give_what_their_tokens_give(masked: bool, with_state: bool) 
 
 
 def test_gradients_reach_the_embeddings_that_are_given() -> None:
-    model, tokens = _model(), _tokens(3, 5)
+    model, tokens = rwkv(), _tokens(3, 5)
     for mask in (None, MASK):
         embeds = _embedded(model, tokens).requires_grad_()
         logits, _ = model(attention_mask=mask, inputs_embeds=embeds)
@@ -225,7 +217,7 @@ def test_gradients_reach_the_embeddings_that_are_given() -> None:
     ids=["neither", "both", "width", "dimensions", "dtype", "empty"],
 )
 def test_embeddings_that_do_not_fit_are_refused(tokens: Tensor | None, embeds: Tensor | None, message: str) -> None:
-    model = _model()
+    model = rwkv()
     with pytest.raises(ValueError, match=message):
         model.stream(tokens, 3, inputs_embeds=embeds)
     if "prompt" not in message:
@@ -237,7 +229,7 @@ def test_embeddings_that_do_not_fit_are_refused(tokens: Tensor | None, embeds: T
 
 
 def test_a_saved_prefix_is_restored_branched_and_continued(tmp_path: Path) -> None:
-    model, prefix = _model(), _tokens(1, 30)
+    model, prefix = rwkv(), _tokens(1, 30)
     prompts = _tokens(3, 5)
     _, state = model(prefix)
     state.save(tmp_path / "prefix.state")
@@ -251,7 +243,7 @@ def test_a_saved_prefix_is_restored_branched_and_continued(tmp_path: Path) -> No
 
 
 def test_states_are_picked_and_joined_by_sequence() -> None:
-    _, state = _model()(_tokens(4, 6))
+    _, state = rwkv()(_tokens(4, 6))
     parts = [state.take([2]), state.take(torch.tensor([0, 3]))]
     joined = RWKVState.cat(parts)
     for x, y in zip(joined, state, strict=True):
@@ -261,7 +253,7 @@ def test_states_are_picked_and_joined_by_sequence() -> None:
 
 
 def test_a_file_of_something_else_is_no_state(tmp_path: Path) -> None:
-    _model().save_pretrained(tmp_path / "rwkv.pth")
+    rwkv().save_pretrained(tmp_path / "rwkv.pth")
     with pytest.raises(ValueError, match=r"expected the tensors att_shift, ffn_shift, wkv, got \['blocks"):
         RWKVState.load(tmp_path / "rwkv.pth")
 
@@ -277,7 +269,7 @@ def test_a_file_of_something_else_is_no_state(tmp_path: Path) -> None:
 )
 def test_stream_says_what_is_wrong_before_the_first_token(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _model().stream(_tokens(2, 2), 3, **changes)
+        rwkv().stream(_tokens(2, 2), 3, **changes)
 
 
 def test_the_example_of_a_prefix_cache_runs(tmp_path: Path) -> None:

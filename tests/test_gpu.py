@@ -1,4 +1,4 @@
-"""What only a GPU can show: many blocks at once, streams, graphs, devices, exhausted memory and very large tensors.
+"""Tests that need a GPU: many blocks at once, streams, graphs, devices, exhausted memory and very large tensors.
 
 The CPU's kernel in float64, which test_operator.py compares with the oracle, takes its place where that is too slow.
 """
@@ -198,7 +198,7 @@ LARGER_THAN_THE_DEVICE = [(1, 65536, 2560), (3, 20000, 640)]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", LARGER_THAN_THE_DEVICE, ids=lambda shape: "-".join(map(str, shape)))
 def test_more_blocks_than_the_device_holds(shape: tuple[int, int, int], dtype: torch.dtype, gpu_backend: str) -> None:
-    """Right, and the same bits in ten runs alone and ten beside matrix products that take the multiprocessors away."""
+    """Right, and the same bits in ten runs alone and ten beside matrix products that occupy the multiprocessors."""
     large = benchmarks.problem.Problem(shape, dtype)
 
     def function(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -307,7 +307,7 @@ def test_a_graph_replays_forward_and_backward_with_new_inputs(B: int, T: int, C:
             getattr(inputs, name).copy_(x)
         graph.replay()
         _assert_bitwise(replayed, solve(changed, gpu_backend), seed)
-        graph.replay()  # nothing that a replay leaves behind changes the next
+        graph.replay()  # a replay must leave nothing behind that changes the next
         _assert_bitwise(replayed, solve(changed, gpu_backend), seed)
 
 
@@ -321,7 +321,7 @@ def test_a_graph_of_one_step_decodes_a_sequence(gpu_backend: str) -> None:
 
     kt, vt, rt, state = *(torch.empty_like(x[:, 0]) for x in (k, v, r)), initial.clone()
     graph, replayed = _capture(lambda: {"y": rwkv_kernels.wkv_step(w, u, kt, vt, state, r=rt, backend=gpu_backend)})
-    state.copy_(initial)  # the rehearsal moved it on
+    state.copy_(initial)  # the warm-up has advanced it
     for t in range(50):
         kt.copy_(k[:, t])
         vt.copy_(v[:, t])
@@ -347,7 +347,7 @@ def test_another_device_than_the_current_one(gpu_backend: str) -> None:
 @pytest.fixture
 def no_more_memory(gpu_backend: str) -> Iterator[Callable[[], None]]:
     """A function after whose call the GPU's allocator has nothing more to give than a few megabytes."""
-    torch.cuda.empty_cache()  # or what the test allocates would lie in larger blocks that have room for more
+    torch.cuda.empty_cache()  # otherwise the test's tensors would lie in larger blocks with free room
 
     def exhaust() -> None:
         torch.cuda.empty_cache()

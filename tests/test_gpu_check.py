@@ -1,4 +1,4 @@
-"""`make gpu-check` itself, as far as a CPU can tell: its stages, their order, their outcomes and their end."""
+"""`make gpu-check` itself, as far as a CPU can test it: its stages, their order, outcomes and end."""
 
 import json
 import os
@@ -104,7 +104,7 @@ def _is_gone(number: str) -> bool:
 def test_the_end_of_a_stage_is_the_end_of_all_that_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """In whatever group and session, deaf to whatever; and a stage that does not end says where it is."""
+    """In any group and session, ignoring interrupts; and a stage that does not end prints its stacks."""
     monkeypatch.setattr(stage, "PATIENCE", 0.5)
     code = f"""
 import os, pathlib, signal, subprocess, sys, time
@@ -205,7 +205,7 @@ def test_what_ncu_has_counted_is_a_row_for_every_kernel() -> None:
 def test_counters_are_skipped_where_they_cannot_be_read(
     answer: str | None, status: int, ends_with: type | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A script in ncu's place answers."""
+    """A script takes the place of ncu."""
     if answer is not None:
         (tmp_path / "answer").write_text(answer)
         log = 'while [ "$1" != --log-file ]; do shift; done; cp "$answer" "$2"'
@@ -223,7 +223,7 @@ def test_what_is_profiled_runs() -> None:
     counters.launch_all("smoke")
 
 
-def test_a_python_without_torch_is_told_what_to_do(tmp_path: Path) -> None:
+def test_a_python_without_torch_gets_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('no torch')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "tools/gpu_check.py"]

@@ -29,8 +29,7 @@ LIMITS = {
     "small_tiles": SMALL_TILES,
 }
 
-# Beside those of every backend: of so many sequences that one multiprocessor is given chunks of several tiles, the last
-# of which is not whole.
+# With so many sequences one multiprocessor gets chunks of several tiles, the last of which is not whole.
 SEVERAL_TILES = Problem(B=16, T=1034, C=35, with_state=True)
 
 
@@ -104,7 +103,7 @@ OVER_ANCHORS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=gpu_host.name_of)
 @pytest.mark.parametrize("problem", OVER_ANCHORS)
 @pytest.mark.parametrize("limits", ["H100", "T4"])
-def test_states_are_handed_on_over_many_chunks(limits: str, problem: str, dtype: torch.dtype) -> None:
+def test_states_pass_through_many_chunks(limits: str, problem: str, dtype: torch.dtype) -> None:
     given = OVER_ANCHORS[problem]
     if dtype != torch.float64:
         for operation in ("forward", "backward"):
@@ -116,8 +115,8 @@ def test_states_are_handed_on_over_many_chunks(limits: str, problem: str, dtype:
 
 # ---- barriers ----
 
-# Each ends with a barrier, of the warp or of the block. They are those of the block that starts last of its column and
-# waits for others.
+# Phases, each of which ends with a barrier of the warp or of the block: those of the block that starts last of its
+# column and waits for others.
 BEGIN = ["take a ticket and stage", "wait for copies"]
 STAGE_AGAIN = ["stage"]  # another tile than foreseen, or the next one
 RANGE = ["bring keys to registers", "leave the largest key", "agree on a scale"]
@@ -127,21 +126,21 @@ LOOK_BACK = ["sum up and await messages", "hand on", "correct"]
 # Where every chunk is an anchor.
 LOOK_BACK_FORWARD = ["sum up and await messages", "hand on one message", "correct"]
 LOOK_BACK_BACKWARD = ["sum up and await one message", "hand on", "correct"]
-# Of the tiles of a chunk behind the first one.
+# The tiles of a chunk after the first one.
 GO_ON_FORWARD = ["sum up alone", "hand on alone", "correct"]
 GO_ON_BACKWARD = ["sum up alone", "hand on", "correct"]
 
 UNTRIED = {
-    "take a ticket and stage": "without a ticket a block does not know which memory is its own",
-    "unstage": "the emulation would do it when the block has gone on to the next tile, as if it were of that one",
+    "take a ticket and stage": "without a ticket a block does not know its chunk",
+    "unstage": "the emulation would run it in the next tile, as if it belonged to that one",
 }
 UNNOTICED = {
-    "wait for copies": "on the host a copy is there at once, and the barrier behind `stage` keeps lanes apart",
-    "hand on one message": "forward's one message lies already where what the tile starts from is looked for",
+    "wait for copies": "on the host a copy lands at once, and the barrier behind `stage` separates lanes",
+    "hand on one message": "forward's one message already lies in the place of the state before the tile",
     "sum up and await one message": "backward's one message is joined by the threads that awaited it",
     "sum up alone": "the threads that hand on have summed up the tile themselves",
-    "hand on alone": "what the tile starts from is as before, and other barriers come before the next tile asks",
-    "agree on a scale": "the emulation knows what all threads say when all have said it: the barrier is in the vote",
+    "hand on alone": "the state before the tile is unchanged, and other barriers precede its use by the next tile",
+    "agree on a scale": "the emulation reads the votes after all threads have voted: the barrier is in the vote",
 }
 
 
@@ -201,7 +200,7 @@ def test_a_missing_barrier_is_noticed(scenario: str, kernel: str) -> None:
     tensors = make(problem, torch.bfloat16)
     w, u, k, v, state = tensors.inputs
     assert k is not None and v is not None
-    # Elsewhere than the outputs in their 16 bytes, so that other threads bring them than take those away.
+    # Aligned differently to 16 bytes than the outputs, so that other threads stage them than unstage those.
     k, v = (torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x) for x in (k, v))
     checkpoints = gpu_host.forward(gpu_host.Emulator(limits=limits), w, u, k, v, state, True)[2]
 
@@ -223,7 +222,7 @@ def test_a_missing_barrier_is_noticed(scenario: str, kernel: str) -> None:
     assert [f"{barrier}, behind `{barriers[barrier]}`" for barrier in wrong] == []
 
 
-# ---- what goes in ----
+# ---- inputs ----
 
 
 def test_a_batch_may_be_larger_than_a_grid() -> None:
@@ -248,7 +247,7 @@ def test_parameters_may_have_any_dtype(parameter_dtype: torch.dtype, dtype: torc
 def test_a_step_moves_a_state_of_any_layout_in_place(dtype: torch.dtype, layout: str) -> None:
     w, u, k, v, state = make(Problem(B=3, T=6, C=70, with_state=True), dtype).inputs
     assert w is not None and u is not None and k is not None and v is not None and state is not None
-    state[1, 1] = 0  # empty, whatever num and max say
+    state[1, 1] = 0  # empty, for any num and max
     exact, after = rwkv_kernels.reference.wkv(*(x.double() for x in (w, u, k, v, state)))
     moved = {
         "contiguous": state.clone(),

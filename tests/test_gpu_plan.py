@@ -13,17 +13,17 @@ _introspection = pytest.importorskip("rwkv_kernels._introspection", reason="rwkv
 Limits = dict[str, int]
 H100 = {"multiprocessors": 132, "shared_per_block": 232448, "shared_per_multiprocessor": 233472, "architecture": 900}
 T4 = {"multiprocessors": 40, "shared_per_block": 65536, "shared_per_multiprocessor": 65536, "architecture": 750}
-# As every GPU of 8.6, 8.9 and 12.0 has it.
+# The shared memory of every GPU of 8.6, 8.9 and 12.0.
 A10 = {"multiprocessors": 72, "shared_per_block": 101376, "shared_per_multiprocessor": 102400, "architecture": 860}
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 OPERATIONS = ("forward", "backward")
 
-# Of each block's shared memory a GPU keeps so much for itself; Turing keeps nothing.
+# Bytes of shared memory that a GPU reserves for each block; Turing reserves none.
 RESERVED = 1024
 MOST_BLOCKS_OF_A_GRID = 65535
 MESSAGE_BYTES, TICKET_BYTES = 3 * 64 * 4, 4
 
-# The numbers that are choices, as the kernels have them.
+# The kernels' tuning constants.
 _HEADER = (Path(__file__).parent.parent / "csrc" / "gpu" / "tuning.h").read_text()
 CHOSEN = {name: int(value) for name, value in re.findall(r"constexpr int(?:64_t)? k(\w+) = (\d+);", _HEADER)}
 WARP_THREADS, ANCHOR = CHOSEN["WarpThreads"], CHOSEN["Anchor"]
@@ -31,12 +31,12 @@ STEPS = {"forward": CHOSEN["ForwardSteps"], "backward": CHOSEN["BackwardSteps"]}
 
 
 def _forward_warps(dtype: str, limits: Limits) -> int:
-    """At most: where registers suffice for eight, and shared memory for two blocks of them."""
+    """The most: eight where registers suffice, and shared memory for two blocks of them."""
     return 8 if _size(dtype) == 2 and limits["architecture"] in (800, 900) else 4
 
 
 def _least_warps(dtype: str) -> int:
-    """Of forward: so many have room for messages and their own sums in the place of k."""
+    """The fewest of forward: the place of k must hold the messages and the warps' sums."""
     return 2 if _size(dtype) == 2 else 1
 
 
@@ -160,25 +160,25 @@ def test_forward_takes_fewer_warps_where_two_blocks_of_more_have_no_room() -> No
 
 # ---- memory ----
 
-# Bytes of global memory for each element of k, to hand states on, and with the checkpoints that backward replays from.
+# Bytes of global memory for each element of k: for look-back, and with the checkpoints that backward replays from.
 MOST_WORKSPACE, MOST_ALTOGETHER = 0.3125, 0.5
 
 
 @pytest.mark.parametrize("limits", [H100, T4], ids=["H100", "T4"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_the_chunks_hand_on_is_small(dtype: str, limits: Limits) -> None:
+def test_messages_of_chunks_are_small(dtype: str, limits: Limits) -> None:
     for B, T, C in [(8, 1024, 768), (1, 4096, 768), (1, 65536, 2560), (32, 1024, 2048)]:
         of_state = 8 if dtype == "float64" else 4
         checkpoints = 3 * of_state / checkpoint_interval(dtype)
         for operation in OPERATIONS:
             workspace = _plan(operation, dtype, B, T, C, limits)["workspace_bytes"] / (B * T * C)
             print(f"{operation} {dtype} {B, T, C}: {workspace:.3f} and {workspace + checkpoints:.3f} bytes an element")
-            # Tiles of a single warp, which is all that two blocks have room for there, say three times as much.
+            # Tiles of a single warp, the most that two blocks have room for there, publish three times as much.
             more = 0.1 if (limits, dtype) == (T4, "float32") else 0.0
             assert workspace <= MOST_WORKSPACE + more and workspace + checkpoints <= MOST_ALTOGETHER + more
 
 
-# ---- what cannot be ----
+# ---- refused problems ----
 
 
 @pytest.mark.parametrize(

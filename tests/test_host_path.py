@@ -1,4 +1,4 @@
-"""The GPU operators' host code without a GPU: what it makes of a call's tensors, and what it says of errors."""
+"""The GPU operators' host code without a GPU: its handling of a call's tensors, and its errors."""
 
 import ctypes
 import os
@@ -35,7 +35,7 @@ def _assert_equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> No
 
 
 def _every_second(x: Tensor) -> Tensor:
-    """The same numbers beside others."""
+    """The same numbers in a view with gaps."""
     return torch.stack((x, torch.full_like(x, torch.nan)), -1)[..., 0]
 
 
@@ -137,7 +137,7 @@ def test_a_call_without_steps_hands_the_state_on(shape: tuple[int, int, int], wi
     k, w = torch.zeros(shape), torch.zeros(C)
     state = torch.randn(B, 3, C) if with_state else None
     if state is not None and C > 0:
-        state[:, 1, 0] = 0  # empty, whatever the others say
+        state[:, 1, 0] = 0  # empty, for any num and max
         state[:, 0, 1] = float("nan")
     given = (w, w, k, k, state)
     _assert_equal(ops.wkv_forward(*given, True), torch.ops.rwkv_kernels.wkv_forward(*given, True))
@@ -172,7 +172,7 @@ def test_more_than_32_bits_can_count_is_refused(ops: Any) -> None:
 
 @pytest.fixture(scope="module")
 def cuda(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
-    """The CUDA operators for CPU tensors, whose launches return what they are told to."""
+    """The CUDA operators for CPU tensors, whose launches return the given errors."""
     toolkit = cuda_toolkit.find_toolkit()
     if toolkit is None:
         pytest.skip("there is no CUDA toolkit, whose headers the launcher needs")

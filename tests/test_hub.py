@@ -159,7 +159,7 @@ def test_what_is_refused_leaves_everything_as_it_was(case: str) -> None:
 
 @pytest.fixture(scope="module")
 def layout() -> Path:
-    """build/hub, made where it is not there or of other files."""
+    """build/hub, laid out if it is missing or made from other files."""
     pytest.importorskip("kernels", reason="Hugging Face's kernels is not installed")
     pytest.importorskip("tomllib", reason="tools/hub.py needs Python 3.11")
     pytest.importorskip("setuptools", minversion="77")
@@ -204,7 +204,7 @@ def test_the_copy_and_the_package_live_in_one_process(kernel: ModuleType) -> Non
 INCLUDED = (".h", ".def")
 
 
-def test_kernel_builder_is_told_every_source() -> None:
+def test_kernel_builder_gets_every_source() -> None:
     """kernel-builder sees the files that build.toml names, and no others."""
     tomllib = pytest.importorskip("tomllib", reason="this Python is older than 3.11")
     configuration = tomllib.loads((ROOT / "hub" / "build.toml").read_text())
@@ -221,7 +221,7 @@ def test_kernel_builder_is_told_every_source() -> None:
 
 
 def test_the_library_is_found_where_kernel_builder_puts_it(layout: Path, kernel: ModuleType, tmp_path: Path) -> None:
-    """Beside the package, by the name of the namespace; in a process of its own, for the namespace is in use here."""
+    """Beside the package, by the name of the namespace; in a new process, because the namespace is in use here."""
     variant = Path(str(kernel.__file__)).parent
     copied = shutil.copytree(variant, tmp_path / "kernel")
     (copied / "rwkv_kernels" / "librwkv_kernels.so").rename(copied / f"{kernel.__name__}.abi3.so")
@@ -233,7 +233,7 @@ def test_the_library_is_found_where_kernel_builder_puts_it(layout: Path, kernel:
 
 @pytest.mark.parametrize("how", ["LOCAL_KERNELS", "get_local_kernel"])
 def test_unpatched_transformers_computes_with_it_what_its_loop_does(how: str, layout: Path, kernel: ModuleType) -> None:
-    """In a process of its own: transformers keeps its kernel in a global variable, and reads the environment once."""
+    """In a new process: transformers keeps its kernel in a global variable, and reads the environment once."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("transformers.models.rwkv.modeling_rwkv")
     arguments, environment = [str(layout)], dict(os.environ)
@@ -250,7 +250,7 @@ def test_unpatched_transformers_computes_with_it_what_its_loop_does(how: str, la
 
 
 def _kernels_of(transformers: ModuleType) -> Any:
-    """The versions of `kernels` that it takes."""
+    """The versions of `kernels` that this transformers accepts."""
     from packaging.requirements import Requirement
 
     table = importlib.import_module("transformers.dependency_versions_table").deps

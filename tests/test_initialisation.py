@@ -1,4 +1,4 @@
-"""Where a model's initial values come from, whatever device and dtype it is made in."""
+"""The origin of a model's initial values, for any device and dtype that it is made in."""
 
 import copy
 import io

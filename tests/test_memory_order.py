@@ -17,18 +17,18 @@ SOURCE = ROOT / "tests" / "memory_order.cpp"
 COMPILER = os.environ.get("CXX", "c++")
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-pthread", "-Wno-psabi"]
 
-# Barriers that order nothing by themselves: of what kind, and what the kernel says in their line. One that joins them
-# could go; one that no longer is among them is needed by something new.
-VOTE = ("vote", "team.agree(")  # threads learn of the vote, and nothing else
+# Barriers that order nothing by themselves: their kind, and the kernel's text in their line. One that joins them could
+# go; one that leaves them has become necessary.
+VOTE = ("vote", "team.agree(")  # threads share only the vote
 ORDER_NOTHING: dict[str, list[tuple[str, str]]] = {"forward": [], "backward": [VOTE], "reduce": []}
 KINDS = {"forward": {"block", "warp", "vote"}, "backward": {"block", "warp", "vote"}, "reduce": {"block"}}
 
 
 @functools.cache
 def _launcher() -> list[str]:
-    """What a program with ThreadSanitizer is started by; the test is skipped where none runs.
+    """The command that starts a program with ThreadSanitizer; skips the test where none runs.
 
-    The tool needs parts of the address space that Linux may have given away at random.
+    The tool needs parts of the address space that Linux may have assigned at random.
     """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "nothing.cpp"
@@ -56,15 +56,15 @@ def _launcher() -> list[str]:
 
 @functools.cache
 def _program() -> list[str]:
-    """The program and what it is started by."""
+    """The program and the command that starts it."""
     launcher = _launcher()
     command = [COMPILER, *FLAGS, f"-I{ROOT / 'csrc'}", str(SOURCE)]
     return [*launcher, str(compiled("memory_order", command, SOURCE))]
 
 
 def _run(*arguments: str) -> tuple[int, str]:
-    """The exit status and everything that was said."""
-    # Where a report's calls stand in the source is of use where there should be none; it takes as long as all the rest.
+    """The exit status and all output."""
+    # A report's lines in the source help only where no report is expected; finding them takes as long as all the rest.
     options = "" if arguments[0] == "run" else "symbolize=0"
     ran = subprocess.run(
         [*_program(), *arguments],
@@ -78,7 +78,7 @@ def _run(*arguments: str) -> tuple[int, str]:
 
 
 def _is_reported(*arguments: str) -> bool:
-    """Whether the tool says that there is a race; nothing else may be wrong."""
+    """Whether the tool reports a race; every other failure is an error."""
     status, said = _run(*arguments)
     if status == 0:
         assert "data race" not in said

@@ -1,4 +1,4 @@
-"""Which libraries are loaded, and what is said of one that cannot be: stand-ins for them, in a copy of the package."""
+"""The libraries that are loaded, and the reasons for those that cannot be: stand-ins, in a copy of the package."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from rwkv_kernels import native
 OPERATORS = "librwkv_kernels.so"
 IN_SOURCE_TREE = "run `pip install --no-build-isolation .` in the source tree"
 
-# For a user: whatever the libraries are like, the package imports and the reference computes.
+# For a user: with any libraries, the package imports and the reference computes.
 PROGRAM = """
 import json, os, sys
 import torch
@@ -69,7 +69,7 @@ def _built() -> Path:
 
 
 def _elf(machine: int) -> bytes:
-    """The header of a 64-bit library that has nothing else."""
+    """A 64-bit library that has only its header."""
     return struct.pack("<4s5B7xHHIQQQIHHHHHH", b"\x7fELF", 2, 1, 1, 0, 0, 3, machine, 1, 0, 0, 0, 0, 64, 0, 0, 0, 0, 0)
 
 
@@ -84,7 +84,7 @@ def test_the_operators_are_loaded_and_tell_their_build(package: Path) -> None:
 
 
 def test_a_package_of_links_finds_its_library(package: Path) -> None:
-    """As a download of huggingface_hub is one: files are links into a store, which knows them by their hash."""
+    """As a download of huggingface_hub is one: files are links into a store, which names them by their hash."""
     shutil.copy(_built(), package)
     for number, path in enumerate(sorted(path for path in package.rglob("*") if path.is_file())):
         stored = package.parent.parent / f"{number:064x}"
@@ -93,7 +93,7 @@ def test_a_package_of_links_finds_its_library(package: Path) -> None:
     assert _tell(package)["library"] == str(package / OPERATORS)
 
 
-def test_an_older_torch_is_told_and_given_no_library(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_torch_gets_a_reason_and_no_library(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(_built(), package)
     told = _tell(package, "torch.__version__ = '2.10.0'")
     why = told["why_missing"]
@@ -114,7 +114,7 @@ def test_a_package_without_the_library_says_what_to_do(package: Path) -> None:
     assert why == f"{OPERATORS} is not built: install a wheel for this platform, or {IN_SOURCE_TREE}"
 
 
-def test_what_kept_an_installation_from_building_is_told(package: Path) -> None:
+def test_the_reason_for_an_installation_without_libraries_is_reported(package: Path) -> None:
     (package / "_why_no_library.txt").write_text("there was no C++ compiler (c++)\n")
     why = _why_not_here(package)
     assert why.startswith(f"{OPERATORS} is not built: there was no C++ compiler (c++); install a wheel")
@@ -122,7 +122,9 @@ def test_what_kept_an_installation_from_building_is_told(package: Path) -> None:
     assert _tell(package)["why_missing"] is None
 
 
-def test_a_source_tree_is_told_from_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_tree_is_distinguished_from_an_installed_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tree, site, other = tmp_path / "tree", tmp_path / "site", tmp_path / "other"
     for folder in (tree, site, other):
         (folder / "rwkv_kernels").mkdir(parents=True)
@@ -172,14 +174,14 @@ def test_a_library_that_was_cut_off_is_not_loaded(package: Path, monkeypatch: py
         assert why.startswith(f"{OPERATORS} is cut off after {size} of {len(content)} bytes: install")
 
 
-def test_what_the_loader_says_is_told(package: Path) -> None:
+def test_the_loaders_error_is_reported(package: Path) -> None:
     (package / OPERATORS).write_bytes(b"not a library")
     why = _tell(package)["why_missing"]
     assert why.startswith(f"{OPERATORS} does not load ({package / OPERATORS}: ") and "install a wheel" in why
     assert "Could not load this library" not in why
 
 
-def test_a_library_that_is_another_one_is_told(package: Path) -> None:
+def test_a_foreign_library_is_reported(package: Path) -> None:
     shutil.copy(next(Path(torch.__file__).parent.glob("lib/libtorch_global_deps.*")), package / OPERATORS)
     assert "undefined symbol: rwkv_kernels_build_info" in _tell(package)["why_missing"]
 
@@ -260,7 +262,7 @@ def why_no_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WhyNoCuda:
     return why
 
 
-def test_a_torch_without_cuda_is_told(why_no_cuda: WhyNoCuda) -> None:
+def test_a_torch_without_cuda_is_reported(why_no_cuda: WhyNoCuda) -> None:
     told = "this torch is built without CUDA: install one that is built with CUDA"
     assert why_no_cuda(None) == told
     assert why_no_cuda(None, 13) == f"{told} 13"
@@ -275,7 +277,7 @@ def test_what_is_said_of_cuda_reaches_the_user(with_operators: Path) -> None:
     assert told["why_cuda_missing"].startswith("torch is built with CUDA 12.8, and the CUDA kernels")
 
 
-def test_a_package_without_cuda_kernels_is_told(why_no_cuda: WhyNoCuda) -> None:
+def test_a_package_without_cuda_kernels_is_reported(why_no_cuda: WhyNoCuda) -> None:
     assert "this package has no CUDA kernels (build_info().cuda is None): rebuild" in why_no_cuda("13.0")
 
 

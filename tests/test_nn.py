@@ -10,24 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from models import C, V, rwkv
 from problems import assert_tensor_close, widest_dtype
 from torch import Tensor
 
 import rwkv_kernels
 from rwkv_kernels.nn import RWKV, Block, RWKVState
 
-V, C, L, B, T = 23, 16, 3, 2, 21
+L, B, T = 3, 2, 21
 # Some hundred roundings of accumulated length separate the two ways through three layers.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 5e-2}
-
-
-def _model(dtype: torch.dtype = torch.float32, layers: int = L) -> RWKV:
-    """Every parameter random: the initial zeros would hide whole branches."""
-    torch.manual_seed(0)
-    model = RWKV(V, C, layers).to(torch.float64)
-    for parameter in model.parameters():
-        parameter.data.add_(0.3 * torch.randn_like(parameter))
-    return model.to(dtype)
 
 
 def _tokens(steps: int = T) -> Tensor:
@@ -51,7 +43,7 @@ def _states_close(found: RWKVState, expected: RWKVState, allowed: float) -> None
 
 @pytest.fixture
 def chosen(compiled_backend: str) -> Iterator[None]:
-    """Every compiled backend in turn, as what "auto" means."""
+    """Every compiled backend in turn, as the meaning of "auto"."""
     with rwkv_kernels.use_backend(compiled_backend):
         yield
 
@@ -61,7 +53,7 @@ def chosen(compiled_backend: str) -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_steps_in_place_give_the_logits_and_the_state_of_the_whole_sequence(dtype: torch.dtype, chosen: None) -> None:
-    model, tokens = _model(dtype), _tokens()
+    model, tokens = rwkv(dtype), _tokens()
     logits, whole_state = model(tokens)
     state = model.empty_state(B)
     with torch.no_grad():
@@ -74,7 +66,7 @@ def test_steps_in_place_give_the_logits_and_the_state_of_the_whole_sequence(dtyp
 @pytest.mark.parametrize("cuts", [[8, 13], [1] * T, [0, 20, 0, 1]], ids=["two", "every_token", "empty_pieces"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_split_and_resume_equals_whole(dtype: torch.dtype, cuts: list[int], chosen: None) -> None:
-    model, tokens = _model(dtype), _tokens()
+    model, tokens = rwkv(dtype), _tokens()
     logits, whole_state = model(tokens)
     state, pieces = None, []
     for piece in tokens.split(cuts, 1):
@@ -86,7 +78,7 @@ def test_split_and_resume_equals_whole(dtype: torch.dtype, cuts: list[int], chos
 
 
 def test_no_tokens_leave_the_state_as_it_is() -> None:
-    model = _model()
+    model = rwkv(torch.float32)
     state = model(_tokens())[1]
     logits, same = model(_tokens(0), state)
     assert list(logits.shape) == [B, 0, V]
@@ -94,7 +86,7 @@ def test_no_tokens_leave_the_state_as_it_is() -> None:
 
 
 def test_gradients_through_the_state_equal_those_of_the_whole_sequence() -> None:
-    model, tokens = _model(torch.float64), _tokens()
+    model, tokens = rwkv(torch.float64), _tokens()
     weights = torch.randn(B, T, V, dtype=torch.float64)
     parameters = dict(model.named_parameters())
     whole = torch.autograd.grad((model(tokens)[0] * weights).sum(), list(parameters.values()))
@@ -107,7 +99,7 @@ def test_gradients_through_the_state_equal_those_of_the_whole_sequence() -> None
 
 
 def test_the_second_part_alone_sends_gradients_into_every_part_of_the_state() -> None:
-    model, tokens = _model(torch.float64), _tokens()
+    model, tokens = rwkv(torch.float64), _tokens()
     given = RWKVState(*(x.detach().requires_grad_() for x in model(tokens)[1]))
     model(tokens, given)[0].square().sum().backward()
     for x in given:
@@ -116,7 +108,7 @@ def test_the_second_part_alone_sends_gradients_into_every_part_of_the_state() ->
 
 
 def test_a_given_state_is_not_modified() -> None:
-    model, tokens = _model(), _tokens()
+    model, tokens = rwkv(torch.float32), _tokens()
     state = model(tokens)[1]
     before = [x.clone() for x in state]
     model(tokens, state)
@@ -298,7 +290,7 @@ def test_from_state_dict_names_what_does_not_fit(checkpoint: dict[str, Tensor], 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 def test_generate_is_reproducible_with_a_generator(top_p: float) -> None:
-    model, prompt = _model(), _tokens(4)
+    model, prompt = rwkv(torch.float32), _tokens(4)
 
     def sample(seed: int) -> Tensor:
         return model.generate(prompt, 20, top_p=top_p, generator=torch.Generator().manual_seed(seed))
@@ -311,16 +303,16 @@ def test_generate_is_reproducible_with_a_generator(top_p: float) -> None:
 
 
 def test_greedy_generation_is_the_argmax_of_the_parallel_model() -> None:
-    model, prompt = _model(torch.float64), _tokens(4)
+    model, prompt = rwkv(torch.float64), _tokens(4)
     output = model.generate(prompt, 15, temperature=0)
     logits, _ = model(output[:, :-1])
     assert torch.equal(output[:, 4:], logits[:, 3:].argmax(-1))
-    # So little probability is reached by the likeliest token alone.
+    # The likeliest token alone reaches this probability.
     assert torch.equal(output, model.generate(prompt, 15, top_p=1e-6))
 
 
 def test_sampling_follows_temperature_and_top_p() -> None:
-    model = _model(torch.float64)
+    model = rwkv(torch.float64)
     prompt = _tokens(4)[:1]
     expected = torch.softmax(model(prompt)[0][0, -1] / 1.5, -1)
     order = expected.argsort(descending=True)
@@ -336,7 +328,7 @@ def test_sampling_follows_temperature_and_top_p() -> None:
 
 
 def test_generate_modifies_nothing_that_it_is_given() -> None:
-    model, prompt = _model(), _tokens(4)
+    model, prompt = rwkv(torch.float32), _tokens(4)
     before, weights = prompt.clone(), {name: x.clone() for name, x in model.state_dict().items()}
     model.generate(prompt, 5)
     assert torch.equal(prompt, before)
@@ -361,11 +353,11 @@ def test_generate_modifies_nothing_that_it_is_given() -> None:
 def test_generate_says_what_is_wrong(changes: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"tokens": _tokens(4), "max_new_tokens": 1}
     with pytest.raises(ValueError, match=message):
-        _model().generate(**(arguments | changes))
+        rwkv(torch.float32).generate(**(arguments | changes))
 
 
 def test_forward_and_step_say_what_is_wrong() -> None:
-    model, tokens = _model(), _tokens()
+    model, tokens = rwkv(torch.float32), _tokens()
     with pytest.raises(ValueError, match=r"tokens: expected shape \[B, T\]"):
         model(tokens[0])
     with pytest.raises(ValueError, match=r"tokens: expected torch.int64, got torch.int32"):
@@ -389,7 +381,7 @@ def test_forward_and_step_say_what_is_wrong() -> None:
 
 def test_every_backend_gives_the_same_logits_and_gradients(compiled_backend: str) -> None:
     dtype = widest_dtype(compiled_backend)
-    model, tokens = _model(dtype), _tokens()
+    model, tokens = rwkv(dtype), _tokens()
     results = []
     for name in ("reference", compiled_backend):
         with rwkv_kernels.use_backend(name):
@@ -405,7 +397,7 @@ def test_every_backend_gives_the_same_logits_and_gradients(compiled_backend: str
 
 
 def test_compiles_into_one_graph(chosen: None) -> None:
-    model, tokens = _model(layers=2), _tokens()
+    model, tokens = rwkv(torch.float32, layers=2), _tokens()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected, state = model(tokens)
     logits, compiled_state = compiled(tokens)
@@ -418,7 +410,7 @@ def test_compiles_into_one_graph(chosen: None) -> None:
 
 
 def test_autocast_runs_in_bfloat16_close_to_float32(chosen: None) -> None:
-    model, tokens = _model(), _tokens()
+    model, tokens = rwkv(torch.float32), _tokens()
     expected, _ = model(tokens)
     with torch.autocast(tokens.device.type, torch.bfloat16):
         logits, state = model(tokens)
@@ -437,8 +429,8 @@ def test_autocast_runs_in_bfloat16_close_to_float32(chosen: None) -> None:
 
 @pytest.mark.parametrize("decay_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_bfloat16_model_works_in_both_ways(decay_dtype: torch.dtype) -> None:
-    exact, _ = _model()(_tokens())
-    model, tokens = _model(torch.bfloat16), _tokens()
+    exact, _ = rwkv(torch.float32)(_tokens())
+    model, tokens = rwkv(torch.bfloat16), _tokens()
     for name, parameter in model.named_parameters():
         if name.endswith(("time_decay", "time_first")):
             parameter.data = parameter.data.to(decay_dtype)

@@ -1,12 +1,13 @@
 """A user's expectations of a model in PyTorch: hooks, offloading, mixed dtypes, compilation, export and checkpoints."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from models import C, V, rwkv
 from problems import assert_tensor_close
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -14,18 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkv_kernels.nn import RWKV, Block, ChannelMix, RWKVState, TimeMix
 
-V, C, L, B, T = 23, 16, 3, 2, 9
+B, T = 2, 9
 # Two ways through three layers, some hundred roundings apart.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
-
-
-def _model(dtype: torch.dtype = torch.float32, layers: int = L) -> RWKV:
-    """Every parameter random: the initial zeros would hide whole branches."""
-    torch.manual_seed(0)
-    model = RWKV(V, C, layers)
-    for parameter in model.parameters():
-        parameter.data.add_(0.3 * torch.randn_like(parameter))
-    return model.to(dtype)
 
 
 def _tokens(batch: int = B, steps: int = T) -> Tensor:
@@ -55,7 +47,7 @@ def _stepped(model: RWKV, tokens: Tensor, state: RWKVState) -> Tensor:
 
 def test_every_module_is_called_in_every_step_of_decoding() -> None:
     """As often as in the parallel model, by tensors of the same layout, and what hooks return is used."""
-    model, calls = _model(), []
+    model, calls = rwkv(torch.float32), []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList):
             module.register_forward_hook(lambda *_, name=name: calls.append(name))
@@ -77,7 +69,7 @@ def test_every_module_is_called_in_every_step_of_decoding() -> None:
 
 
 def test_a_hook_changes_what_is_decoded_as_it_changes_the_parallel_model() -> None:
-    model, tokens = _model(), _tokens()
+    model, tokens = rwkv(torch.float32), _tokens()
     plain = model(tokens)[0]
     model.blocks[1].register_forward_hook(lambda module, inputs, output: (output[0] + 1, output[1]))
     model.blocks[0].att.register_forward_hook(lambda module, inputs, output: (output[0] * 2, *output[1:]))
@@ -102,7 +94,7 @@ def _offload(module: nn.Module) -> None:
 
 
 def test_weights_may_be_elsewhere_between_calls() -> None:
-    model, tokens = _model(), _tokens()
+    model, tokens = rwkv(torch.float32), _tokens()
     expected, expected_state = model(tokens)
     generated = model.generate(tokens, 5, temperature=0)
     for module in list(model.modules()):
@@ -117,7 +109,7 @@ def test_weights_may_be_elsewhere_between_calls() -> None:
 
 def test_a_wrapper_that_copies_the_state_does_not_lose_the_step() -> None:
     """As FSDP's mixed precision and the hooks that move tensors between devices do."""
-    model, tokens = _model(), _tokens()
+    model, tokens = rwkv(torch.float32), _tokens()
     expected, state = model(tokens)[0], model.empty_state(B)
     copied = functools.partial(torch.utils._pytree.tree_map_only, Tensor, torch.clone)
     for module in (model, *model.blocks):
@@ -140,20 +132,20 @@ def test_a_wrapper_that_copies_the_state_does_not_lose_the_step() -> None:
 )
 def test_a_state_of_a_model_of_another_dtype_is_continued(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     ours, theirs = dtypes
-    exact, _ = _model()(_tokens(), _state(_model()))
-    model, state = _model(ours), _state(_model(theirs))
+    exact, _ = rwkv(torch.float32)(_tokens(), _state(rwkv(torch.float32)))
+    model, state = rwkv(ours), _state(rwkv(theirs))
     allowed = TOLERANCE[torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32]
     logits, after = model(_tokens(), state)
     assert logits.dtype == after.att_shift.dtype == after.ffn_shift.dtype == ours
     assert after.wkv.dtype == torch.promote_types(ours, torch.float32)
     _assert_close(logits, exact, allowed)
     stepped = _stepped(model, _tokens(), state)
-    assert [x.dtype for x in state] == [x.dtype for x in _model(theirs).empty_state(1)], "a step replaced the state"
+    assert [x.dtype for x in state] == [x.dtype for x in rwkv(theirs).empty_state(1)], "a step replaced the state"
     _assert_close(stepped, exact, allowed)
 
 
 def test_a_wkv_state_that_lost_its_precision_is_refused() -> None:
-    model, state = _model(torch.bfloat16), _state(_model(torch.bfloat16))
+    model, state = rwkv(torch.bfloat16), _state(rwkv(torch.bfloat16))
     rounded = state._replace(wkv=state.wkv.bfloat16())
     with pytest.raises(TypeError, match="or torch.float64, got torch.bfloat16.*cast_forward_inputs=False"):
         model(_tokens(), rounded)
@@ -162,8 +154,8 @@ def test_a_wkv_state_that_lost_its_precision_is_refused() -> None:
 
 
 def test_time_parameters_may_be_float32_in_a_bfloat16_model() -> None:
-    exact, _ = _model()(_tokens())
-    model = _model(torch.bfloat16)
+    exact, _ = rwkv(torch.float32)(_tokens())
+    model = rwkv(torch.bfloat16)
     for name, parameter in model.named_parameters():
         if "time_" in name:
             parameter.data = parameter.data.float()
@@ -176,7 +168,7 @@ def test_time_parameters_may_be_float32_in_a_bfloat16_model() -> None:
 
 
 def test_none_is_an_empty_state_to_every_module() -> None:
-    model, x = _model(), torch.randn(B, T, C)
+    model, x = rwkv(torch.float32), torch.randn(B, T, C)
     empty = RWKVState(*(part[0] for part in model.empty_state(B)))
     block = model.blocks[0]
     assert isinstance(block, Block) and isinstance(block.att, TimeMix) and isinstance(block.ffn, ChannelMix)
@@ -191,7 +183,7 @@ def test_none_is_an_empty_state_to_every_module() -> None:
 
 
 def test_the_compiled_step_is_right_for_every_batch_in_few_graphs() -> None:
-    model = _model()
+    model = rwkv(torch.float32)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model.step, backend=counter, fullgraph=True)
     for batch in (2, 3, 5, 1, 7):
@@ -204,7 +196,7 @@ def test_the_compiled_step_is_right_for_every_batch_in_few_graphs() -> None:
 
 
 def test_the_compiled_step_refuses_to_lose_a_gradient() -> None:
-    model = _model(layers=1)
+    model = rwkv(torch.float32, layers=1)
     state = _state(model)
     before = state.clone()
     with pytest.raises(ValueError, match="no gradient"):
@@ -213,7 +205,7 @@ def test_the_compiled_step_refuses_to_lose_a_gradient() -> None:
 
 
 def test_compiled_checkpointing_of_blocks_gives_eager_gradients() -> None:
-    model, tokens = _model(layers=2), _tokens()
+    model, tokens = rwkv(torch.float32, layers=2), _tokens()
 
     def loss(tokens: Tensor) -> Tensor:
         """From no state, and from an empty one that is made inside."""
@@ -241,7 +233,7 @@ class _Step(nn.Module):
 
 @pytest.fixture(scope="module")
 def exported_step() -> tuple[RWKV, torch.export.ExportedProgram]:
-    model = _model(layers=2)
+    model = rwkv(torch.float32, layers=2)
     batch = torch.export.Dim("B", min=1, max=64)
     shapes = ({0: batch}, RWKVState({1: batch}, {1: batch}, {1: batch}))  # type: ignore[arg-type]
     with torch.no_grad():
@@ -272,7 +264,7 @@ def test_the_packaged_step_takes_any_batch(exported_step: Any, tmp_path: Path) -
 
 
 def test_the_model_is_exported_saved_and_loaded_with_a_state(tmp_path: Path) -> None:
-    model = _model(layers=2)
+    model = rwkv(torch.float32, layers=2)
     batch, steps = torch.export.Dim("B", min=1, max=64), torch.export.Dim("T", min=2, max=64)
     shapes = ({0: batch, 1: steps}, RWKVState({1: batch}, {1: batch}, {1: batch}))  # type: ignore[arg-type]
     program = torch.export.export(model, (_tokens(), _state(model)), dynamic_shapes=shapes)
@@ -287,7 +279,7 @@ def test_the_model_is_exported_saved_and_loaded_with_a_state(tmp_path: Path) -> 
 
 
 def test_torch_load_reads_a_checkpoint_with_a_state_by_weights_only(tmp_path: Path) -> None:
-    state = _state(_model())
+    state = _state(rwkv(torch.float32))
     torch.save({"step": 3, "state": state}, tmp_path / "checkpoint.pt")
     loaded = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]
     assert isinstance(loaded, RWKVState)
@@ -295,7 +287,7 @@ def test_torch_load_reads_a_checkpoint_with_a_state_by_weights_only(tmp_path: Pa
 
 
 def test_a_state_is_converted_detached_and_copied() -> None:
-    state = _model()(_tokens())[1]
+    state = rwkv(torch.float32)(_tokens())[1]
     for narrow in (state.to(torch.bfloat16), state.to(dtype=torch.bfloat16), state.to("cpu", torch.bfloat16)):
         assert [x.dtype for x in narrow] == [torch.bfloat16, torch.bfloat16, torch.float32]
         assert torch.equal(narrow.wkv, state.wkv)
@@ -309,7 +301,7 @@ def test_a_state_is_converted_detached_and_copied() -> None:
 
 
 def test_the_logits_after_the_last_token_alone() -> None:
-    model, tokens = _model(), _tokens(3)
+    model, tokens = rwkv(torch.float32), _tokens(3)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0, 0], [1] * 9, [0] * 9])
     _assert_close(model(tokens, last_only=True), (model(tokens)[0][:, -1:], model(tokens)[1]))
     logits, state = model(tokens, attention_mask=mask)
@@ -319,14 +311,6 @@ def test_the_logits_after_the_last_token_alone() -> None:
 
 
 # ---- FSDP with mixed precision ----
-
-
-@pytest.fixture
-def single_process(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def _fsdp1(model: RWKV, cast: bool) -> nn.Module:
@@ -360,9 +344,9 @@ def test_fsdp_trains_in_bfloat16_and_the_wkv_state_stays_float32(
     shard: Callable[[RWKV, bool], nn.Module], cast: bool, single_process: None
 ) -> None:
     tokens = _tokens()
-    exact, exact_state = _model()(tokens)
-    exact_resumed, _ = _model()(tokens, exact_state)
-    model = shard(_model(), cast)
+    exact, exact_state = rwkv(torch.float32)(tokens)
+    exact_resumed, _ = rwkv(torch.float32)(tokens, exact_state)
+    model = shard(rwkv(torch.float32), cast)
     logits, state = model(tokens)
     assert (logits.dtype, state.att_shift.dtype, state.wkv.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
     _assert_close(logits, exact, TOLERANCE[torch.bfloat16])

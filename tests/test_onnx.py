@@ -1,4 +1,4 @@
-"""ONNX has no operator for the kernels: both exporters say what to do, and what they say works."""
+"""ONNX has no operator for the kernels: both exporters' errors give a remedy, and the remedy works."""
 
 import io
 import warnings
@@ -37,9 +37,9 @@ def _torchscript(module: torch.nn.Module, arguments: tuple[Any, ...]) -> Any:
 
 @pytest.mark.parametrize("export", [_dynamo, _torchscript], ids=["dynamo", "torchscript"])
 def test_onnx_export_says_what_to_do_and_the_reference_does_it(export: Callable[..., Any]) -> None:
-    """Seconds, because torch.export is tried in several ways before it gives up."""
+    """Takes seconds, because torch.export is tried in several ways before it gives up."""
     layer, inputs = _Layer(), (torch.zeros(4), torch.zeros(4), torch.randn(2, 3, 4), torch.randn(2, 3, 4))
-    # The exporter of torch.export raises an error of its own that quotes this one.
+    # The exporter of torch.export raises another error, which quotes this one.
     with pytest.raises(Exception, match=r"ONNX has no operator .*use_backend\('reference'\)"):
         export(layer, inputs)
     with rwkv_kernels.use_backend("reference"):

@@ -1,7 +1,7 @@
-"""The originals' own model files with the line changed that docs/migrating.md says, in TorchScript as by default.
+"""The originals' own model files with the line changed as in docs/migrating.md, in TorchScript as by default.
 
 The rwkv package is taken where it is installed, and clones of RWKV-LM and RWKV-infctx-trainer where the environment
-variable RWKV_KERNELS_ORIGINALS names the folder that they are in.
+variable RWKV_KERNELS_ORIGINALS names their folder.
 """
 
 import gc

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from models import V, rwkv
 from problems import assert_tensor_close, widest_dtype
 from torch import Tensor
 
 import rwkv_kernels
 from rwkv_kernels.nn import RWKV, RWKVState
 
-V, C, L, T = 23, 16, 3, 9
+T = 9
 # Two ways through three layers differ by some hundred roundings, of the largest element.
 ROUNDINGS = 1000
 
@@ -23,16 +24,8 @@ MASKS = {
 }
 
 
-def _model(dtype: torch.dtype = torch.float64) -> RWKV:
-    torch.manual_seed(0)
-    model = RWKV(V, C, L).double()
-    for parameter in model.parameters():
-        parameter.data.add_(0.3 * torch.randn_like(parameter))
-    return model.to(dtype)
-
-
 def _batch(rows: list[str]) -> tuple[Tensor, Tensor]:
-    """Tokens, with numbers that are none in the padding, and the mask."""
+    """Tokens, with invalid ones in the padding, and the mask."""
     mask = torch.tensor([[int(c) for c in row] for row in rows])
     tokens = torch.randint(V, mask.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(mask.device)
     return tokens.masked_fill(mask == 0, -100), mask
@@ -47,7 +40,7 @@ def _state(model: RWKV, batch: int) -> RWKVState:
 
 
 def _loss(logits: Tensor, state: RWKVState) -> Tensor:
-    """Something that depends on every logit and on the state up to its gauge."""
+    """A loss that depends on every logit and on the state up to its gauge."""
     num, den, top = state.wkv.unbind(-2)
     log_den = torch.where(den > 0, top + den.clamp(min=1e-30).log(), 0)
     mean = torch.where(den > 0, num / den.clamp(min=1e-30), 0)
@@ -59,7 +52,7 @@ def _loss(logits: Tensor, state: RWKVState) -> Tensor:
 def test_padded_sequences_give_what_each_gives_alone(name: str, with_state: bool, compiled_backend: str) -> None:
     dtype = widest_dtype(compiled_backend)
     close = ROUNDINGS * torch.finfo(dtype).eps
-    model, (tokens, mask) = _model(dtype), _batch(MASKS[name])
+    model, (tokens, mask) = rwkv(dtype), _batch(MASKS[name])
     parameters = dict(model.named_parameters())
     B = len(tokens)
     state = _state(model, B) if with_state else None
@@ -84,7 +77,7 @@ def test_padded_sequences_give_what_each_gives_alone(name: str, with_state: bool
 
 
 def test_padding_has_no_gradient_and_no_meaning() -> None:
-    model, (tokens, mask) = _model(), _batch(MASKS["mixed"])
+    model, (tokens, mask) = rwkv(), _batch(MASKS["mixed"])
     results = []
     for filling in (0, 5, V + 3):
         logits, state = model(tokens.masked_fill(mask == 0, filling), attention_mask=mask.bool())
@@ -98,7 +91,7 @@ def test_padding_has_no_gradient_and_no_meaning() -> None:
 
 
 def test_a_mask_of_ones_changes_nothing() -> None:
-    model, (tokens, mask) = _model(torch.float32), _batch(MASKS["everything"])
+    model, (tokens, mask) = rwkv(torch.float32), _batch(MASKS["everything"])
     expected, state = model(tokens)
     logits, after = model(tokens, attention_mask=mask)
     assert torch.equal(logits, expected)
@@ -106,7 +99,7 @@ def test_a_mask_of_ones_changes_nothing() -> None:
 
 
 def test_no_steps_leave_everything_as_it_is() -> None:
-    model = _model()
+    model = rwkv()
     state = _state(model, 2)
     empty = torch.zeros(2, 0, dtype=torch.int64)
     logits, after = model(empty, state, empty)
@@ -116,7 +109,7 @@ def test_no_steps_leave_everything_as_it_is() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_lower_precisions_are_padded_as_exactly(dtype: torch.dtype) -> None:
-    model, (tokens, mask) = _model(dtype), _batch(MASKS["mixed"])
+    model, (tokens, mask) = rwkv(dtype), _batch(MASKS["mixed"])
     logits, _ = model(tokens, attention_mask=mask)
     assert logits.dtype == dtype
     for b in (0, 1, 2, 4, 5):
@@ -125,7 +118,7 @@ def test_lower_precisions_are_padded_as_exactly(dtype: torch.dtype) -> None:
 
 
 def test_a_wrong_mask_is_named() -> None:
-    model, (tokens, mask) = _model(), _batch(MASKS["right"])
+    model, (tokens, mask) = rwkv(), _batch(MASKS["right"])
     with pytest.raises(ValueError, match=r"attention_mask: expected shape \[3, 9\] as tokens, got \[3, 8\]"):
         model(tokens, attention_mask=mask[:, 1:])
     with pytest.raises(ValueError, match="attention_mask: expected booleans or integers, 0 for padding, got torch.fl"):

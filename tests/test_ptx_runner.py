@@ -1,4 +1,4 @@
-"""tools/ptx on small programs: what instructions make of values, and the mistakes that it is there to find."""
+"""tools/ptx on small programs: the results of instructions, and the mistakes that it detects."""
 
 import math
 import re
@@ -18,7 +18,7 @@ Array = numpy.ndarray[Any, Any]
 
 
 def kernel(body: str, parameters: str = "", outside: str = "", counted: bool = False) -> ptx.Kernel:
-    """Of parameters such as "u64 x, u32 n", which the body finds in registers of these names, and %i, its thread."""
+    """A kernel of parameters such as "u64 x, u32 n": the body has registers of these names, and its thread in %i."""
     given = [parameter.split() for parameter in parameters.split(",") if parameter]
     text = f"""
 .version 8.0
@@ -37,7 +37,7 @@ def kernel(body: str, parameters: str = "", outside: str = "", counted: bool = F
     return ptx.Kernel(text, "kernel", counted)
 
 
-# ---- what instructions make of values ----
+# ---- results of instructions ----
 
 DTYPES = {
     **{f"{kind}{bits}": numpy.dtype(f"u{bits // 8}") for kind in "bu" for bits in (16, 32, 64)},
@@ -48,7 +48,7 @@ DTYPES = {
 
 @dataclass
 class Case:
-    """Code that sets d from a, b and c; the result of integers is that of unlimited ones, cut off."""
+    """Code that sets d from a, b and c; the result of integers is that of unlimited ones, truncated."""
 
     code: str
     inputs: tuple[str, ...]
@@ -58,7 +58,7 @@ class Case:
 
 
 def case(opcode: str, expected: Callable[..., Any], inputs: str = "", output: str = "", tolerance: float = 0.0) -> Case:
-    """One instruction, whose operands are of its own type but for what is said."""
+    """One instruction, whose operands have its type unless `inputs` and `output` differ."""
     own = opcode.split(".")[-1]
     types = inputs.split() or [own] * expected.__code__.co_argcount
     return Case(f"{opcode} d, {', '.join('abc'[: len(types)])};", tuple(types), output or own, expected, tolerance)
@@ -69,7 +69,7 @@ def flushed(x: Array) -> Array:
 
 
 def _rounded(exact: Fraction, down: bool) -> float:
-    """To float32, down or to the nearest, which is not between two here."""
+    """Rounded to float32, down or to the nearest, without ties here."""
     below = numpy.float32(float(exact))
     while Fraction(float(below)) > exact:
         below = numpy.nextafter(below, numpy.float32(-numpy.inf))
@@ -102,7 +102,7 @@ def _inserted(a: int, b: int) -> int:
 
 
 def _converted(x: Array) -> Array:
-    """To s32, where what does not fit becomes the nearest that does, and NaN 0."""
+    """Converted to s32: saturated, and NaN becomes 0."""
     whole = numpy.clip(numpy.trunc(numpy.nan_to_num(x.astype("f8"), nan=0.0)), -(2.0**31), 2.0**31 - 1)
     return whole.astype("i4")
 
@@ -266,7 +266,7 @@ def _inputs(type: str, finite: bool, generator: numpy.random.Generator) -> Array
 
 
 def _results(cases: list[Case], finite: bool) -> list[tuple[Case, Array, Array]]:
-    """Of every case by one program, whose thread i computes element i, and as they should be."""
+    """The results of every case, by one program whose thread i computes element i, and the expected ones."""
     generator = numpy.random.default_rng(0)
     inputs = {type: _inputs(type, finite, generator) for type in DTYPES}
     types = list(DTYPES)
@@ -607,7 +607,7 @@ def test_a_block_waits_for_one_that_has_a_place_only() -> None:
         program.run([numpy.zeros(1, "u4")], grid=4, threads=1, resident=1, timeout=0.1)
 
 
-# ---- what is executed, and what cannot be ----
+# ---- counts, and refused programs ----
 
 
 def test_instructions_are_counted_for_all_threads() -> None:
@@ -671,7 +671,7 @@ def test_what_is_not_translated_is_named_with_its_line() -> None:
         ptx.Kernel(".entry k1() { ret; } .entry k2() { ret; }", "k")
 
 
-def test_other_processors_are_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_processors_get_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert str(ptx.unavailable()).startswith("PTX runs on x86-64 only")
     with pytest.raises(ptx.PtxError, match="this is aarch64"):

@@ -2,13 +2,13 @@
 
 import functools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from models import randomised
 from problems import assert_tensor_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,7 +20,7 @@ README, WKV, RECIPES = ((ROOT / name).read_text() for name in ("README.md", "doc
 
 
 def _run(heading: str) -> dict[str, Any]:
-    """The names that the recipe's code leaves."""
+    """The names that the recipe's code defines."""
     names: dict[str, Any] = {}
     (code,) = re.findall(rf"^## {heading}\n(?:(?!^## ).*\n)*?```python\n((?:.*\n)*?)```", RECIPES, re.MULTILINE)
     exec(code, names)
@@ -52,14 +52,6 @@ def test_the_readme_runs_and_its_few_lines_of_torch_are_the_operator() -> None:
         torch.testing.assert_close(found, expected)
 
 
-@pytest.fixture
-def single_process(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_compiled_decoding_gives_the_tokens_of_the_parallel_model(monkeypatch: pytest.MonkeyPatch) -> None:
     # Inductor's code for a step is tested elsewhere, and costs a minute of C++.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
@@ -71,7 +63,7 @@ def test_compiled_decoding_gives_the_tokens_of_the_parallel_model(monkeypatch: p
 
 
 class _Calls(TorchDispatchMode):
-    """The operators that are computed."""
+    """Records the operators that are computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,9 +88,7 @@ def test_selective_checkpointing_runs_the_operator_once() -> None:
 
 
 def test_selective_checkpointing_gives_the_gradients_of_the_whole() -> None:
-    model = _run("Selective checkpointing")["model"]
-    for parameter in model.parameters():
-        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    model = randomised(_run("Selective checkpointing")["model"])
     tokens = torch.randint(50, (2, 10))
     plain = RWKV.from_state_dict(model.state_dict())
     gradients = [torch.autograd.grad(m(tokens)[0].square().sum(), list(m.parameters())) for m in (model, plain)]
@@ -169,9 +159,7 @@ def test_lora_trains_decodes_and_merges(tmp_path: Path, monkeypatch: pytest.Monk
 def test_an_adapter_changes_what_is_decoded_token_by_token() -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     torch.manual_seed(0)
-    model, tokens = RWKV(50, 32, 2), torch.randint(50, (2, 6))
-    for parameter in model.parameters():
-        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    model, tokens = randomised(RWKV(50, 32, 2)), torch.randint(50, (2, 6))
     config = peft.LoraConfig(r=4, target_modules=["key", "value", "receptance", "output"], init_lora_weights=False)
     with torch.no_grad():
         plain, _ = model(tokens)

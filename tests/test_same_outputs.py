@@ -1,4 +1,4 @@
-"""tools/same_outputs.py itself: two builds that are the same are, and one that rounds differently is seen."""
+"""tools/same_outputs.py itself: it accepts two equal builds, and reports one that rounds differently."""
 
 import os
 from pathlib import Path

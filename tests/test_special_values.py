@@ -104,7 +104,7 @@ def test_a_step_without_any_weight_is_zero_over_zero(backend: str) -> None:
 @pytest.mark.parametrize("w", [64.0, 89.0, 6e4, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_the_ends_of_the_decay_have_the_gradients_of_float64(w: float, dtype: torch.dtype, backend: str) -> None:
-    """-exp(w) overflows in float32 from 89 on, and no weight is left that a gradient could come from."""
+    """-exp(w) overflows in float32 from 89 on, and no weight is left for a gradient to come from."""
     tensors = make(Problem(T=30, C=16, with_state=True), dtype)
     for parameter in {torch.float32, dtype} - {torch.float64}:
         tensors.w = tensors.w.to(parameter)

@@ -1,4 +1,4 @@
-"""The state: what it continues, what it may be, and the gradient that passes through it."""
+"""The state: continuation, valid values, and the gradient that passes through it."""
 
 import pytest
 import torch
@@ -99,7 +99,7 @@ def test_gradient_of_state_alone(backend: str) -> None:
         return torch.autograd.grad(loss, leaves, allow_unused=True)
 
     for found, expected in zip(gradients(backend), gradients("reference"), strict=True):
-        if expected is None:  # the oracle knows that u has no part in the state
+        if expected is None:  # in the oracle's graph, the state does not depend on u
             assert found is None or not found.any()
         else:
             _assert_close(found, expected, 4500)

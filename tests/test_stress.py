@@ -1,4 +1,4 @@
-"""Many problems that nobody chose, and many runs of the same one."""
+"""Many random problems, and many runs of the same one."""
 
 import random
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.stress
 
 
 def random_problem(draw: random.Random, longest: int, widest: int) -> Problem:
-    """Lengths and widths are drawn by their logarithm, so that small ones and large ones are alike in number."""
+    """Lengths and widths are drawn by their logarithm, so that small and large ones are equally frequent."""
     return Problem(
         B=draw.choice([1, 1, 2, 3, 7]),
         T=int(longest ** draw.random()),

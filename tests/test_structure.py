@@ -320,6 +320,9 @@ def test_every_file_is_python_3_10_and_has_no_doubtful_syntax() -> None:
 def test_no_comment_or_docstring_opens_with_what() -> None:
     """The subject comes first; `# What` also where a comment follows code."""
     opener = re.compile(r"""(^|\s)(#|//+|\"\"\") *What """, re.MULTILINE)
-    texts = {path: path.read_text() for path in _python_files() if PACKAGE in path.parents}
+    patterns = ("csrc/**/*", "hub/*", "tests/*.c*", "tools/**/*.h", "tools/*.sh", "examples/**/*.cpp")
+    files = [*_python_files(), *(path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file())]
+    texts = {path: path.read_text() for path in files}
+    assert {path.suffix for path in files} >= {".py", ".h", ".cpp", ".cu", ".def", ".toml", ".sh"}
     found = {path: [text[m.start() :].split("\n")[0] for m in opener.finditer(text)] for path, text in texts.items()}
     assert {str(path.relative_to(ROOT)): lines for path, lines in found.items() if lines} == {}

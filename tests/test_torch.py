@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.benchmark
+from models import randomised
 from problems import Problem, make, widest_dtype
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpointed
@@ -126,7 +127,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def test_a_compiled_step_moves_the_views_of_states_that_it_is_given() -> None:
-    """By Inductor, for any batch: the offset of layer 1 depends on B, and torch loses such a one of a mutated view."""
+    """By Inductor, for any batch: the offset of layer 1 depends on B, and torch loses that of a mutated view."""
     w, u = torch.linspace(-1, 1, 5), torch.linspace(1, 0, 5)
 
     def step(k: Tensor, states: dict[str, Tensor]) -> list[Tensor]:
@@ -249,7 +250,7 @@ def _run(function: Callable[[], None], in_thread: bool) -> None:
 
 
 def _nested(*inputs: Tensor) -> Any:
-    """Three calls, one of them in a checkpoint in the checkpoint, and one in a block of its own."""
+    """Three calls, one of them in a checkpoint in the checkpoint, and one in a separate block."""
     w, u, k, v, state = inputs
     y, state = _wkv(w, u, k, v, state)
     y, state = checkpointed(_wkv, w, u, y, v, state, use_reentrant=False)
@@ -285,9 +286,7 @@ def test_recomputation_takes_the_backend_of_its_forward(
 
 def test_a_checkpointed_model_trains_under_use_backend() -> None:
     torch.manual_seed(0)
-    model, tokens = RWKV(11, 8, 2).double(), torch.randint(11, (2, 6))
-    for parameter in model.parameters():
-        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    model, tokens = randomised(RWKV(11, 8, 2).double()), torch.randint(11, (2, 6))
     parameters = list(model.parameters())
     expected = torch.autograd.grad(model(tokens)[0].square().sum(), parameters)
     for block in model.blocks:
@@ -384,14 +383,12 @@ def test_autocast_joins_the_dtypes_of_a_step(narrow: str, compiled_backend: str)
 
 def test_a_model_decodes_under_autocast() -> None:
     torch.manual_seed(0)
-    model, tokens = RWKV(11, 8, 2), torch.randint(11, (2, 6))
-    for parameter in model.parameters():
-        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    model, tokens = randomised(RWKV(11, 8, 2)), torch.randint(11, (2, 6))
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         expected, _ = model(tokens)
         state = model.empty_state(2)
         found = torch.stack([model.step(token, state) for token in tokens.unbind(1)], 1)
-    # The two ways round a dozen intermediates to eight bits at other places.
+    # The two ways round a dozen intermediates to eight bits at different places.
     torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
 
 
@@ -465,7 +462,7 @@ def test_gradients_cost_at_most_1_3_times_a_plain_function(native_backend: str) 
         for what in ("wkv", PLAIN)
     ]
     ours, plain = math.inf, math.inf
-    # The least of each, whatever else the machine does. Ten rounds before the first verdict, so that a slow sample of
+    # The minimum of each, on a busy machine. Ten rounds before the first verdict, so that a slow sample of
     # the plain one cannot give it.
     for rounds in range(100):
         ours, plain = (min(least, timer.timeit(50).mean) for least, timer in zip((ours, plain), timers, strict=True))

@@ -1,4 +1,4 @@
-"""The Triton backend beyond what every backend is asked: its plans, its interpreter run, and what it compiles to."""
+"""The Triton backend beyond the tests of every backend: its plans, its interpreter run, and what it compiles to."""
 
 import os
 import subprocess
@@ -54,7 +54,7 @@ def test_the_interpreter_passes_the_same_tests(names: list[str]) -> None:
     print(result.stdout[-400:])
 
 
-# Chunks of one interval and of more, steps that are left over and not, and enough chunks to carry eight at a time.
+# Chunks of one interval and of more, with and without remaining steps, and enough chunks to carry eight at a time.
 @pytest.mark.parametrize(
     ("channels", "chunk_len", "T", "C", "checkpoint"),
     [

@@ -1,4 +1,4 @@
-"""The Triton kernels as they are compiled for GPUs that are not here: registers, variants, and their PTX on the CPU."""
+"""The Triton kernels as compiled for GPUs that need not be here: registers, variants, and their PTX on the CPU."""
 
 from typing import Any
 
@@ -25,8 +25,8 @@ if op.INTERPRETED:
 # Triton 3.6 spills two or three registers on AMD's GPUs.
 COMPILES_FOR_AMD = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 
-# An H100 has 132 multiprocessors that issue for 128 threads at 1.755 GHz, and its memory delivers 3 TB/s: with so many
-# instructions for each byte that has to be moved, it still waits for memory and not for them.
+# An H100 has 132 multiprocessors that issue for 128 threads at 1.755 GHz, and its memory delivers 3 TB/s: with this
+# many instructions for each byte that has to be moved, memory is still the bound.
 INSTRUCTIONS_PER_BYTE = 132 * 128 * 1.755e9 / 3e12
 BYTES_OF_BFLOAT16 = {"summarise_states": 4, "forward": 6, "summarise_adjoints": 6, "backward": 10}
 
@@ -88,7 +88,7 @@ def _run(launches: list[Launch], order: str = "forward") -> None:
     for launch in launches:
         compiled = triton_report.compile_launch(launch, triton_report.TARGETS["sm_90"])
         arguments = [_memory(x) if isinstance(x, Tensor) else x for x in launch.arguments if x is not None]
-        # Triton appends pointers to scratch memory of its own, which these kernels do not use.
+        # Triton appends pointers to its scratch memory, which these kernels do not use.
         ptx.Kernel(compiled.asm["ptx"], compiled.metadata.name).run(
             [*arguments, None, None],
             grid=launch.programs,

@@ -1,4 +1,4 @@
-"""The build where something is missing, and that a wheel which is not as it should be is refused.
+"""The build where something is missing, and the refusal of a wheel that is not as it should be.
 
 The wheel itself is built and checked by `make wheel`.
 """
@@ -26,7 +26,7 @@ UNSTABLE = STABLE + "namespace at { int get_num_threads(); } int g() { return at
 
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """A library like ours in what the check looks at, and others that each have one thing wrong."""
+    """A library like ours as far as the check reads it, and others that each have one fault."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None or platform.system() != "Linux":
         pytest.skip("the libraries of this test need a C++ compiler, on Linux")

@@ -1,4 +1,4 @@
-"""A backend "toy" in one file, imported or as a plugin of pytest (-p toy_backend): a forward in torch's own operators.
+"""A backend "toy" in one file, imported or as a plugin of pytest (-p toy_backend): a forward in torch's operators.
 
 It keeps the mean and the logarithm of the denominator, in float64, where the others keep (num, den, max).
 """

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import randomised
 from torch import Tensor
 
 V, C, L, HIDDEN = 23, 16, 3, 40
@@ -33,10 +34,7 @@ def make(dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
     torch.manual_seed(0)
     sizes = {"vocab_size": V, "hidden_size": C, "num_hidden_layers": L, "intermediate_size": HIDDEN}
     config = transformers.RwkvConfig(**(sizes | {"rescale_every": 0, "bos_token_id": 0, "eos_token_id": 0} | settings))
-    model = transformers.RwkvForCausalLM(config).double()
-    for parameter in model.parameters():
-        parameter.data.add_(0.3 * torch.randn_like(parameter))
-    return model.to(dtype)
+    return randomised(transformers.RwkvForCausalLM(config).double()).to(dtype)
 
 
 def weights(model: Any) -> dict[str, Tensor]:

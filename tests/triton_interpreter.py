@@ -12,7 +12,7 @@ def repair() -> None:
     patch_tensor = interpreter._patch_lang_tensor
 
     def converting(values: Any, source: Any, target: Any, mode: Any) -> Any:
-        """GPUs round float32 to the nearest bfloat16, where the interpreter cuts off, and know subnormal numbers."""
+        """GPUs round float32 to the nearest bfloat16, where the interpreter truncates, and have subnormal numbers."""
         if {source, target} != {tl.float32, tl.bfloat16}:
             return convert(values, source, target, mode)
         given, wanted = (torch.float32, torch.bfloat16) if source == tl.float32 else (torch.bfloat16, torch.float32)
@@ -21,7 +21,7 @@ def repair() -> None:
         return numbers.to(wanted).view(bits[wanted]).numpy().view(f"u{wanted.itemsize}")
 
     def calling(self: Any, *arguments: Any, **constants: Any) -> Any:
-        """It prepares the language anew for every call among our functions; for the kernel it has done so already."""
+        """The interpreter prepares the language again for every call among our functions, without need."""
         ours = self.fn.__module__.startswith("rwkv_kernels")
         return self.rewrite()(*arguments, **constants) if ours else call(self, *arguments, **constants)
 

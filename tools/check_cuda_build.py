@@ -1,6 +1,6 @@
 """Checks a CUDA build of the package that is found first, without needing a GPU: `make wheel-test` runs it.
 
-python tools/check_cuda_build.py 9.0    # the architectures that it shall have
+python tools/check_cuda_build.py 9.0    # the architectures that it must have
 """
 
 import sys

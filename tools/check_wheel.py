@@ -1,10 +1,10 @@
-"""Judges a wheel before it is published: `make wheel` runs it, and so does the workflow that builds releases.
+"""Checks a wheel before it is published: `make wheel` runs it, and so does the workflow that builds releases.
 
 python tools/check_wheel.py dist/rwkv_kernels-1.0-py3-none-manylinux_2_28_x86_64.whl --cuda 13
 
 Every file is expected and every expected file is there, the tag is for any Python 3, the size is bounded, and the
 libraries need torch's stable ABI of the oldest torch, and nothing else that a machine with that torch might lack.
-Their glibc is judged by auditwheel, which gives the wheel its tag.
+auditwheel checks their glibc and gives the wheel its tag.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
 
 def faults(wheel: Path, cuda: str | None) -> list[str]:
     """The faults of a wheel, a line for each."""
-    # Libraries and what each needs beside the system's.
+    # The libraries, each with its requirements beside the system's.
     libraries = {"rwkv_kernels/librwkv_kernels.so": {"libtorch_cpu.so"}}
     if cuda is not None:
         libraries[f"rwkv_kernels/librwkv_kernels_cuda{cuda}.so"] = {"libtorch_cpu.so", f"libcudart.so.{cuda}"}
@@ -72,7 +72,7 @@ METADATA = r"rwkv_kernels-[\d.]+\.dist-info/(METADATA|WHEEL|RECORD|top_level\.tx
 
 
 def modules() -> set[str]:
-    """The Python files of the source tree, and the word that they are annotated."""
+    """The Python files of the source tree, and py.typed."""
     folder = ROOT / "rwkv_kernels"
     return {str(path.relative_to(ROOT)) for path in [*folder.rglob("*.py"), folder / "py.typed"]}
 

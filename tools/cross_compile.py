@@ -12,7 +12,7 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).parent.parent
 FLAGS = ["-fsyntax-only", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Werror", "-Wno-psabi"]
 MACROS = ["-DTORCH_TARGET_VERSION=0x020b000000000000", '-DWKV_COMPILER="cross"']
-MACROS += ["-DUSE_CUDA", '-DWKV_CUDA_ARCHITECTURES="9.0"']  # which the operators' sources do not look at
+MACROS += ["-DUSE_CUDA", '-DWKV_CUDA_ARCHITECTURES="9.0"']  # which the operators' sources do not read
 
 
 def main(compiler: str) -> None:

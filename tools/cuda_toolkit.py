@@ -1,4 +1,4 @@
-"""Finds the CUDA toolkit and says how to compile for which GPUs, to setup.py, CMakeLists.txt and the kernel report."""
+"""The CUDA toolkit, its flags and the GPUs to compile for: for setup.py, CMakeLists.txt and the kernel report."""
 
 import os
 import re
@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-# From Turing on, one for every generation that torch still supports; PTX of the last serves those to come.
+# From Turing on, one for every generation that torch still supports; PTX of the last serves newer ones.
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 NO_TOOLKIT = "there is no CUDA toolkit: nvcc is neither in CUDA_HOME nor on the PATH"
@@ -37,9 +37,9 @@ class Toolkit:
         return [*others, f"{last}+PTX"]
 
     def library_flags(self, architectures: list[str]) -> list[str]:
-        """How nvcc compiles the kernels into a library that is shipped: compressed to a sixth, where drivers read that.
+        """nvcc's flags for a library that is shipped: compressed to a sixth, where drivers read that.
 
-        Drivers that run what a toolkit before 13 makes may be too old for it.
+        Drivers that run a build of a toolkit before 13 may be too old for it.
         """
         compressed = ["--compress-mode=size"] if int(self.version.split(".")[0]) >= 13 else []
         return [*nvcc_flags(architectures), *compressed]
@@ -62,7 +62,7 @@ def find_toolkit() -> Toolkit | None:
 
 
 def find_program(name: str) -> str | None:
-    """A program on the PATH, of the toolkit, or where Nsight Compute lies by itself."""
+    """A program on the PATH, of the toolkit, or of a separate Nsight Compute."""
     toolkit = find_toolkit()
     folders = [os.environ.get("PATH", ""), *([str(toolkit.home / "bin")] if toolkit else [])]
     folders += map(str, Path("/opt/nvidia/nsight-compute").glob("*"))
@@ -72,8 +72,8 @@ def find_program(name: str) -> str | None:
 def to_build_with(torch_cuda: str | None) -> Toolkit | None:
     """The toolkit if CUDA kernels are built, else None; `torch_cuda` is the CUDA version of the torch.
 
-    RWKV_KERNELS_CUDA decides: 0 for no; 1 for an error without a toolkit, whatever the torch, since its headers are the
-    same with and without CUDA; and nothing for what the torch can run.
+    RWKV_KERNELS_CUDA decides: 0 for no; 1 for an error without a toolkit, with any torch, since its headers are the
+    same with and without CUDA; unset for what the torch can run.
     """
     wanted = os.environ.get("RWKV_KERNELS_CUDA")
     if wanted not in (None, "0", "1"):
@@ -99,7 +99,7 @@ def _why_not(toolkit: Toolkit, torch_cuda: str | None) -> str | None:
 
 
 def nvcc_flags(architectures: list[str]) -> list[str]:
-    """How the kernels are compiled, whoever does it; they need nothing of torch."""
+    """nvcc's flags for the kernels, in every build; the kernels need nothing of torch."""
     flags = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]
     flags.append("-Xcompiler=-Wall,-Wno-psabi,-Wno-unknown-pragmas,-fvisibility=hidden")
     for architecture in architectures:

@@ -1,7 +1,7 @@
 """`make gpu-check`: tests, measures and sanitizes on the GPU that is here, offline, with the python that is here.
 
-Each stage is a process of its own: one that crashes or hangs costs the others nothing. The most telling come first, and
-one whose limit exceeds the rest of the budget is skipped: `ONLY=` takes it up later. A CPU runs the same stages as far
+Each stage is a separate process: one that crashes or hangs costs the others nothing. The most informative come first,
+and one whose limit exceeds the rest of the budget is skipped: `ONLY=` runs it later. A CPU runs the same stages as far
 as it can, on small sizes, which keeps them working.
 
 The results' folder gets check.json, the record of the check, with the device, the versions, the commit and the outcome
@@ -32,20 +32,20 @@ from benchmarks import DEVICES, ROOT
 # Other imports from the benchmarks, and of the package, follow where they are used: they load the result of the build.
 
 TITLE, KEYS = "The check", ["stage"]
-BUDGET = 570  # seconds: a machine that is lent may allow a command ten minutes
+BUDGET = 570  # seconds: some machines limit a command to ten minutes
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 WATCHDOG = ["-v", "-o", "faulthandler_timeout=20"]  # seconds of a test, after which all stacks are printed
 PROCESSES = 6  # of the tests that share the GPU
 PROGRAM = ROOT / "build" / "sanitized"
 SANITIZERS = {"memcheck": 40, "racecheck": 60, "initcheck": 40, "synccheck": 40}
-# The benchmarks that tell of a kernel, with their limits in seconds: some before the sanitizers and tests, some after.
+# The benchmarks that measure a kernel, with their limits in seconds: some before the sanitizers and tests, some after.
 FIRST_BENCHMARKS, LAST_BENCHMARKS = {"op": 120, "counters": 60}, {"peers": 90, "latency": 60}
 
 WHETHER_IT_LOADS = "import sys, rwkv_kernels; sys.exit({{i.name: i.reason for i in rwkv_kernels.backends()}}[{!r}])"
 
 
 def stages(device: str, results: Path, peers: list[str], build: bool = True) -> Iterator[Stage]:
-    """The stages in order. Each is decided when its turn comes, so that it may rest on the build."""
+    """The stages in order. Each is decided when its turn comes, so that it may depend on the build."""
     on_gpu = device == "cuda"
     if build:
         command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
@@ -98,7 +98,7 @@ def _benchmark(name: str, limit: int, device: str, results: Path, options: list[
 
 
 def _sanitizers(on_gpu: bool) -> Iterator[Stage]:
-    """The kernels in a program without torch, by itself and under every tool of compute-sanitizer."""
+    """The kernels in a program without torch, alone and under every tool of compute-sanitizer."""
     why_not = None if on_gpu else "a CPU has none"
     architecture = _build_environment()["TORCH_CUDA_ARCH_LIST"] if on_gpu else ""
     yield Stage("program", [sys.executable, "tools/sanitized.py", str(PROGRAM), architecture], 120, why_not=why_not)
@@ -137,7 +137,7 @@ def run_all(arguments: argparse.Namespace, results: Path) -> list[dict[str, Any]
         outcomes.append(run(stage))
         write_record(results, outcomes, arguments.device)
         if stage.name == "build" and outcomes[-1]["outcome"] != "passed":
-            break  # the other stages would tell of an older build
+            break  # the other stages would test an older build
     return outcomes
 
 
@@ -157,7 +157,7 @@ def main() -> int:
         )
         return 2
 
-    # The end of this process, too, is the end of all that a stage has started.
+    # The end of this process also ends everything that a stage has started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     results = arguments.results.resolve()
     outcomes = run_all(arguments, results)

@@ -1,4 +1,4 @@
-"""Lays out build/hub, which Hugging Face's `kernels` loads: this package, in an operator namespace of its own.
+"""Lays out build/hub, which Hugging Face's `kernels` loads: this package, in a separate operator namespace.
 
     build/hub/build/<variant>/metadata.json
                               __init__.py      hub/__init__.py
@@ -58,7 +58,7 @@ def variant(configuration: dict[str, Any], backend: str, compute: str) -> str:
 def setup(build_lib: Path, *arguments: str) -> setuptools.Distribution:
     """The project's setup.py with a build_ext that is yet to run."""
     script = ["--quiet", "build_ext", f"--build-lib={build_lib}", *arguments]
-    # Its own distutils, which need not be the one that `import distutils` finds.
+    # setuptools' distutils, which need not be the one that `import distutils` finds.
     return setuptools.distutils.core.run_setup(str(ROOT / "setup.py"), script, stop_after="commandline")
 
 
@@ -67,7 +67,7 @@ def registers(source: str) -> bool:
 
 
 def ordinary_objects() -> Path:
-    """Where the objects of the ordinary build are, which makes them or finds them made."""
+    """The folder of the ordinary build's objects, after running that build."""
     distribution = setup(OUT / "ordinary")
     distribution.run_commands()
     return Path(distribution.get_command_obj("build_ext").build_temp)

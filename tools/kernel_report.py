@@ -2,7 +2,7 @@
 
 It writes docs/kernel-report.md, the budgets and the numbers that they bound, and build/kernel-report/kernel.json, all
 numbers. It fails if a kernel has a stack frame, which is where registers are spilled to, if fewer of its blocks fit on
-a multiprocessor than shall, or if it has more code than it may.
+a multiprocessor than required, or if it has more code than its limit.
 
 `make kernel-check` fails for the same reasons and writes nothing. Either takes LIBRARY=librwkv_kernels_cuda13.so, whose
 machine code is then read instead of compiled again, which is four fifths of the time.
@@ -27,11 +27,11 @@ SOURCE = report.ROOT / "csrc" / "cuda" / "kernels.cu"
 
 COMPILERS = 2  # at a time
 
-# The instructions of these are counted, those of the last one are limited, too.
+# The instructions of these are counted; those of the last one also have a limit.
 COUNTED = ("8.0", "9.0")
 LIMITED = COUNTED[-1]
 
-# A sequence that has whole tiles: blocks are the same for every such problem.
+# A sequence of whole tiles: blocks are the same for every such problem.
 PROBLEM = (8, 1024, 768)
 
 # Launches that need no plan: csrc/gpu/tuning.h, csrc/gpu/op.h.
@@ -42,7 +42,7 @@ STEP_THREADS = 128
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU of each architecture, and what bounds the blocks on one of its multiprocessors.
+    """A GPU of each architecture, and the bounds of the blocks on one of its multiprocessors.
 
     CUDA C++ Programming Guide, table of compute capabilities.
     """
@@ -65,9 +65,9 @@ class Device:
         }
 
     def blocks_that_fit(self, threads: int, registers: int, shared_bytes: int) -> int:
-        """Of one kernel, at the same time."""
+        """The number of one kernel's blocks that fit on a multiprocessor at a time."""
         registers_of_warp = -(-registers * 32 // 256) * 256
-        warps = self.registers // registers_of_warp // 4 * 4  # each of four schedulers has registers of its own
+        warps = self.registers // registers_of_warp // 4 * 4  # each of four schedulers has a register file
         shared_of_block = shared_bytes + self.reserved_bytes
         return min(
             self.blocks,
@@ -90,7 +90,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel, by its name in kernels.def and the type of what it reads; code is that for full tiles."""
+    """A compiled kernel, by its name in kernels.def and the dtype that it reads; `code` is that for full tiles."""
 
     name: str
     dtype: str
@@ -101,7 +101,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Block:
-    """How the operators launch a kernel, and how many elements of a full tile one thread has, if there are tiles."""
+    """A kernel's launch by the operators, and the elements of a full tile that one thread has, if it has tiles."""
 
     threads: int
     shared_bytes: int
@@ -113,7 +113,7 @@ DTYPES = {"f": "float32", "NS_4HalfE": "float16", "NS_8Bfloat16E": "bfloat16", "
 MANGLED = re.compile(rf"wkv_kernelINS_\d+({'|'.join(map(str.title, NAMES))})I({'|'.join(DTYPES)})EE")
 
 # Instructions and MUFU, which compute exponentials and quotients, of the code for a full tile on 9.0, for each of a
-# thread's elements: the code around the recurrence shall stay small.
+# thread's elements: the code around the recurrence must stay small.
 CODE_LIMITS = {
     ("forward", "bfloat16"): (29, 2.3),
     ("forward", "float32"): (28, 2.3),
@@ -121,7 +121,7 @@ CODE_LIMITS = {
     ("backward", "float32"): (65, 2.5),
 }
 
-# Blocks of a kernel that shall fit on a multiprocessor: one works while another waits. Shared memory or registers allow
+# Blocks of a kernel that must fit on a multiprocessor: one works while another waits. Shared memory or registers allow
 # no more in most places; a T4 has 64 KB and 1024 threads.
 _FORWARD = dict.fromkeys(DEVICES, 2)
 _BACKWARD_16_BITS = {**dict.fromkeys(DEVICES, 3), "7.5": 2}
@@ -159,7 +159,7 @@ def extracted_cubins(library: Path, folder: Path) -> dict[str, Path]:
     """The kernels of every architecture that a library has been built for."""
     sass.output(sass.program("cuobjdump"), "-xelf", "all", library.resolve(), cwd=folder)
     found = {}
-    # nvcc's own linker leaves a second one for each architecture, which is small and has no kernels.
+    # nvcc's linker leaves a second, small one without kernels for each architecture.
     for path in sorted(folder.glob("*.sm_*.cubin"), key=lambda path: path.stat().st_size):
         number = path.suffixes[-2].removeprefix(".sm_")
         found[f"{number[:-1]}.{number[-1]}"] = path
@@ -200,13 +200,13 @@ def blocks(architecture: str) -> dict[tuple[str, str], Block]:
             elements = plan["tile_steps"] * TILE_CHANNELS // plan["threads"]
             found[operation, dtype] = Block(plan["threads"], plan["shared_bytes"], elements)
         found["step", dtype] = Block(STEP_THREADS, 0)
-    for dtype in ("float32", "float64"):  # of the parts of gradients, which are as wide as states
+    for dtype in ("float32", "float64"):  # of the partials, which have the states' dtype
         found["reduce", dtype] = Block(REDUCE_THREADS, REDUCE_SHARED_BYTES)
     return found
 
 
 def rows(compiled: dict[str, list[Kernel]]) -> Iterator[Row]:
-    """All that is known of each kernel."""
+    """A row of all numbers for each kernel."""
     for architecture, found in compiled.items():
         launched, device = blocks(architecture), DEVICES[architecture]
         for kernel in found:
@@ -273,7 +273,7 @@ def _counts(code: sass.Code) -> tuple[int, int]:
 
 
 def complaints(compiled: dict[str, list[Kernel]]) -> Iterator[str]:
-    """Kernels that keep values in local memory, leave room for too few blocks, have too much code, or are not there."""
+    """Kernels that keep values in local memory, leave room for too few blocks, have too much code, or are missing."""
     for architecture, found in compiled.items():
         device = DEVICES[architecture]
         launched = blocks(architecture)
@@ -297,7 +297,7 @@ def complaints(compiled: dict[str, list[Kernel]]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Compiles or reads, complains, and writes the report unless only a check is asked for."""
+    """Compiles or reads, complains, and writes the report unless only a check is requested."""
     parser = report.parser(__doc__)
     parser.add_argument("--library", type=Path, help="read its machine code instead of compiling")
     arguments = parser.parse_args()

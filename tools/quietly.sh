@@ -1,5 +1,5 @@
 #!/bin/sh
-# tools/quietly.sh WHAT COMMAND...: prints WHAT, and of what the command prints nothing, unless it fails or warns: then all.
+# tools/quietly.sh WHAT COMMAND...: prints WHAT, and the command's output only if it fails or warns.
 printf '%s\n' "$1"
 shift
 log=$(mktemp)

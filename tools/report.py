@@ -11,7 +11,7 @@ NUMBERS = ROOT / "build" / "kernel-report"
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Of the options that the reports share."""
+    """A parser of the options that the reports share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     return parser
@@ -23,7 +23,7 @@ def table(title: str, rows: list[Row]) -> str:
 
 
 def pivot(rows: Iterable[Row], keys: Sequence[str], column: str, cell: Callable[[Row], object]) -> list[Row]:
-    """A row for all that agree in the keys, with a column for each value of `column`."""
+    """A row for each set of rows that agree in the keys, with a column for each value of `column`."""
     found: dict[tuple[object, ...], Row] = {}
     for row in rows:
         values = tuple(row[key] for key in keys)

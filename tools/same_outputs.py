@@ -3,8 +3,8 @@
 python tools/same_outputs.py TREE                       # this tree and another one, which has its own build
 python tools/same_outputs.py TREE --python PYTHON       # the other tree under another Python, so another torch
 
-A tree is a folder that holds a built package rwkv_kernels: a clone or a site-packages. Each runs in a process of its
-own over the same inputs and prints digests; nothing but the operators of torch.ops.rwkv_kernels is called, so that
+A tree is a folder that holds a built package rwkv_kernels: a clone or a site-packages. Each runs in a separate
+process over the same inputs and prints digests; nothing but the operators of torch.ops.rwkv_kernels is called, so that
 builds of any age can be compared. `ATEN_CPU_CAPABILITY=avx2` in the environment reaches both.
 """
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = 30  # differences that are printed
-PRINT = "print"  # asks a tree's process for its digests
+PRINT = "print"  # the argument that makes a tree's process print its digests
 
 THREADS = (1, 2, 4)
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -84,7 +84,7 @@ def cases() -> Iterator[Case]:
 
 
 class Numbers:
-    """Draws tensors from one fixed list of normal numbers, each from where the one before has ended."""
+    """Draws tensors from one fixed list of normal numbers, each from the end of the one before."""
 
     def __init__(self) -> None:
         draw = random.Random(0)
@@ -110,7 +110,7 @@ def _set(position: Any, value: float) -> Change:
 
 
 def _each_of(values: dict[int, float]) -> Change:
-    """Sets channels to values, as far as there are so many."""
+    """Sets channels to values, as far as both go."""
 
     def change(tensor: Tensor) -> None:
         for channel, value in values.items():
@@ -215,8 +215,8 @@ def inputs_of(case: Case, numbers: Numbers) -> dict[str, Tensor]:
 def digest(tensor: Tensor) -> str:
     """Dtype, shape, strides, a hash of every bit but those of NaNs, and one of all bits.
 
-    IEEE 754 leaves open which sign and payload a NaN has that comes of two. On x86 they are those of the first operand,
-    which the compiler chooses.
+    IEEE 754 leaves open the sign and payload of the NaN that two NaNs produce. On x86 they are those of the first
+    operand, which the compiler chooses.
     """
     layout = f"{tensor.dtype}{list(tensor.shape)}{list(tensor.stride())}".removeprefix("torch.")
     has_nan = bool(tensor.isnan().any())
@@ -235,7 +235,7 @@ def _all_of(tensor: Tensor) -> Tensor:
 
 
 def _called(names: tuple[str, ...], operator: Any, *arguments: Any) -> dict[str, str]:
-    """Digests of an operator's results, or that it refuses: the words of a refusal may change between builds."""
+    """Digests of an operator's results, or that it refuses: the message may change between builds."""
     try:
         found = operator(*arguments)
     except (RuntimeError, ValueError, TypeError):
@@ -249,7 +249,7 @@ BACKWARD = ("gw", "gu", "gk", "gv", "gstate")
 
 
 def _in_place(found: dict[str, str], what: str, operator: Any, arguments: tuple[Any, ...], state: Tensor) -> None:
-    """A step: its result, the state with the memory around it, and whether autograd would learn that it moved."""
+    """A step: its result, the state with the memory around it, and whether its version, kept for autograd, moved."""
     before = state._version
     result = _called(("y",), operator, *arguments)
     found |= {f"{what}: {name}": value for name, value in result.items()}
@@ -259,7 +259,7 @@ def _in_place(found: dict[str, str], what: str, operator: Any, arguments: tuple[
 
 
 def outputs_of(case: Case, numbers: Numbers) -> dict[str, str]:
-    """Digests by name, of the inputs as well: before the calls, and after them, when they shall be the same."""
+    """Digests by name, of the inputs as well: before the calls, and after them, when they must be the same."""
     torch.set_num_threads(case.threads)
     ops = torch.ops.rwkv_kernels
     given = inputs_of(case, numbers)
@@ -280,7 +280,7 @@ def outputs_of(case: Case, numbers: Numbers) -> dict[str, str]:
 
 
 def refusals() -> dict[str, str]:
-    """The outcome of direct calls with arguments that do not fit, for each operator: they shall touch nothing."""
+    """The outcome of direct calls with arguments that do not fit, for each operator: they must touch nothing."""
     ops = torch.ops.rwkv_kernels
     numbers = Numbers()
     good = inputs_of(Case(2, 5, 4), numbers)
@@ -342,7 +342,7 @@ Outputs = dict[str, dict[str, str]]
 def outputs_of_tree(
     tree: Path, python: str = sys.executable, every: int = 1, environment: dict[str, str] | None = None
 ) -> Outputs:
-    """The outputs of the package in a folder for every n-th case, from a process of its own.
+    """The outputs of the package in a folder for every n-th case, from a separate process.
 
     Ends the program if the process fails or finds another package.
     """
@@ -370,12 +370,12 @@ def differences(one: Outputs, other: Outputs) -> Iterator[str]:
 
 
 def _numbers(what: str | None) -> str | None:
-    """A digest without the part that tells NaNs apart."""
+    """A digest without the part that distinguishes NaNs."""
     return what.rpartition(" ")[0] if what is not None and " " in what else what
 
 
 def differing_nans(one: Outputs, other: Outputs) -> int:
-    """The number of outputs that are the same but for the signs and payloads of NaNs."""
+    """The number of outputs that differ only in the signs and payloads of NaNs."""
     pairs = ((a, other.get(case, {}).get(name, a)) for case, found in one.items() for name, a in found.items())
     return sum(a != b and _numbers(a) == _numbers(b) for a, b in pairs)
 

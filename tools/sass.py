@@ -30,7 +30,7 @@ def output(*command: str | Path, cwd: Path | None = None) -> str:
 
 
 def program(name: str) -> Path:
-    """One of those that Triton brings along: not every toolkit has them."""
+    """A program from Triton's package: not every toolkit has them."""
     triton = importlib.util.find_spec("triton")
     if triton is None or triton.origin is None:
         sys.exit(f"kernel report: {name} comes with the package triton, which is not installed")
@@ -52,7 +52,7 @@ def listing(cubin: Path) -> str:
 
 
 class Access(NamedTuple):
-    """To memory, by one thread."""
+    """An access to memory by one thread."""
 
     instruction: str  # LDG, STG, LDS, STS, or LDGSTS, which copies from global to shared memory
     width: int  # bytes
@@ -89,7 +89,7 @@ class Code:
 
 
 def innermost_loops(listing: str) -> Iterator[Code]:
-    """The loops of a kernel that have none inside, each ending in its branch back."""
+    """The innermost loops of a kernel, each ending in its branch back."""
     names: list[str] = []
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []

@@ -66,7 +66,7 @@ Process = tuple[int, str]  # its number and when it began: numbers are used agai
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
     """Leaves nothing running of what the process has started, nor itself."""
-    # Whoever has left the session is found by its parents as long as these live.
+    # A process that has left the session is found by its parents as long as these live.
     family = _family(process.pid)
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGINT)
@@ -89,11 +89,11 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _all_processes() -> dict[Process, tuple[int, int]]:
-    """Parent and session of all that run, but for zombies."""
+    """Parent and session of all running processes, without zombies."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it may be gone by now
-            # Behind the name, which may have any letters: state, parent, group, session, ...
+            # After the name, which may have any letters: state, parent, group, session, ...
             values = path.read_text().rpartition(")")[2].split()
             if values[0] not in "ZX":
                 found[int(path.parent.name), values[19]] = (int(values[1]), int(values[3]))
@@ -103,7 +103,7 @@ def _all_processes() -> dict[Process, tuple[int, int]]:
 def _family(leader: int) -> set[Process]:
     """The processes of the leader's session, and what descends from them.
 
-    Not its process group alone: ninja gives each of its children one of its own.
+    Not its process group alone: ninja starts each of its children in a new one.
     """
     running = _all_processes()
     family = {process for process, (_, session) in running.items() if session == leader}

@@ -1,5 +1,5 @@
 #!/bin/sh
-# tools/test_wheel.sh WHEEL VENV [ARCHITECTURE...]: installs the wheel into the environment and sees that it works there,
+# tools/test_wheel.sh WHEEL VENV [ARCHITECTURE...]: installs the wheel into the environment and tests it there,
 # where this tree's own package is on no path. The architectures are those of the wheel's CUDA library, if it has one.
 set -eu
 wheel=$1 venv=$PWD/$2

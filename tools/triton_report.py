@@ -1,7 +1,7 @@
 """The Triton kernels as compiled, for GPUs that need not be here: `make kernel-report` writes docs/triton-report.md.
 
 Registers, spills and shared memory for every target; for NVIDIA's the instructions for each element; and how many
-variants of a kernel a sweep of shapes asks for. build/kernel-report/triton.json has all numbers. It fails if a kernel
+variants of a kernel a sweep of shapes requires. build/kernel-report/triton.json has all numbers. It fails if a kernel
 spills registers.
 
 `make kernel-check` fails for the same reason, counts no instructions and writes nothing.
@@ -117,7 +117,7 @@ def _per_element(kernel: str, listing: str, channels_of_thread: int) -> tuple[fl
     """Instructions and MUFU for each element and step, summed over the loops that an element passes."""
     expected = LOOPS[kernel]
     instructions = mufu = 0.0
-    # The loops over single steps that are left over are shorter.
+    # The loops over the remaining single steps are shorter.
     loops = sorted(sass.innermost_loops(listing), key=lambda loop: loop.instructions)
     for steps, loop in zip(expected, loops[-len(expected) :], strict=True):
         elements = steps * channels_of_thread
@@ -156,7 +156,7 @@ def _row(launch: Launch, target: GPUTarget, dtype: torch.dtype, channels: int, c
 
 
 def all_rows(counted: bool) -> list[dict[str, Any]]:
-    """Those of every target and dtype, compiled by several processes."""
+    """The rows of every target and dtype, compiled by several processes."""
     targets, dtypes = zip(*itertools.product(TARGETS, [[dtype] for dtype in DTYPES]), strict=True)
     with ProcessPoolExecutor(COMPILERS) as pool:
         parts = list(pool.map(rows, targets, dtypes, itertools.repeat(counted)))
@@ -167,7 +167,7 @@ def all_rows(counted: bool) -> list[dict[str, Any]]:
 
 
 def variants(launches: Iterable[Launch]) -> dict[str, int]:
-    """How many variants of each kernel Triton compiles for these launches, by the keys of its own cache."""
+    """The number of variants of each kernel that Triton compiles for these launches, by the keys of its cache."""
     backend = make_backend(TARGETS[COMPARED])
     binders, keys = {}, {}
     for name in kernels.__all__:
@@ -201,7 +201,7 @@ each of the two widths, where C is a multiple of 16 and where it is not."""
 
 
 def _cuda_counts() -> dict[tuple[str, str], str]:
-    """Those of docs/kernel-report.md, which the same verb writes first, by kernel and dtype."""
+    """The counts of docs/kernel-report.md, which the same make target writes first, by kernel and dtype."""
     lines = (report.ROOT / "docs" / "kernel-report.md").read_text().split("## Instructions\n")[1].splitlines()
     columns, _, *rows = (
         [cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")
@@ -242,7 +242,7 @@ def short_report(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    """Compiles, complains, and writes the report unless only a check is asked for."""
+    """Compiles, complains, and writes the report unless only a check is requested."""
     arguments = report.parser(__doc__).parse_args()
     found = all_rows(counted=not arguments.check)
     report.summarise(found, "target", "spilled_bytes")

@@ -17,7 +17,7 @@ inline void check_like(const char* name, const Tensor& tensor, const Sizes& shap
   require(where == device, name, ": expected device ", device, " as k, got ", where);
 }
 
-// The arguments that forward, backward and step share, checked, with contiguous channels. k and v are [B, T, C], or
+// The checked arguments that forward, backward and step share, with contiguous channels. k and v are [B, T, C], or
 // [B, C] for the one token of a step.
 struct Arguments {
   DType dtype, w_dtype, u_dtype;
@@ -56,7 +56,7 @@ struct Arguments {
 
   bool nothing_to_do() const { return B == 0 || T == 0 || C == 0; }
 
-  // Outputs, whose memory is got from a device or a launcher.
+  // Outputs, uninitialised, from a device or a launcher.
   Tensor empty_sequence(const auto& from) const { return from.empty({B, T, C}, dtype); }
   Tensor empty_state(const auto& from) const { return from.empty({B, 3, C}, state_type(dtype)); }
   Tensor empty_checkpoints(const auto& from, bool wanted) const {
@@ -69,7 +69,7 @@ inline Sequence sequence_of(const Tensor& tensor) {
   return {data_of(tensor), tensor.stride(0), tensor.dim() == 3 ? tensor.stride(1) : 0};
 }
 
-// A step's arguments: one token, k, v and maybe r [B, C], and the state that it moves on, of any strides.
+// A step's arguments: one token, k, v and optionally r [B, C], and the state that it updates, of any strides.
 struct TokenArguments : Arguments {
   std::optional<Tensor> r;
 

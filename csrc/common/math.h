@@ -3,8 +3,8 @@
 //   y_t = (num_t + e^{u+k_t} v_t) / (den_t + e^{u+k_t})                                    read
 //   (num, den)_{t+1} = e^{log_decay} (num, den)_t + e^{k_t} (v_t, 1)                       advance
 //
-// Both lines are one operation: a weighted sum of what is past and what is present, `mix`; they differ in the weights
-// alone. The true sums are num·e^max and den·e^max, one state however max is chosen; docs/wkv.md derives all of this.
+// Both lines are one operation: a weighted sum of past and present, `mix`; only the weights differ. The true sums are
+// num·e^max and den·e^max, one state however max is chosen; docs/wkv.md derives all of this.
 //
 // `Real` is float, double or a SIMD vector of either. This header owns the formulas and knows nothing of tensors,
 // threads or memory.
@@ -37,11 +37,11 @@ WKV_HD double abs(double x) { return std::fabs(x); }
 // e^x for x <= 0, exactly 0 for -inf.
 WKV_HD float exp_nonpositive(float x) { return std::exp(x); }
 WKV_HD double exp_nonpositive(double x) { return std::exp(x); }
-// 2^x for x <= 0, of which only terms above 2^-126 count.
+// 2^x for x <= 0; results below 2^-126 are negligible.
 WKV_HD float exp2_clamped(float x) { return std::exp2(x); }
 WKV_HD double exp2_clamped(double x) { return std::exp2(x); }
 
-// Two numbers divided by the same one.
+// Two quotients with the same divisor.
 template <class Real>
 struct Quotients {
   Real first, second;
@@ -53,11 +53,11 @@ WKV_HD Quotients<Real> divide(Real first, Real second, Real by) {
 
 // ---- the operator ----
 
-// Beyond w = 64 a decay is zero whatever the keys are; up to there its multiples over any number of steps are finite.
+// Beyond w = 64 a decay is zero for any keys; up to there its multiples over any number of steps are finite.
 // An infinite one would make NaN: times zero in the gradient of w and over no steps, and beside a key of -inf.
 inline constexpr double kLargestRawDecay = 64.0;
 
-// A NaN in x does not count: it reaches the sums by its own weight and need not spoil the bounds as well.
+// A NaN in x is ignored: it reaches the sums by its own weight and need not spoil the bounds as well.
 template <class Real>
 WKV_HD Real larger(Real x, Real known) {
   return select(known < x, x, known);
@@ -89,7 +89,7 @@ WKV_HD State<Real> empty_state() {
   return {{Real(0), Real(0)}, Real(kEmptyMax)};
 }
 
-// Whatever num and max are: a step adds at least its own weight to den.
+// den alone decides: every step adds at least its own weight to it.
 template <class Real>
 WKV_HD auto is_empty(State<Real> state) {
   return state.sums.den == Real(0);
@@ -141,7 +141,7 @@ struct StepGradients {
   Real gk, gv, g_log_decay, gu;
 };
 
-// y = num/den of mix(past, weights, v); `adjoint` gathers the gradient of the state before the step.
+// y = num/den of mix(past, weights, v); adds to `adjoint`, the gradient of the state before the step.
 template <class Real>
 WKV_HD void read_adjoint(Sums<Real> past, Weights<Real> weights, Real v, Real gy, Sums<Real>& adjoint,
                          StepGradients<Real>& gradients) {
@@ -155,7 +155,7 @@ WKV_HD void read_adjoint(Sums<Real> past, Weights<Real> weights, Real v, Real gy
   adjoint.den = adjoint.den - weights.past * h * y;
 }
 
-// `adjoint` comes as the gradient of the state after the step and leaves as that of the state before it.
+// On entry `adjoint` is the gradient of the state after the step, on return that of the state before it.
 template <class Real>
 WKV_HD void advance_adjoint(Sums<Real> past, Weights<Real> weights, Real v, Sums<Real>& adjoint,
                             StepGradients<Real>& gradients) {

@@ -12,7 +12,7 @@ inline constexpr DType kDTypes[] = {DType::float32, DType::float16, DType::bfloa
 inline constexpr const char* kDTypeNames[] = {"float32", "float16", "bfloat16", "float64"};
 constexpr const char* name_of(DType dtype) { return kDTypeNames[static_cast<int>(dtype)]; }
 
-// The C++ type of an element; processors have 16-bit numbers of their own.
+// The C++ type of an element; the 16-bit types are those of the backend.
 template <DType dtype, class Half, class Bfloat16>
 using ElementOf = std::tuple_element_t<static_cast<int>(dtype), std::tuple<float, Half, Bfloat16, double>>;
 
@@ -39,7 +39,7 @@ constexpr int64_t state_bytes(DType dtype) { return element_bytes(state_type(dty
 template <DType dtype>
 using RealOf = std::conditional_t<dtype == DType::float64, double, float>;
 
-// Backward replays from a saved state every so many steps: 3 · state_bytes / interval = 12/64 bytes per element.
+// Steps between the saved states that backward replays from: 3 · state_bytes / interval = 12/64 bytes per element.
 constexpr int64_t checkpoint_interval(DType dtype) { return 16 * state_bytes(dtype); }
 
 // The first interval starts from the given state, so it needs no checkpoint. The state after the last step is one,
@@ -52,7 +52,7 @@ constexpr Integer checkpoint_count(DType dtype, Integer T) {
   return static_cast<Integer>((static_cast<Unsigned>(T) + interval - 1) / interval);
 }
 
-// Of sequence b, the state after t steps: a multiple of the interval, or all T.
+// The row of sequence b's state after t steps, t being a multiple of the interval or T.
 template <class Integer>
 constexpr Integer checkpoint_row(DType dtype, Integer T, Integer b, Integer t) {
   return b * checkpoint_count(dtype, T) + checkpoint_count(dtype, t) - 1;

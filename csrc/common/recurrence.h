@@ -1,5 +1,5 @@
 // The recurrence over time: the scales in which the exponentials stay in range, and one step forward and back in a
-// scale. Loops over steps, and where they keep what they need again, are the kernels' own.
+// scale. The loops over steps and their storage belong to the kernels.
 #pragma once
 
 #include "math.h"
@@ -56,7 +56,7 @@ struct SharedScale {
   Real decay;           // e^log_decay
   Real bonus;           // e^u
 
-  // Where logits fit there is no +inf.
+  // Logits that fit contain no +inf.
   WKV_HD Real logit(Real k) const { return k; }
   WKV_HD Real weight(Real logit) const { return exp2_clamped(logit * Real(kLog2E) - reference_log2); }
   WKV_HD Real at(Real, Real k) const { return weight(k); }
@@ -66,7 +66,7 @@ struct SharedScale {
   WKV_HD Real next_max(Real max, Real) const { return max; }
 };
 
-// The logits of a subchunk: the largest, the running maximum after it, and the smallest that this takes in it.
+// The logits of a subchunk: the largest, the running maximum after it, and the smallest value of the running maximum.
 template <class Real>
 struct LogitRange {
   Real highest, running, lowest;
@@ -79,7 +79,7 @@ struct LogitRange {
   }
   // Above every logit of the subchunk, u + k included.
   WKV_HD Real reference(Channel<Real> channel) const { return highest + larger(channel.u, Real(0)); }
-  // |u|, because the bonus may lift the reference or lower the only weight there is; u once more where it is positive,
+  // |u|, because the bonus may lift the reference or lower the only weight; u once more where it is positive,
   // because it also lifts weights that are held at the smallest float. False without any weight and for a key of +inf,
   // which belong to RunningScale. NaN may pass: it stays NaN in either scale.
   WKV_HD auto fits(Channel<Real> channel) const {
@@ -94,14 +94,14 @@ WKV_HD State<Real> advance(const Scale& scale, State<Real> state, Weights<Real> 
   return {mix(state.sums, weights, v), scale.next_max(state.max, k)};
 }
 
-// What backward keeps of a step: the sums before it, and what its weights depend on.
+// A step as backward keeps it: the sums before it, and `at`, on which its weights depend.
 template <class Real>
 struct SavedStep {
   Sums<Real> sums;
   Real at;
 };
 
-// `adjoint` comes as the gradient of the sums after the step and leaves as that of the sums before it.
+// On entry `adjoint` is the gradient of the sums after the step, on return that of the sums before it.
 template <class Scale, class Real>
 WKV_HD StepGradients<Real> step_adjoint(const Scale& scale, const SavedStep<Real>& before, Real v, Real gy,
                                         Sums<Real>& adjoint) {

@@ -1,9 +1,9 @@
 // All of torch that the operators use, in its stable interface alone: tensors, allocation, copies. The interface is C
-// functions behind thin C++ classes; a library that uses nothing else loads in every torch from 2.11 on, whatever the
-// version or the compiler of either.
+// functions behind thin C++ classes; a library that uses nothing else loads in every torch from 2.11 on, independent of
+// the version and the compiler of either.
 //
 // Small calls pay for every function here, so sizes and types are compared as the integers that the C functions give,
-// and nothing that a pointer and strides can say becomes a view.
+// and a pointer with strides serves in place of a view.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -20,7 +20,7 @@ namespace wkv {
 using torch::stable::Tensor;
 using Shape = std::initializer_list<int64_t>;
 
-// Unless the condition holds, throws the parts as one message. Python gets a RuntimeError, whatever torch's version;
+// Unless the condition holds, throws the parts as one message. Python gets a RuntimeError from every torch version;
 // the public functions, which check before, own ValueError and TypeError.
 template <class... Parts>
 void require(bool condition, const Parts&... parts) {
@@ -65,7 +65,7 @@ struct Device {
   }
   bool operator==(const Device&) const = default;
 
-  // A contiguous tensor of any content.
+  // A contiguous, uninitialised tensor.
   Tensor empty(const Shape& shape, DType dtype) const {
     constexpr size_t kMostDimensions = 4;
     require(shape.size() <= kMostDimensions, "a tensor of ", shape.size(), " dimensions");

@@ -11,8 +11,8 @@
 namespace wkv::cpu {
 namespace {
 
-// Each asks for every feature that the kernels are compiled for. The operating system keeps the registers: that comes
-// with the answers for avx2 and avx512f.
+// Each checks every feature that the kernels are compiled for. The checks for avx2 and avx512f include that the
+// operating system saves the registers.
 #if defined(__x86_64__)
 // __builtin_cpu_supports has no name for it in Clang before version 19.
 bool processor_has_f16c() {

@@ -9,7 +9,7 @@
 
 namespace wkv::cpu {
 
-// A row each, state [C].
+// One row for each parameter, state [C].
 struct Channels {
   const void* log_decay;  // -exp(w)
   const void* u;
@@ -17,7 +17,7 @@ struct Channels {
   const void* bonus;  // exp(u)
 };
 
-// Of every operation.
+// The parameters that every operation has.
 struct Params {
   DType dtype;
   int64_t B, T, C;
@@ -51,7 +51,7 @@ struct BackwardParams : Params {
 
 struct Kernels {
   const char* name;
-  // Of the rows [4, C] of Channels, fills the last two from the first two.
+  // Fills the last two of the rows [4, C] of Channels from the first two.
   void (*exponentiate)(DType dtype, int64_t C, void* rows);
   void (*forward)(const ForwardParams& params, const WorkItem& item);
   void (*step)(const StepParams& params, const WorkItem& item);
@@ -66,8 +66,8 @@ const Kernels* kernels_avx512();
 // From the smallest instruction set to the largest.
 inline std::array<const Kernels*, 3> built_kernels() { return {kernels_baseline(), kernels_avx2(), kernels_avx512()}; }
 
-// Of the largest instruction set that is built, that the processor has, and that ATEN_CPU_CAPABILITY, torch's variable
-// for the same purpose, allows: default, avx2 or avx512.
+// The kernels of the largest instruction set that is built, that the processor has, and that ATEN_CPU_CAPABILITY,
+// torch's variable for the same purpose, allows: default, avx2 or avx512.
 const Kernels& selected_kernels();
 
 }  // namespace wkv::cpu

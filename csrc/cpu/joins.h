@@ -1,5 +1,5 @@
-// The arithmetic of a call outside of its kernels: parameters and states on their way in, joins of chunks, gradients on
-// their way out. `Real` is the state's type, and tensors of it are contiguous. The order of every sum is fixed.
+// The arithmetic of a call outside its kernels: conversion of parameters and states, joins of chunks, reduction of
+// gradients. `Real` is the state's type, and tensors of it are contiguous. The order of every sum is fixed.
 #pragma once
 
 #include <limits>
@@ -16,7 +16,7 @@ Real canonical_nan(Real x) {
   return x == x ? x : std::numeric_limits<Real>::quiet_NaN();
 }
 
-// From w and u, [2, C], to the log-decay and u.
+// Turns w and u, [2, C], into the log-decay and u.
 template <class Real>
 void prepare_parameters(Real* rows, int64_t C) {
   for (int64_t c = 0; c < C; ++c) rows[c] = canonical_nan(log_decay_of(rows[c]));
@@ -73,7 +73,8 @@ void copy_first_states(const void* given, void* target, int64_t B, int64_t C) {
   });
 }
 
-// From the first states in `state_out` and each chunk's sum of its own steps, in `states`, to the state before each.
+// Turns `states`, each chunk's sum of its own steps, into the state before each chunk; `state_out` has the first
+// states.
 template <class Real>
 void join_states(const ForwardParams& params, const Plan& plan) {
   const int64_t C = params.C;
@@ -97,7 +98,7 @@ Sums<Real> last_adjoint(const void* gstate_out, int64_t b, int64_t c, int64_t C)
   return {canonical_nan(at[0]), canonical_nan(at[C])};
 }
 
-// Before the first pass: zero after each chunk but the last.
+// The adjoints for the first pass: zero after each chunk but the last.
 template <class Real>
 void first_adjoints(const BackwardParams& params, const Plan& plan, const void* gstate_out) {
   const int64_t C = params.C;
@@ -108,8 +109,8 @@ void first_adjoints(const BackwardParams& params, const Plan& plan, const void* 
   });
 }
 
-// From the adjoint that each chunk makes of `first_adjoints` to the one after each chunk. Scales are those of the
-// checkpoints, so that no maxima are joined.
+// Turns the adjoint that each chunk computes from `first_adjoints` into the one after each chunk. Scales are those of
+// the checkpoints, so that no maxima are joined.
 template <class Real>
 void join_adjoints(const BackwardParams& params, const Plan& plan, const void* gstate_out) {
   const int64_t C = params.C;
@@ -125,7 +126,7 @@ void join_adjoints(const BackwardParams& params, const Plan& plan, const void* g
       const Sums<Real> own = load_sums(at, C);
       store_sums(at, C, after);
       if (chunk == 0) break;
-      // The last chunk's own adjoint is the whole one.
+      // The last chunk's own adjoint is complete.
       const bool last = chunk == plan.chunks - 1;
       const Real decay =
           last ? Real(0) : std::exp(Real(plan.chunk_steps) * log_decay[c] + max_before(chunk) - max_before(chunk + 1));

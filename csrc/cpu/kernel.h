@@ -1,5 +1,5 @@
 // The CPU kernels: forward, backward, and the step of one token. A vector holds neighbouring channels. A subchunk of
-// steps is taken for one vector after the other, so that memory is read row by row and the sums stay in registers.
+// steps is computed for one vector after the other, so that memory is read row by row and the sums stay in registers.
 //
 // Included once per instruction set, by a file that has defined WKV_ISA and WKV_SIMD_BYTES.
 #pragma once
@@ -17,7 +17,7 @@ namespace WKV_ISA {
 // Steps that share one exponent, and one pass over k for their range.
 constexpr int kSubchunk = 16;
 
-// A sequence seen from one time and one channel on.
+// A sequence from one time and one channel on.
 template <class Element>
 struct Rows {
   Element* data;
@@ -95,7 +95,7 @@ struct Kernel {
     }
   };
 
-  // A subchunk of a line on its way to memory.
+  // A subchunk of a line that is staged before it is written to memory.
   struct Staged {
     alignas(kLineBytes) Element data[kSubchunk * kLine];
 
@@ -123,7 +123,7 @@ struct Kernel {
 
   // ---- the scale of a subchunk ----
 
-  // Calls out of line: what seldom runs should take no registers from what always does.
+  // Calls out of line: the rare path should take no registers from the common one.
   template <class Function>
   [[gnu::noinline]] static auto cold(const Function& function) {
     return function();
@@ -133,7 +133,7 @@ struct Kernel {
     return {channels.channel, all(channels.channel.is_moderate()), channels.bonus * channels.decay};
   }
 
-  // Sums in the state's scale times `enter` are in the subchunk's; times `leave` they are back.
+  // `enter` converts sums from the state's scale to the subchunk's, `leave` converts them back.
   struct SubchunkScale {
     bool is_shared;
     Vec reference_log2, enter, leave;
@@ -143,15 +143,15 @@ struct Kernel {
     }
   };
 
-  // Moves the state over a subchunk by `steps_in(scale, state)`, in the scale that the keys allow; keeps that in
-  // `kept`.
+  // Advances the state over a subchunk by `steps_in(scale, state)`, in the scale that the keys allow, which it stores
+  // in `kept`.
   template <class Steps>
   static WKV_INLINE State<Vec> in_scale(const VectorChannels& channels, Rows<const Real> k, int steps, State<Vec> state,
                                         SubchunkScale& kept, const Steps& steps_in) {
     auto range = LogitRange<Vec>::from(state.max);
 #pragma GCC unroll 4
     for (int step = 0; step < steps; ++step) range.add(channels.channel, load(k.row(step)));
-    // A single step has nothing to share, and its exponentials are fewer and closer without.
+    // A single step has nothing to share: RunningScale takes fewer exponentials and rounds less.
     kept.is_shared = steps > 1 && all(range.fits(channels.channel));
     if (__builtin_expect(!kept.is_shared, 0)) {
       const auto scale = running_scale(channels);
@@ -177,7 +177,7 @@ struct Kernel {
     const auto keys = widened.widen(k, steps);
     SubchunkScale unused;
     return in_scale(channels, keys, steps, state, unused, [=](const auto& scale, State<Vec> state) WKV_INLINE_LAMBDA {
-      // The exponentials first: they do not wait for one another as the sums do.
+      // The exponentials come first: they are independent, the sums are not.
       alignas(kLineBytes) Real ats[kSubchunk * kLanes];
 #pragma GCC unroll 4
       for (int step = 0; step < steps; ++step) {
@@ -209,7 +209,7 @@ struct Kernel {
     const auto k = rows_of(params.k, item.b), v = rows_of(params.v, item.b);
     const auto y = rows_of(params.y, item.b, T, C);
     const bool streams = writes && worth_streaming(params.y, params.B, T, C);
-    // Where a vector is a whole line, it need not be staged.
+    // A vector that is a whole line need not be staged.
     const bool streams_vectors = streams && sizeof(Vec) == kLineBytes && kLanes == kLine;
     Real* const state = static_cast<Real*>(params.states) + item.row * 3 * C;
     Real* const checkpoints = writes ? static_cast<Real*>(params.checkpoints) : nullptr;
@@ -358,7 +358,7 @@ struct Kernel {
       const Real* const state_before = t == 0 ? first_state : checkpoints + checkpoint_row(dtype, T, item.b, t) * 3 * C;
       for (int64_t line = item.c_begin; line < item.c_end; line += kLine) {
         const int width = at_most(kLine, item.c_end - line);
-        // The next line is prefetched a subchunk at a time: all at once, it would hold up what is needed now.
+        // The next line is prefetched a subchunk at a time: all at once, it would delay the present one.
         const bool last = line + kLine >= item.c_end;
         const int64_t next_t = last ? t - kInterval : t;
         const int64_t next_line = last ? item.c_begin : line + kLine;

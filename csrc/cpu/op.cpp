@@ -1,7 +1,7 @@
 // The CPU backend of the operators: checks, allocates, plans, runs kernels in parallel, and registers with torch.
 //
-// Where time is cut, each chunk is first summed up on its own, then the sums are joined in order, then each chunk is
-// taken from its true beginning. No result depends on timing.
+// Where time is cut, each chunk is first summed up by itself, then the sums are joined in order, then each chunk is
+// computed from the state before it. No result depends on timing.
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -16,7 +16,7 @@
 namespace wkv::cpu {
 namespace {
 
-// Memory of one call, of any content, aligned to cache lines.
+// Uninitialised memory of one call, aligned to cache lines.
 template <class T>
 class Scratch {
  public:
@@ -43,7 +43,7 @@ void for_each(const WorkItems& items, const Function& function) {
   torch::stable::parallel_for(0, count, per_thread, range);
 }
 
-// Without channels.
+// Leaves out the channels.
 Params params_of(const Arguments& arguments) {
   return {.dtype = arguments.dtype,
           .B = arguments.B,
@@ -67,7 +67,7 @@ void convert(const Tensor& channels, DType dtype, Real* to) {
   });
 }
 
-// The rows that kernels take of w and u.
+// The rows of Channels, computed from w and u.
 template <class Real>
 struct ChannelTable {
   Scratch<Real> table;
@@ -84,7 +84,7 @@ struct ChannelTable {
   }
 };
 
-// `params` without channels and states.
+// `params` comes without channels and states.
 template <class Real>
 void run_forward(const Arguments& arguments, ForwardParams params) {
   copy_first_states<Real>(data_or_null(arguments.state), params.state_out, params.B, params.C);
@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& w, const Tensor& u, con
   return {y, state_out, checkpoints};
 }
 
-// `params` without channels, state, adjoints and partials.
+// `params` comes without channels, state, adjoints and partials.
 template <class Real>
 void run_backward(const Arguments& arguments, BackwardParams params, const void* gstate_out, void* gw, void* gu,
                   void* gstate) {
@@ -201,7 +201,7 @@ Tensor step(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, 
     params.channels = channels.rows;
     for_each(work_items_of(params), [&](const WorkItem& item) { selected_kernels().step(params, item); });
   });
-  // By torch, which counts the state's versions for autograd.
+  // Torch's copy counts the state's version for autograd.
   copy(moved, state);
   return y;
 }

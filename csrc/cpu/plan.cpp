@@ -9,7 +9,7 @@ constexpr int64_t kLeastChannels = 64;
 // Waking a thread costs some microseconds, the time of about this many elements.
 constexpr int64_t kElementsPerThread = 16384;
 
-// Where time is cut, a chunk is walked twice: a short one costs more than it saves.
+// Where time is cut, a chunk is computed twice: a short one costs more than it saves.
 constexpr int64_t kLeastIntervalsPerChunk = 4;
 
 // Columns are wide, for long reads from memory, and narrowed only for threads that would have no work.

@@ -8,7 +8,7 @@
 namespace wkv::cpu {
 
 struct Plan {
-  int64_t threads;          // that have work worth waking them for
+  int64_t threads;          // with enough work to be worth waking
   int64_t column_channels;  // a column is these channels of one sequence
   int64_t columns;          // of a sequence
   int64_t chunk_steps;      // a multiple of the checkpoint interval

@@ -1,5 +1,5 @@
 // SIMD vectors of WKV_SIMD_BYTES bytes on the vector extensions of GCC and Clang, with the functions that common/math.h
-// takes of a Real, and loads and stores that convert from and to the element types.
+// needs of a Real, and loads and stores that convert from and to the element types.
 //
 // Everything is inlined and lives in namespace wkv::cpu::WKV_ISA: one binary holds this file once per instruction set,
 // and nothing compiled for a larger one may be linked into a smaller one.
@@ -81,7 +81,7 @@ WKV_INLINE bool all(Vec<double>::Mask mask) {
 WKV_INLINE Vec<float> exp2_clamped(Vec<float> x) {
   using Native = Vec<float>::Native;
 #if WKV_SIMD_BYTES == 64
-  // These take -inf to 0 and underflow gradually, so that nothing has to be clamped.
+  // These map -inf to 0 and underflow gradually, so that nothing has to be clamped.
   const __m512 whole = _mm512_roundscale_ps((__m512)x.native, _MM_FROUND_TO_NEAREST_INT);
   const Native f = (Native)_mm512_reduce_ps((__m512)x.native, _MM_FROUND_TO_NEAREST_INT);
 #else
@@ -171,7 +171,7 @@ WKV_INLINE void store(Real* target, Vec<Real> x) {
 // 16-bit inputs and of arithmetic have a lower half of zeros, and canonical_nan makes the others so.
 WKV_INLINE void store(Bfloat16* target, Vec<float> x) {
 #if WKV_SIMD_BYTES == 64
-  // The lines below, by masks, which GCC 12 does not find.
+  // The lines below by masks, which GCC 12 does not derive from them.
   const __m512i words = (__m512i)x.native;
   const __mmask16 odd = _mm512_test_epi32_mask(words, _mm512_set1_epi32(0x10000));
   const __m512i rounding = _mm512_mask_blend_epi32(odd, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));

@@ -1,4 +1,4 @@
-// The kernels for CUDA, and their launch. No torch.
+// The CUDA kernels and their launch. No torch.
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -27,7 +27,7 @@ cudaError_t launch_kernel(const Launch& launch, cudaStream_t stream) {
     int device = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error != cudaSuccess) return error;
-    // Always the most there is: another thread may launch the same kernel with more.
+    // Always the device's maximum: another thread may launch the same kernel with more.
     error = cudaFuncSetAttribute(wkv_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(device_limits(device).shared_per_block));
     if (error != cudaSuccess) return error;
@@ -38,7 +38,8 @@ cudaError_t launch_kernel(const Launch& launch, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// What the kernels that the current device runs have been compiled for. Where there are none, a launch says so.
+// The architecture that the kernels for the current device are compiled for; 0 without such kernels, which a launch
+// reports.
 int64_t architecture_of_code() {
   cudaFuncAttributes attributes = {};
   if (cudaFuncGetAttributes(&attributes, wkv_kernel<Forward<float>>) != cudaSuccess) cudaGetLastError();
@@ -57,7 +58,7 @@ DeviceLimits device_limits(int device) {
     int value = 0;
     const cudaError_t error = cudaDeviceGetAttribute(&value, name, device);
     if (error != cudaSuccess) {
-      cudaGetLastError();  // so that nobody else is told
+      cudaGetLastError();  // clears it, so that no later call reports it again
       throw std::runtime_error("cuda:" + std::to_string(device) +
                                " does not tell its limits: " + cudaGetErrorString(error));
     }

@@ -1,4 +1,4 @@
-// What the host asks of the compiled kernels. No torch.
+// The host's interface to the compiled kernels. No torch.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,8 +8,8 @@
 
 namespace wkv {
 
-// Of the current device, by its index; asked once. Throws std::runtime_error with the runtime's reason where the device
-// does not say.
+// The limits of the current device, by its index; queried once. Throws std::runtime_error with the runtime's reason if
+// a query fails.
 DeviceLimits device_limits(int device);
 
 // Puts a launch on a stream of the current device. Returns cudaErrorNoKernelImageForDevice where the build has no code

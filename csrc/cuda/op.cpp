@@ -20,7 +20,7 @@ void check_cuda(cudaError_t error) {
   require(false, "wkv: CUDA error: ", cudaGetErrorString(error));
 }
 
-// The function is torch's, in a library that only a torch with CUDA has: looked up where that is loaded, and not
+// The function is torch's, in a library that only a torch with CUDA has: it is looked up at run time and not
 // linked, so that these sources build beside any torch.
 cudaStream_t current_stream(int32_t device) {
   using Function = AOTITorchError (*)(int32_t, void**);
@@ -49,7 +49,7 @@ class CudaLauncher {
   }
   void launch(const Launch& launch) const {
     const cudaError_t error = wkv::launch(launch, stream_);
-    // The runtime's two ways to say that it has no code for this GPU, of a launch and of a function.
+    // The runtime's errors for a GPU without code: the first from a launch, the second from a function attribute.
     if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
       cudaGetLastError();
       int major = 0, minor = 0;
@@ -77,7 +77,7 @@ WKV_LIBRARY_IMPL(WKV_NAMESPACE, CUDA, m) {
   m.impl("wkv_step", TORCH_BOX(&wkv::gpu_step<wkv::CudaLauncher>));
 }
 
-// What this library is, as JSON. The string belongs to the library.
+// The build, as JSON. The string belongs to the library.
 WKV_EXPORTED const char* rwkv_kernels_cuda_build_info() {
   static const std::string info = [] {
     std::string architectures = "\"";

@@ -18,20 +18,14 @@ struct BackwardPass {
   using Tile = wkv::Tile<kSteps>;
   static_assert(kBackwardWarps * kSteps == checkpoint_interval(Block::kType));
 
-  // The state before a step, and then its gk and gv without what comes from behind; and the weight of its key or, of
-  // RunningScale, what that has to know of the step.
-  struct Step {
-    Sums<Pair> sums;
-    Pair weight;
-  };
   struct Thread : ScanThread<Element, kSteps> {
-    Step steps[kSteps];
-    Scaled start;         // warp 0: the state before the tile
-    Scaled after;         // warp 0: the adjoint before the tile, for the next one
-    Sums<Pair> decayed;   // states, each weighted by what is left of what comes from behind at its step
-    Pair max_after;       // of keys that spread: the maximum that sums behind the subchunk are relative to
-    Pair g_log_decay;     // without what comes from behind
-    Sums<Pair> partials;  // of the gradients of the log-decay and u, over all tiles
+    SavedStep<Pair> steps[kSteps];  // the sums are replaced by gk and gv without the carry's part
+    Scaled start;                   // warp 0: the state before the tile
+    Scaled after;                   // warp 0: the adjoint before the tile, for the next one
+    Sums<Pair> decayed;             // states, each weighted by the decay from its step to the end of the subchunk
+    Pair max_after;                 // of keys that spread: the maximum that sums after the subchunk are relative to
+    Pair g_log_decay;               // without the carry's part
+    Sums<Pair> partials;            // of the gradients of the log-decay and u, over all tiles
   };
 
   WKV_HD static void begin(Thread& thread) {
@@ -39,7 +33,7 @@ struct BackwardPass {
     thread.after = empty_scaled();
   }
   WKV_HD static Scaled normalised(Scaled adjoint) { return normalised_adjoint(adjoint); }
-  // In gy, behind the walk back: what each warp sums up to, and what the tile starts from.
+  // In gy, after the walk back: each warp's sum, and the adjoint that enters the tile.
   WKV_HD static Rows64 own_of(const Block& block, int warp) { return block.rows_of(2, warp, 0); }
   WKV_HD static Rows64 carry(const Block& block) { return block.rows_of(2, 0, 3); }
   // In k: states of the warps, when keys are in registers; messages, when states are of no use any more.
@@ -68,12 +62,13 @@ struct BackwardPass {
     if (params.gstate_out == nullptr) return empty_scaled();
     const Sums<Pair> given = block.load_state(block.row_of(params.gstate_out, block.b, 3, thread)).sums;
     const Pair max = state_of(block.load_checkpoint(params.T, thread)).max;
-    // An empty state's gradient is nobody's.
+    // The gradient of an empty state reaches nothing.
     const auto is_empty = max == Pair(kEmptyMax);
     const Sums<Pair> adjoint{select(is_empty, Pair(0), given.num), select(is_empty, Pair(0), given.den)};
     return normalised_adjoint(scaled_by_exp(adjoint, -select(is_empty, Pair(0), max)));
   }
-  // In k as well, from when keys are in registers until the walk back is over; while a tile comes, in registers.
+  // In k as well, from the time keys are in registers to the end of the walk back; while a tile is staged, in
+  // registers.
   WKV_HD static Rows64 parked(const Block& block) { return block.rows_of(0, 0, 4); }
   WKV_HD static void keep(const Block&, const Tile&, Scaled after, Thread& thread) { thread.after = after; }
   WKV_HD static void park(const Block& block, Thread& thread) {
@@ -118,8 +113,8 @@ struct BackwardPass {
     state_after(block, thread.warp()).set_sums(lane, sums);
   }
 
-  // The state after the steps alone: relative to a running maximum, steps can be kept by who knows what they start
-  // from.
+  // Only the sum of the steps: step by step, a running maximum needs the state before the subchunk, which is not known
+  // yet.
   WKV_HD static void walk_spread(const Block& block, const Tile& tile, Thread& thread) {
     const int lane = thread.lane(), steps = tile.steps_of(thread.warp());
     thread.keys.replace_infinite(steps);
@@ -139,7 +134,7 @@ struct BackwardPass {
       const Sums<Pair> sums = state_after(block, warp).get_sums(lane);
       in = {subchunk_decay * in.num + sums.num, subchunk_decay * in.den + sums.den};
     }
-    // What comes in has one mean all the time.
+    // The carried-in state keeps its mean while it decays.
     const Pair mean = select(in.den == Pair(0), in.num, in.num / in.den);
     for_steps<kSteps>(steps, [&](int step) {
       Sums<Pair>& sums = thread.steps[step].sums;
@@ -185,7 +180,7 @@ struct BackwardPass {
       const Weights<Pair> weights = scale.weights(at).advance;
       thread.steps[step] = {state.sums, at};
       decayed = weights.past * (decayed + state.sums);
-      state = {mix(state.sums, weights, v.get(step)), scale.next_max(state.max, kt)};
+      state = advance(scale, state, weights, kt, v.get(step));
     });
     thread.decayed = decayed;
     thread.max_after = state.max;
@@ -193,12 +188,7 @@ struct BackwardPass {
     Sums<Pair> adjoint{Pair(0), Pair(0)};
     Pair g_log_decay(0), gu(0);
     for_steps_back<kSteps>(steps, [&](int step) {
-      const auto [sums, at] = thread.steps[step];
-      const Pair vt = v.get(step);
-      const auto weights = scale.weights(at);
-      StepGradients<Pair> of_step;
-      advance_adjoint(sums, weights.advance, vt, adjoint, of_step);
-      read_adjoint(sums, weights.read, vt, gy.get(step), adjoint, of_step);
+      const auto of_step = step_adjoint(scale, thread.steps[step], v.get(step), gy.get(step), adjoint);
       thread.steps[step].sums = {of_step.gk, of_step.gv};
       g_log_decay = g_log_decay + of_step.g_log_decay;
       gu = gu + of_step.gu;
@@ -234,13 +224,13 @@ struct BackwardPass {
     thread.partials.num = thread.partials.num + factor * g_log_decay;
     if (kFullTilesOnly || fit) {
       for_steps_back<kSteps>(steps, [&](int step) {
-        add(step, thread.steps[step].weight, adjoint);
+        add(step, thread.steps[step].at, adjoint);
         adjoint = decay * adjoint;
       });
     } else {
       const auto scale = block.running_scale(thread);
       for_steps_back<kSteps>(steps, [&](int step) {
-        const Weights<Pair> weights = scale.weights(thread.steps[step].weight).advance;
+        const Weights<Pair> weights = scale.weights(thread.steps[step].at).advance;
         add(step, weights.present, adjoint);
         adjoint = weights.past * adjoint;
       });

@@ -1,5 +1,5 @@
-// The forward kernel: y, the final state and checkpoints. Weights are computed once, for what a thread's steps sum up
-// to; y comes from a second walk with the same weights, when the thread knows the state before its steps.
+// The forward kernel: y, the final state and checkpoints. Weights are computed once, for the sum of a thread's steps; y
+// comes from a second walk with the same weights, when the thread knows the state before its steps.
 #pragma once
 
 #include "scan.h"
@@ -20,8 +20,8 @@ struct ForwardPass {
   WKV_HD static void begin(Thread&) {}
   WKV_HD static void range(const Block&, const Tile&, Thread&) {}
   WKV_HD static Scaled normalised(Scaled state) { return normalised_state(state); }
-  // In k, when keys are in registers: messages, and what each warp sums up to, the last one where the tile's own
-  // message may be; and in the place of the first message what the tile starts from, once they have been joined.
+  // In k, when keys are in registers: messages, and each warp's sum, the last one where the tile's own message may be;
+  // once the messages have been joined, the state before the tile, in the place of the first.
   WKV_HD static Rows64 message(const Block& block, int i) { return block.rows_of(0, 0, 3 * i); }
   WKV_HD static Rows64 own_of(const Block& block, int warp) { return message(block, kAnchor + block.warps - 1 - warp); }
   WKV_HD static Rows64 carry(const Block& block) { return message(block, 0); }
@@ -110,16 +110,16 @@ struct ForwardPass {
       for_steps<kSteps>(steps, [&](int step) {
         const Pair logit = key(thread.weights[step]), vt = v.get(step);
         const auto weights = scale.weights(scale.at(state.max, logit));
-        const Sums<Pair> now = mix(state.sums, weights.read, vt);
-        v.set(step, now.num / now.den);
-        state = {mix(state.sums, weights.advance, vt), scale.next_max(state.max, logit)};
+        v.set(step, read(state.sums, weights.read, vt));
+        state = advance(scale, state, weights.advance, logit, vt);
       });
     };
     if (!fit && scale.lifts) {
       scale.lifts = true;  // a constant from here on, so that no step has a branch
       walk([](Pair key) { return key; });
     } else {
-      // What comes in may be too large for the scale that the keys share. Then they are found in their weights.
+      // The carried-in state may be too large for the scale that the keys share: the keys are then recovered from
+      // their weights.
       walk([&](Pair weight) { return fit ? (log2(weight) + thread.reference) * Pair(1 / kLog2E) : weight; });
     }
   }

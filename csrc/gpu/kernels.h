@@ -1,4 +1,4 @@
-// All kernels, and what a compiler is told of each.
+// All kernels, and the launch bounds of each.
 #pragma once
 
 #include "backward.h"
@@ -7,14 +7,15 @@
 
 namespace wkv {
 
-// A reduction's partials are of the type that all is accumulated in.
+// A reduction's partials have the accumulation type.
 template <class Element>
-using ReduceOf = Reduce<typename ElementTraits<Element>::Real>;
+using ReduceOf = Reduce<RealOf<kTypeOf<Element>>>;
 
 // Calls function.operator()<Type>() for a kernel of a dtype.
 template <class Function>
 auto with_kernel(Kernel kernel, DType dtype, const Function& function) {
-  const auto of = [&]<class Element>() {
+  return with_dtype(dtype, [&](auto constant) {
+    using Element = ElementOf<constant.value, Half, Bfloat16>;
     switch (kernel) {
 #define WKV_KERNEL(name, Type) \
   case Kernel::name:           \
@@ -23,34 +24,24 @@ auto with_kernel(Kernel kernel, DType dtype, const Function& function) {
 #undef WKV_KERNEL
     }
     return function.template operator()<Step<Element>>();
-  };
-  switch (dtype) {
-    case DType::float32:
-      return of.template operator()<float>();
-    case DType::float16:
-      return of.template operator()<Half>();
-    case DType::bfloat16:
-      return of.template operator()<Bfloat16>();
-    default:
-      return of.template operator()<double>();
-  }
+  });
 }
 
-// Threads of a block, at most, and blocks of a multiprocessor that registers shall suffice for.
+// Launch bounds: the most threads of a block, and the blocks of a multiprocessor that registers must allow.
 template <class Kernel>
 struct Bounds {
   static constexpr int threads = kPlainThreads, blocks = 1;
 };
 template <class Element>
 struct Bounds<Forward<Element>> {
-  static constexpr DType dtype = ElementTraits<Element>::dtype;
+  static constexpr DType dtype = kTypeOf<Element>;
   static constexpr int threads = forward_warps(dtype, kCudaArch) * kWarpThreads;
   static constexpr int blocks = forward_blocks(dtype, kCudaArch);
 };
 template <class Element>
 struct Bounds<Backward<Element>> {
   static constexpr int threads = kBackwardWarps * kWarpThreads;
-  static constexpr int blocks = backward_blocks(ElementTraits<Element>::dtype, kCudaArch);
+  static constexpr int blocks = backward_blocks(kTypeOf<Element>, kCudaArch);
 };
 template <>
 struct Bounds<Forward<double>> {

@@ -1,7 +1,7 @@
 // A thread's keys in registers, and whether the weights of a tile can share one exponent.
 //
 // With one reference for a tile, e^{k - reference} is the weight of a step in all sums of the tile, and decay being
-// constant, what comes into a subchunk is added to its own sums after the walk: docs/wkv.md. Keys that spread too far
+// constant, the state before a subchunk is added to its own sums after the walk: docs/wkv.md. Keys that spread too far
 // for float32 take RunningScale, subchunk by subchunk.
 #pragma once
 
@@ -24,7 +24,7 @@ struct Keys {
       high = step == 0 ? raw[0] : larger_of(high, raw[step]);
       low = step == 0 ? raw[0] : smaller_of(low, raw[step]);
     });
-    // Where there is no key, or NaN alone, the bounds are finite and such that all fits.
+    // Without a key, or with NaN alone, the bounds are finite and every tile fits.
     highest = lowest = Pair(0);
     if (kFullTilesOnly || steps > 0) {
       highest = larger(Pair(kEmptyExponent), unpack(high)) * Pair(kLog2E);
@@ -35,7 +35,7 @@ struct Keys {
     }
   }
 
-  // By their logits, for RunningScale: where the range says that there are any, so that no walk has to ask.
+  // Replaces keys by their logits if the range contains +inf, so that no walk with RunningScale needs a check.
   WKV_HD void replace_infinite(int steps) {
     if (all(highest < Pair(INFINITY))) return;
     for_steps<kSteps>(steps, [&](int step) {
@@ -45,17 +45,17 @@ struct Keys {
   }
 };
 
-// The logit of a step at the end of the subchunk. The steps behind it are a constant in a whole one.
+// The logit of a step at the end of the subchunk. In a whole subchunk the number of steps after it is a constant.
 template <int kSteps>
 WKV_HD Pair logit_at_end(Pair key, Pair log_decay, int step, int steps) {
   return Pair((steps == kSteps ? kSteps - 1 : steps - 1) - step) * log_decay + key;
 }
 
 // The sum of steps whose keys spread, `left(step)` being their logits at the end. Each weight is relative to the
-// largest: it is at most 1, and where it vanishes it is negligible.
+// largest: it is at most 1, and one that underflows is negligible.
 template <int kSteps, class Element, class Left>
 WKV_HD Scaled sum_of_spread(const Left& left, Column<Element> v, int steps) {
-  State<Pair> state{{Pair(0), Pair(0)}, Pair(kEmptyMax)};
+  State<Pair> state = empty_state<Pair>();
   for_steps<kSteps>(steps, [&](int step) { state.max = larger(left(step), state.max); });
   const Pair max_log2 = state.max * Pair(kLog2E);
   for_steps<kSteps>(steps, [&](int step) {
@@ -65,7 +65,7 @@ WKV_HD Scaled sum_of_spread(const Left& left, Column<Element> v, int steps) {
   return scaled(state);
 }
 
-// The largest of what the warps of a tile put into their rows, `stride` apart, as a whole exponent.
+// The largest of the values in the warps' rows, `stride` apart, rounded up to a whole exponent.
 WKV_HD Pair reference_of(Rows64 first_warp, int stride, int warps, int lane) {
   Pair highest = first_warp.get(0, lane);
 #pragma unroll 1
@@ -85,10 +85,10 @@ WKV_HD bool tile_fits(Pair reference, Pair lowest, Pair bonus) {
          all(bonus <= Pair(kLargestBonus));
 }
 
-// What comes in may be larger than a tile's own sums by 2^60, and is a number then.
+// Log2 of the largest factor by which the state before a tile may exceed the tile's scale; the sums stay finite.
 inline constexpr double kLargestIncoming = 60.0;
 
-// With u, which shared memory has no room for.
+// Loads u from memory: shared memory has no room for it.
 WKV_HD RunningScale<Pair> running_scale(const ChannelParameters& parameters, int64_t c, int count,
                                         const SharedChannels& channels, int lane) {
   const auto u = [&](int i) {

@@ -1,10 +1,10 @@
-// Decoupled look-back: how the blocks of one launch hand states from chunk to chunk, in a single pass over the data.
+// Decoupled look-back: the blocks of one launch pass states from chunk to chunk, in a single pass over the data.
 //
 // The blocks of a column take their chunks by tickets, in the order in which they start. Every wait terminates: a block
 // waits only for blocks that took their tickets earlier, so that they run already, however few blocks the device holds.
-// Every `anchor`-th chunk publishes the inclusive state, the sum of all chunks up to it; the others their partial, what
-// they alone sum up to. A chunk joins the last anchor's state and the partials after it in their order, whoever came
-// first: the result is the same in every run.
+// Every `anchor`-th chunk publishes the inclusive state, the sum of all chunks up to it; the others their partial, the
+// sum of their own steps. A chunk joins the last anchor's state and the partials after it in the order of the chunks,
+// not of arrival: the result is the same in every run.
 #pragma once
 
 #include "pair.h"
@@ -13,7 +13,7 @@
 
 namespace wkv {
 
-// Where a block stands among the chunks of its column.
+// A block's position among the chunks of its column, and its messages.
 struct LookBack {
   Word* messages;  // of the column
   uint32_t position;
@@ -37,7 +37,7 @@ struct LookBack {
     store_relaxed(message + 2 * kWarpThreads, word_of(state.exponent));
   }
 
-  // Of the i-th predecessor, once it is there.
+  // Waits for the state that the i-th predecessor publishes.
   WKV_HD Scaled await(int i, int lane) const {
     const Word* message = message_of(position - predecessors + i, lane);
     for (;;) {
@@ -57,7 +57,7 @@ struct LookBack {
     return messages + (i * kWordsOfMessage + static_cast<uint32_t>(lane));
   }
 
-  // A NaN may have all bits set, and is as well one without the last.
+  // A NaN with all bits set would read as unwritten: it is published without the last bit, still a NaN.
   WKV_HD static uint32_t published(float x) {
     const uint32_t bits = bits_as<uint32_t>(x);
     return bits < kNothing - 1 ? bits : kNothing - 1;
@@ -71,7 +71,7 @@ struct LookBack {
   WKV_HD static bool is_written(Word word) { return static_cast<uint32_t>(word) != kNothing; }
 };
 
-// The position of the block's chunk in the order of handing on; one thread asks for all.
+// The position of the block's chunk in the order of look-back; one thread takes it for the block.
 WKV_HD uint32_t take_position(const Chunking& chunking, uint32_t column) {
   return chunking.tickets == nullptr ? 0 : take_ticket(chunking.tickets + column);
 }

@@ -4,9 +4,9 @@
 //
 // A launcher is made of the device of the arguments and has
 //   DeviceLimits limits()
-//   Tensor empty(shape, dtype)                 memory of any content
+//   Tensor empty(shape, dtype)                 uninitialised
 //   void set_all_bits(void* memory, int64_t bytes)
-//   void launch(const Launch&)                 behind what was asked for before
+//   void launch(const Launch&)                 after all earlier launches and fillings
 #pragma once
 
 #include <array>
@@ -19,7 +19,7 @@
 
 namespace wkv {
 
-// ---- torch's operators that its stable interface names nowhere, by their schemas ----
+// ---- torch's operators that its stable interface lacks, by their schemas ----
 
 template <class... Tensors>
 Tensor call(const char* name, const char* overload, const Tensors&... tensors) {
@@ -30,7 +30,7 @@ Tensor call(const char* name, const char* overload, const Tensors&... tensors) {
 
 inline Tensor row_of(Tensor state, int64_t row) { return torch::stable::narrow(state, 1, row, 1); }
 
-// The given states, or empty ones; den == 0 means empty, whatever the other two say.
+// The given states, or empty ones; den == 0 alone means empty.
 inline void state_after_no_steps(const std::optional<Tensor>& state, const Tensor& state_out) {
   set_zero(state_out);
   torch::stable::fill_(row_of(state_out, 2), kEmptyMax);
@@ -43,7 +43,7 @@ inline void state_after_no_steps(const std::optional<Tensor>& state, const Tenso
 // an operator that writes no element counts once.
 inline void count_version(Tensor tensor) { set_zero(torch::stable::narrow(tensor, 0, 0, 0)); }
 
-// Kernels count sequences, steps and channels in 32 bits, and what there are of checkpoints and columns.
+// Kernels count sequences, steps, channels, checkpoints and columns in 32 bits.
 inline void check_sizes(const Arguments& arguments) {
   constexpr int64_t kMost = 2147483647 - 4096;
   for (const auto& [name, size] : {std::pair{"B", arguments.B}, {"T", arguments.T}, {"C", arguments.C}}) {
@@ -63,7 +63,7 @@ inline ChannelParameters channel_parameters(const Arguments& arguments) {
   return {data_of(arguments.w), data_of(arguments.u), arguments.w_dtype, arguments.u_dtype};
 }
 
-// What forward and backward have in common.
+// The params that forward and backward have in common.
 inline SequenceParams sequence_params(Arguments& arguments) {
   return {.parameters = channel_parameters(arguments),
           .B = static_cast<uint32_t>(arguments.B),
@@ -110,7 +110,7 @@ Tensor launch_plan(Launcher& launcher, Kernel kernel, DType dtype, const Plan& p
   return workspace;
 }
 
-// For launches of one thread or one group of threads for each of `count` things.
+// The blocks of a launch with one thread, or one group of threads, for each of `count` items.
 inline unsigned blocks_for(int64_t count, int of_block) {
   const int64_t blocks = (count + of_block - 1) / of_block;
   require(blocks <= kMaxGridX, "wkv: ", count, " elements are more than a grid can hold");

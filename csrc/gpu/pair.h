@@ -1,5 +1,5 @@
-// Two neighbouring channels that behave like a number, the Real that the float kernels give to the formulas of
-// common/math.h; and numbers with an exponent of their own, in which subchunks, chunks and blocks hand sums on.
+// Pair, two neighbouring channels that behave like a number: the Real that the float kernels pass to the formulas of
+// common/math.h. Scaled, sums with an explicit exponent, in which subchunks, chunks and blocks exchange states.
 #pragma once
 
 #include "target.h"
@@ -56,7 +56,7 @@ struct Scaled {
   Pair exponent;
 };
 
-// Of sums that are zero: so low that they have no say in a common exponent, and finite.
+// The exponent of sums that are zero: finite, and so low that it never determines a common exponent.
 inline constexpr double kEmptyExponent = -1e30;
 
 // 2^x of a whole x < 128, 0 below the smallest normal float.
@@ -88,9 +88,9 @@ WKV_HD Scaled normalised_adjoint(Scaled adjoint) {
   return normalised(adjoint, larger(abs(adjoint.sums.num), abs(adjoint.sums.den)));
 }
 
-// Steps and those behind them, `decay` being log2 of what is left over the second ones.
+// The sum of `first` and the steps after it, `second`, over which `decay` is the log2 of the total decay.
 WKV_HD Scaled join(Scaled first, Pair decay, Scaled second) {
-  // What is not whole of the decay stays apart: beside an exponent it would be rounded.
+  // The fraction of the decay stays separate: added to an exponent it would be rounded.
   const Pair whole = ceil(decay), decayed = first.exponent + whole;
   const Pair exponent = larger(decayed, second.exponent);
   return {exp2((decayed - exponent) + (decay - whole)) * first.sums +
@@ -108,7 +108,7 @@ WKV_HD Pair sum_log2(Pair logarithm, Pair exponent) {
 // Sums times e^logarithm.
 WKV_HD Scaled scaled_by_exp(Sums<Pair> sums, Pair logarithm) {
   const Pair exponent = ceil(logarithm * Pair(kLog2E));
-  // From 2^23 on a float is whole, and the difference nothing but rounding.
+  // From 2^23 on every float is whole, and the difference is only rounding.
   const Pair rest = select(abs(exponent) < Pair(8388608.0), sum_log2(logarithm, -exponent), Pair(0));
   return {exp2(rest) * sums, exponent};
 }
@@ -120,7 +120,7 @@ WKV_HD Scaled scaled(State<Pair> state) {
 
 WKV_HD State<Pair> state_of(Scaled value) {
   const Pair max = value.exponent * Pair(1 / kLog2E);
-  // What the rounding of max takes away.
+  // The rounding error of max.
   const Pair rest = select(abs(value.exponent) < Pair(8388608.0), sum_log2(-max, value.exponent), Pair(0));
   return {exp2(rest) * value.sums, select(value.sums.den == Pair(0), Pair(kEmptyMax), max)};
 }

@@ -1,4 +1,4 @@
-// What the kernels are given, null where the caller has nothing. Pointers marked "state" are state_bytes wide, those
+// The kernels' parameters; null stands for an absent argument. Pointers marked "state" are state_bytes wide, those
 // marked "element" are of the kernel's type; outputs are contiguous.
 #pragma once
 
@@ -14,19 +14,19 @@ struct ChannelParameters {
   DType w_dtype, u_dtype;
 };
 
-// How a launch lays its blocks over the problem, and where the chunks of a column, the same channels of the same
-// sequence, tell one another what they sum up to: lookback.h.
+// The mapping of a launch's blocks to the problem, and the memory of look-back between the chunks of a column, the same
+// channels of the same sequence: lookback.h.
 struct Chunking {
   uint32_t first_batch;    // of this launch; a grid has no room for more than 65535 sequences
   uint32_t chunks;         // of a sequence
   int32_t chunk_tiles;     // tiles of a chunk
   uint32_t channel_tiles;  // columns of a sequence
-  uint32_t anchor;         // a power of two: every so-many-th chunk publishes the sum of all up to it
+  uint32_t anchor;         // a power of two: every `anchor`-th chunk publishes its inclusive state
   uint32_t* tickets;       // for each column, of the chunks that blocks have taken; null where there is one chunk
   void* messages;          // of each column's chunks but the last
 };
 
-// Of forward and backward.
+// The params of forward and backward.
 struct SequenceParams {
   ChannelParameters parameters;
   uint32_t B, T, C;        // below 2^31; B·T/64 and B·C/64 below 2^32

@@ -1,8 +1,8 @@
-// How a GPU's threads are laid over a problem: a pure function of the problem and the device's limits.
+// The plan of a launch: which threads compute what, a pure function of the problem and the device's limits.
 //
 // A block owns `kTileChannels` channels of one sequence over one chunk of its steps, which it takes tile by tile: a
-// warp for each subchunk of a tile. Blocks that have the same channels of the same sequence, a column, hand their
-// states on from chunk to chunk.
+// warp for each subchunk of a tile. Blocks that have the same channels of the same sequence, a column, pass their
+// states from chunk to chunk by look-back.
 #pragma once
 
 #include <algorithm>
@@ -17,14 +17,14 @@ struct DeviceLimits {
   int64_t multiprocessors;
   int64_t shared_per_block;  // bytes, with the opt-in
   int64_t shared_per_multiprocessor;
-  int64_t
-      architecture;  // that the code is for, as __CUDA_ARCH__ says it, 900 for 9.0: an older one's runs on newer GPUs
+  int64_t architecture;  // that the code is compiled for, as __CUDA_ARCH__ has it, 900 for 9.0: older code runs on
+                         // newer GPUs
 };
 
 inline constexpr int64_t kMaxGridX = 2147483647;
 inline constexpr int64_t kMaxGridYZ = 65535;
 
-// What of its shared memory a block cannot use.
+// Shared memory that the device reserves for each block, in bytes.
 inline constexpr int64_t kReservedShared = 1024;
 
 constexpr int tile_bytes(DType dtype, int steps) {
@@ -107,7 +107,8 @@ inline Plan make_plan(Operation operation, DType dtype, int64_t B, int64_t T, in
     plan.chunk_tiles = std::max(plan.chunk_tiles, tiles / chunks);
   }
   plan.chunks = ceil_div(tiles, plan.chunk_tiles);
-  // What a chunk of several tiles sums up to is not known before it has been handed what it starts from.
+  // A chunk of several tiles knows its sum only after it has received the state before it: it has no partial to
+  // publish.
   plan.anchor = columns_suffice || plan.chunk_tiles > 1 ? 1 : kAnchor;
 
   const int64_t columns = B * plan.channel_tiles;

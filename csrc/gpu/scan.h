@@ -4,9 +4,9 @@
 //   stage      the tile comes to shared memory while the block takes its ticket
 //   range      keys go to registers; the warps agree on one reference, or that there is none
 //   walk       each thread walks its subchunk from nothing                                             (the pass's own)
-//   look back  each warp sums up the warps before it; the last one publishes the tile's sum, the chunk is told what it
-//              starts from, and hands on what comes after it
-//   correct    what comes in, decayed step by step, takes its part in the outputs                      (the pass's own)
+//   look back  each warp sums up the warps before it; the last one publishes the tile's sum, the partial, joins the
+//              predecessors' messages to the state before the tile, and publishes the inclusive state
+//   correct    the state before the tile, decayed step by step, is added to the outputs                (the pass's own)
 //   unstage    outputs, in the places of inputs, go to memory
 //
 // "Before" and "last" are in the order of the scan.
@@ -27,10 +27,10 @@ struct Tile {
   WKV_HD int last_warp() const { return static_cast<unsigned>(rows - 1) / kSteps; }
 };
 
-// The channels and the shared memory of a block, of `kWarps` warps or, of 0, as many as it is launched with.
+// The channels and the shared memory of a block of `kWarps` warps; 0 stands for as many as it is launched with.
 template <class Element, int kInputs, int kSteps, int kWarps>
 struct ScanBlock {
-  static constexpr DType kType = ElementTraits<Element>::dtype;
+  static constexpr DType kType = kTypeOf<Element>;
   static constexpr int kSubchunk = kSteps * kTileChannels;
   // Rows of 64 floats that a warp's part of a tile has room for.
   static constexpr int kWarpRows = kSubchunk * static_cast<int>(sizeof(Element)) / kRowBytes;
@@ -64,11 +64,11 @@ struct ScanBlock {
   WKV_HD Column<Element> column_of(int i, TileThread thread) const {
     return {subchunk(i, thread.warp()) + 2 * thread.lane()};
   }
-  // Rows of 64 floats in its place, when it is of no use any more.
+  // Rows of 64 floats in the place of an input that is no longer needed.
   WKV_HD Rows64 rows_of(int i, int warp, int row) const {
     return {reinterpret_cast<Pair*>(subchunk(i, warp)) + row * kWarpThreads};
   }
-  // In k, from when keys are in registers until the walk is over.
+  // In k, from the time keys are in registers to the end of the walk.
   WKV_HD Rows64 highest_of(int warp) const { return rows_of(0, warp, 0); }
 
   // Of values [rows, values_of_row, C], of the channels of a thread.
@@ -96,7 +96,7 @@ struct ScanBlock {
     store_state(checkpoint_at(t, thread), {state.sums, state.exponent});
   }
   WKV_HD State<Pair> first_state(TileThread thread) const {
-    if (params.state == nullptr) return {{Pair(0), Pair(0)}, Pair(kEmptyMax)};
+    if (params.state == nullptr) return empty_state<Pair>();
     return or_empty(load_state(row_of(params.state, b, 3, thread)));
   }
   WKV_HD RunningScale<Pair> running_scale(TileThread thread) const {
@@ -104,13 +104,13 @@ struct ScanBlock {
   }
 };
 
-// What lives in registers from one phase to the next.
+// A thread's registers from one phase to the next.
 template <class Element, int kSteps>
 struct ScanThread : TileThread {
   Keys<Element, kSteps> keys;
   Pair reference;  // the tile's
-  Scaled own;      // what the thread's steps sum up to
-  Scaled before;   // what the warps before it sum up to
+  Scaled own;      // the sum of the thread's steps
+  Scaled before;   // the sum of the warps before it
 };
 
 template <class Pass>
@@ -160,7 +160,7 @@ struct Scan {
   // The last warp in the order of the scan.
   WKV_HD static int last_warp(const Tile& tile) { return Pass::kReverse ? 0 : tile.last_warp(); }
 
-  // The warps before the thread's own, and for the last warp the tile.
+  // Sums up the warps before the thread's own and, in the last warp, the tile.
   WKV_HD static void sum_up(const Block& block, const Tile& tile, bool fit, Thread& thread) {
     const int lane = thread.lane(), warp = thread.warp(), last = last_warp(tile);
     const int first = Pass::kReverse ? block.warps - 1 : 0, direction = Pass::kReverse ? -1 : 1;
@@ -190,10 +190,10 @@ struct Scan {
     if (Pass::kReverse) thread.own = Pass::normalised(thread.own);
   }
 
-  // By the last warp: joins what the predecessors published, or the one state that is known, and the tile's own sum,
-  // which is the message behind them.
-  WKV_HD static void hand_on(const Block& block, const LookBack& look_back, const Tile& tile, bool waits,
-                             Thread& thread) {
+  // By the last warp: joins the predecessors' messages, or the one state that is known, with the tile's own sum, which
+  // is the message after them.
+  WKV_HD static void join_predecessors(const Block& block, const LookBack& look_back, const Tile& tile, bool waits,
+                                       Thread& thread) {
     const int lane = thread.lane(), own = waits ? look_back.predecessors : 1;
     const Pair chunk_decay = block.channels.decay_log2(lane, block.params.chunking.chunk_tiles * block.warps * kSteps);
     const Pair own_decay = block.channels.decay_log2(lane, tile.rows);
@@ -214,8 +214,8 @@ struct Scan {
   WKV_HD static void run(const Params& params, BlockIndex index, int threads, Team& team, char* shared) {
     const Block block(params, index, threads, shared);
     const int tile_steps = block.warps * kSteps;
-    // The chunk that is most likely the block's. Where tickets are taken in another order than blocks start, rows come
-    // again.
+    // The most likely position of the block. Where tickets are taken in another order than blocks start, the tile is
+    // staged again.
     uint32_t position = index.z;
     team.phase([&](Thread& thread) {
       if (thread.index == 0) *block.ticket = take_position(params.chunking, block.column);
@@ -227,7 +227,7 @@ struct Scan {
     position = *block.ticket;
     for (int i = 0;; ++i) {
       const Tile tile = tile_at(params, tile_steps, position, i);
-      // A lane brings the same rows and columns of each tile: nobody else writes where it does.
+      // A lane stages the same rows and columns of each tile: no other lane writes to them.
       team.warp_phase([&](Thread& thread) {
         wait_for_copies();
         if (is_staged) return;
@@ -271,7 +271,7 @@ struct Scan {
         }
       });
       team.phase([&](Thread& thread) {
-        if (thread.warp() == last_warp(tile)) hand_on(block, look_back, tile, waits, thread);
+        if (thread.warp() == last_warp(tile)) join_predecessors(block, look_back, tile, waits, thread);
       });
       team.warp_phase([&](Thread& thread) {
         if (kFullTilesOnly || tile.steps_of(thread.warp()) > 0) Pass::correct(block, tile, fit, thread);

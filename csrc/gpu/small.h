@@ -1,5 +1,5 @@
-// The kernels of one thread for each channel: a token's step, the reduction of gradients, and float64, which is there
-// to be exact: it walks a sequence from one end to the other.
+// The kernels of one thread for each channel: a token's step, the reduction of gradients, and float64, which is for
+// exactness: one thread takes a sequence from one end to the other.
 #pragma once
 
 #include "backward.h"
@@ -14,7 +14,7 @@ struct PlainThread {
 // y, gated where there is an r, and the state moved on in place.
 template <class Element>
 struct Step {
-  using Real = typename ElementTraits<Element>::Real;
+  using Real = RealOf<kTypeOf<Element>>;
   using Params = StepParams;
   using Thread = PlainThread;
 
@@ -24,7 +24,7 @@ struct Step {
       const int64_t C = params.C, i = static_cast<int64_t>(block.x) * threads + thread.index;
       if (i >= params.B * C) return;
       const int64_t b = i / C, c = i % C;
-      // All that comes from memory is asked for at once.
+      // All loads are issued before any is used.
       Real* const num =
           static_cast<Real*>(params.state) + b * params.state_batch_stride + c * params.state_channel_stride;
       Real* const den = num + params.state_row_stride;
@@ -32,7 +32,7 @@ struct Step {
       const State<Real> given = {{*num, *den}, *max};
       const Real k = to_real(static_cast<const Element*>(params.k)[b * params.k_stride + c]);
       const Real v = to_real(static_cast<const Element*>(params.v)[b * params.v_stride + c]);
-      // An infinite r is a gate that stands open, and changes no bit.
+      // An infinite r is an open gate: it changes no bit.
       const Real r = params.r == nullptr ? Real(INFINITY)
                                          : to_real(static_cast<const Element*>(params.r)[b * params.r_stride + c]);
       const RunningScale<Real> scale{load_channel<Real>(params.parameters, c)};
@@ -40,11 +40,11 @@ struct Step {
       const State<Real> state = or_empty(given);
       const Real logit = scale.logit(k);
       const auto weights = scale.weights(scale.at(state.max, logit));
-      const Sums<Real> now = mix(state.sums, weights.read, v), after = mix(state.sums, weights.advance, v);
-      from_real(sigmoid(r) * (now.num / now.den), static_cast<Element*>(params.y)[i]);
-      *num = after.num;
-      *den = after.den;
-      *max = scale.next_max(state.max, logit);
+      from_real(sigmoid(r) * read(state.sums, weights.read, v), static_cast<Element*>(params.y)[i]);
+      const State<Real> after = advance(scale, state, weights.advance, logit, v);
+      *num = after.sums.num;
+      *den = after.sums.den;
+      *max = after.max;
     });
   }
 };
@@ -107,15 +107,11 @@ struct DoubleChannel {
     at[2 * C] = state.max;
   }
   WKV_HD State<double> first_state(const SequenceParams& params) const {
-    if (params.state == nullptr) return {{0, 0}, kEmptyMax};
+    if (params.state == nullptr) return empty_state<double>();
     return or_empty(load(params.state, b, params.C, c));
   }
   WKV_HD double at(const Sequence& sequence, int64_t t) const {
     return static_cast<const double*>(sequence.data)[b * sequence.batch_stride + t * sequence.time_stride + c];
-  }
-  WKV_HD State<double> advance(State<double> state, double k, double v) const {
-    const auto weights = scale.weights(scale.at(state.max, k));
-    return {mix(state.sums, weights.advance, v), scale.next_max(state.max, k)};
   }
 };
 
@@ -148,9 +144,9 @@ struct Forward<double> {
           DoubleChannel::store(params.checkpoints, checkpoint_row(DType::float64, T, b, t), C, c, state);
         }
         const double k = key_logit(channel.at(params.inputs[0], t)), v = channel.at(params.inputs[1], t);
-        const Sums<double> now = mix(state.sums, scale.weights(scale.at(state.max, k)).read, v);
-        y[t * C] = now.num / now.den;
-        state = channel.advance(state, k, v);
+        const auto weights = scale.weights(scale.at(state.max, k));
+        y[t * C] = read(state.sums, weights.read, v);
+        state = advance(scale, state, weights.advance, k, v);
       }
       DoubleChannel::store(params.state_out, b, C, c, state);
       if (params.checkpoints != nullptr) {
@@ -160,8 +156,8 @@ struct Forward<double> {
   }
 };
 
-// An interval is walked forward twice: once for the states every `kDoubleSteps`, which go to shared memory, and from
-// each of these once more, to be walked back.
+// The recurrence runs over an interval twice: once for the states every `kDoubleSteps`, which go to shared memory, and
+// from each of these once more, before the steps after it are taken backward.
 template <>
 struct Backward<double> {
   using Params = SequenceParams;
@@ -187,32 +183,30 @@ struct Backward<double> {
 #pragma unroll 1
         for (int64_t t = begin; t < end; ++t) {
           if ((t - begin) % kDoubleSteps == 0) saved[(t - begin) / kDoubleSteps] = state;
-          state = channel.advance(state, key_logit(channel.at(params.inputs[0], t)), channel.at(params.inputs[1], t));
+          const double k = key_logit(channel.at(params.inputs[0], t));
+          const auto weights = scale.weights(scale.at(state.max, k));
+          state = advance(scale, state, weights.advance, k, channel.at(params.inputs[1], t));
         }
 #pragma unroll 1
         for (int64_t first = begin + (end - 1 - begin) / kDoubleSteps * kDoubleSteps; first >= begin;
              first -= kDoubleSteps) {
           const int count = clamp_count(end - first, kDoubleSteps);
-          Sums<double> sums[kDoubleSteps];
-          double leads[kDoubleSteps];
+          SavedStep<double> before[kDoubleSteps];
           state = saved[(first - begin) / kDoubleSteps];
 #pragma unroll
           for (int step = 0; step < kDoubleSteps; ++step) {
             if (step >= count) continue;
             const double k = key_logit(channel.at(params.inputs[0], first + step));
-            sums[step] = state.sums;
-            leads[step] = scale.at(state.max, k);
-            state = channel.advance(state, k, channel.at(params.inputs[1], first + step));
+            before[step] = {state.sums, scale.at(state.max, k)};
+            const auto weights = scale.weights(before[step].at);
+            state = advance(scale, state, weights.advance, k, channel.at(params.inputs[1], first + step));
           }
 #pragma unroll
           for (int step = kDoubleSteps - 1; step >= 0; --step) {
             if (step >= count) continue;
             const int64_t t = first + step;
-            const double v = channel.at(params.inputs[1], t);
-            const auto weights = scale.weights(leads[step]);
-            StepGradients<double> of_step;
-            advance_adjoint(sums[step], weights.advance, v, adjoint, of_step);
-            read_adjoint(sums[step], weights.read, v, channel.at(params.inputs[2], t), adjoint, of_step);
+            const auto of_step = step_adjoint(scale, before[step], channel.at(params.inputs[1], t),
+                                              channel.at(params.inputs[2], t), adjoint);
             gk[t * C] = of_step.gk;
             gv[t * C] = of_step.gv;
             partials = {partials.num + of_step.g_log_decay, partials.den + of_step.gu};

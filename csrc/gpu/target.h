@@ -1,6 +1,6 @@
-// What the kernels need of a machine: approximate functions, 16-bit numbers, asynchronous copies, messages between
-// blocks, votes. CUDA and the host, where tests run the same kernels; a target more is a branch more in this file. No
-// toolkit header appears elsewhere in this folder, and no torch.
+// The machine as the kernels see it: approximate functions, 16-bit numbers, asynchronous copies, messages between
+// blocks, votes. The targets are CUDA and the host, where tests run the same kernels; a further target is a further
+// branch in this file. Toolkit headers appear in no other file of this folder, torch in op.h alone.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@
 #include <cuda_fp16.h>
 #endif
 
-// The code for a GPU, as against the host's, in a file that is compiled for both.
+// 1 in the pass for a GPU, 0 in the host's, of a file that is compiled for both.
 #if defined(__CUDA_ARCH__)
 #define WKV_ON_DEVICE 1
 #else
@@ -32,7 +32,7 @@ inline constexpr int kCudaArch = 0;
 namespace wkv {
 
 #if !defined(__CUDACC__)
-void pause_on_host();  // of whoever runs the kernels there
+void pause_on_host();  // defined by the program that runs the kernels there
 #endif
 
 template <class To, class From>
@@ -162,7 +162,7 @@ WKV_HD Packed<Element> pack(FloatPair pair) {
   return packed;
 }
 
-// Component by component; of 16-bit numbers without a way through float32, where the device can.
+// Component by component; 16-bit numbers are compared without conversion to float32 where the device can.
 #if WKV_ON_DEVICE && __CUDA_ARCH__ >= 800
 template <class Element>
 using DevicePair = std::conditional_t<std::is_same_v<Element, Half>, __half2, __nv_bfloat162>;
@@ -192,7 +192,7 @@ struct alignas(16) Vector {
   uint32_t words[4];
 };
 
-// From global to shared memory; it has landed when the same thread has waited for its copies.
+// Copies from global to shared memory; complete once the same thread has waited for its copies.
 WKV_HD void copy_async(void* shared, const void* global) {
 #if WKV_ON_DEVICE && __CUDA_ARCH__ >= 800
   asm volatile(
@@ -210,9 +210,9 @@ WKV_HD void wait_for_copies() {
 #endif
 }
 
-// A message is words of 64 bits that are written and read whole, each of two floats. None needs an order among others:
-// a word says by itself whether it has been written, because memory is set to `kNothing` before the launch, and no
-// float that is published has these bits.
+// A message is words of 64 bits that are written and read whole, each of two floats. The words need no order among
+// themselves: each shows by itself whether it has been written, because memory is set to `kNothing` before the launch,
+// and no float that is published has these bits.
 using Word = unsigned long long;
 inline constexpr uint32_t kNothing = 0xffffffffu;
 
@@ -234,7 +234,7 @@ WKV_HD Word load_relaxed(const Word* source) {
 #endif
 }
 
-// Counts from the value that all bits set make, -1.
+// Counts from -1, the value of all bits set.
 WKV_HD uint32_t take_ticket(uint32_t* counter) {
 #if WKV_ON_DEVICE
   return atomicAdd(counter, 1u) + 1;
@@ -243,7 +243,7 @@ WKV_HD uint32_t take_ticket(uint32_t* counter) {
 #endif
 }
 
-// Between two looks at a word that has not been written yet.
+// Pauses between two reads of a word that has not been written yet.
 WKV_HD void pause_polling() {
 #if WKV_ON_DEVICE
   __nanosleep(20);
@@ -252,7 +252,8 @@ WKV_HD void pause_polling() {
 #endif
 }
 
-// Whether all threads of the warp say so. On the host each speaks for itself: either answer is right for each.
+// Whether the value is true in all threads of the warp. On the host each thread decides by itself: either answer is
+// right for each.
 WKV_HD bool warp_agrees(bool value) {
 #if WKV_ON_DEVICE
   return __all_sync(0xffffffff, value);
@@ -268,7 +269,7 @@ struct BlockIndex {
 };
 
 #if defined(__CUDACC__)
-// Runs a kernel's phases: what each thread does between two barriers. Tests have teams of their own, whose threads take
+// Runs a kernel's phases, the code of each thread between two barriers. Tests define other teams, whose threads take
 // turns in any order or are threads of the host.
 template <class Thread>
 struct DeviceTeam {
@@ -291,7 +292,7 @@ struct DeviceTeam {
   __device__ __forceinline__ bool agree(const Phase& function) {
     return __syncthreads_and(function(thread));
   }
-  // Nothing follows in which threads meet.
+  // No barrier or vote follows.
   template <class Phase>
   __device__ __forceinline__ void last_phase(const Phase& function) {
     function(thread);

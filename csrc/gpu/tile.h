@@ -1,4 +1,4 @@
-// What lies between memory and the walks: rows of a tile staged in shared memory, channels' parameters, states.
+// The path between memory and registers: rows of a tile staged in shared memory, channels' parameters, states.
 #pragma once
 
 #include "../common/recurrence.h"
@@ -8,8 +8,8 @@
 
 namespace wkv {
 
-// The kernel report counts the instructions of what a full tile takes: whole subchunks that share an exponent, moved by
-// vectors. It compiles that alone.
+// The kernel report counts the instructions of a full tile: whole subchunks that share an exponent, moved by vectors.
+// It compiles only these.
 #if defined(WKV_FULL_TILES_ONLY)
 inline constexpr bool kFullTilesOnly = true;
 #else
@@ -17,27 +17,10 @@ inline constexpr bool kFullTilesOnly = false;
 #endif
 
 template <class Element>
-struct ElementTraits;
-template <>
-struct ElementTraits<float> {
-  using Real = float;
-  static constexpr DType dtype = DType::float32;
-};
-template <>
-struct ElementTraits<Half> {
-  using Real = float;
-  static constexpr DType dtype = DType::float16;
-};
-template <>
-struct ElementTraits<Bfloat16> {
-  using Real = float;
-  static constexpr DType dtype = DType::bfloat16;
-};
-template <>
-struct ElementTraits<double> {
-  using Real = double;
-  static constexpr DType dtype = DType::float64;
-};
+inline constexpr DType kTypeOf = std::is_same_v<Element, float>      ? DType::float32
+                                 : std::is_same_v<Element, Half>     ? DType::float16
+                                 : std::is_same_v<Element, Bfloat16> ? DType::bfloat16
+                                                                     : DType::float64;
 
 WKV_HD int clamp_count(int64_t count, int limit) {
   return count <= 0 ? 0 : count < limit ? static_cast<int>(count) : limit;
@@ -47,33 +30,17 @@ WKV_HD int clamp_count(int64_t count, int limit) {
 
 template <class Real>
 WKV_HD Real load_parameter(const void* values, DType dtype, int64_t c) {
-  switch (dtype) {
-    case DType::float32:
-      return static_cast<const float*>(values)[c];
-    case DType::float16:
-      return to_real(static_cast<const Half*>(values)[c]);
-    case DType::bfloat16:
-      return to_real(static_cast<const Bfloat16*>(values)[c]);
-    default:
-      return static_cast<Real>(static_cast<const double*>(values)[c]);
-  }
+  return with_dtype(dtype, [=](auto constant) {
+    return static_cast<Real>(to_real(static_cast<const ElementOf<constant.value, Half, Bfloat16>*>(values)[c]));
+  });
 }
 
 template <class Real>
 WKV_HD void store_parameter(void* values, DType dtype, int64_t c, Real value) {
-  switch (dtype) {
-    case DType::float32:
-      static_cast<float*>(values)[c] = static_cast<float>(value);
-      break;
-    case DType::float16:
-      from_real(static_cast<float>(value), static_cast<Half*>(values)[c]);
-      break;
-    case DType::bfloat16:
-      from_real(static_cast<float>(value), static_cast<Bfloat16*>(values)[c]);
-      break;
-    default:
-      static_cast<double*>(values)[c] = static_cast<double>(value);
-  }
+  with_dtype(dtype, [=](auto constant) {
+    from_real(static_cast<RealOf<constant.value>>(value),
+              static_cast<ElementOf<constant.value, Half, Bfloat16>*>(values)[c]);
+  });
 }
 
 template <class Real>
@@ -116,7 +83,7 @@ struct Rows64 {
 struct SharedChannels {
   Rows64 rows;
 
-  // Those that do not exist have parameters of zero.
+  // Channels beyond the last have parameters of zero.
   WKV_HD void load(const ChannelParameters& parameters, uint32_t c, int columns, unsigned thread, int threads) const {
     float* const values = reinterpret_cast<float*>(rows.first);
 #pragma unroll 1
@@ -141,7 +108,7 @@ struct SharedChannels {
   WKV_HD Pair log_decay(int lane) const { return rows.get(0, lane) * Pair(1 / kLog2E); }
   WKV_HD Pair decay(int lane) const { return rows.get(1, lane); }
   WKV_HD Pair bonus(int lane) const { return rows.get(2, lane); }
-  // Log2 of what is left of a state after so many steps.
+  // Log2 of the decay over this many steps.
   WKV_HD Pair decay_log2(int lane, int steps) const { return Pair(steps) * rows.get(0, lane); }
 };
 
@@ -175,7 +142,7 @@ struct ChannelRow {
 template <class Element>
 struct Rows {
   Element* data;
-  uint32_t stride;  // in elements; op.h sees to it that 32 bits suffice for it and for T
+  uint32_t stride;  // in elements; op.h ensures that 32 bits suffice for it and for T
 
   // One instruction, as a product of 32-bit numbers.
   WKV_HD Element* at(int t) const { return data + static_cast<uint64_t>(static_cast<uint32_t>(t)) * stride; }
@@ -191,7 +158,7 @@ WKV_HD Rows<Element> rows_from(void* contiguous, int64_t T, int64_t C, uint32_t 
   return {static_cast<Element*>(contiguous) + b * (T * C) + c, static_cast<uint32_t>(C)};
 }
 
-// How the lanes of a warp share a subchunk's rows of 16-byte vectors: each has one column and every so-many-th row.
+// A lane's share of a subchunk's rows of 16-byte vectors: one column, and every kRowStep-th row.
 template <class Element>
 struct VectorShare {
   static constexpr int kPerVector = static_cast<int>(sizeof(Vector) / sizeof(Element));
@@ -202,7 +169,7 @@ struct VectorShare {
   WKV_HD explicit VectorShare(unsigned lane)
       : column(lane % kVectorsOfRow * kPerVector), first_row(lane / kVectorsOfRow) {}
 
-  // Of `columns`, so many are moved by vectors: none where an address is not a multiple of 16.
+  // The number of `columns` that are moved by vectors: 0 where an address is not a multiple of 16.
   WKV_HD static int vectored(Rows<const Element> rows, int columns) {
     if (kFullTilesOnly) return kTileChannels;
     const auto address = reinterpret_cast<uintptr_t>(rows.data);
@@ -225,40 +192,38 @@ struct VectorShare {
   }
 };
 
-// A lane's part of bringing rows, steps × columns, to shared memory; columns that do not exist become zero, so that no
-// result depends on what shared memory held.
-template <int kSteps, class Element>
-WKV_HD void stage(Element* subchunk, Rows<const Element> source, int t, int steps, int columns, int lane) {
+// Moves a lane's part of rows, steps × columns, between memory and shared memory, `columns` of `all` being in memory:
+// by vectors(in memory, in shared memory) where it can, else by element(in memory, in shared memory, exists).
+template <int kSteps, class Element, class Memory, class MoveVector, class MoveElement>
+WKV_HD void move_rows(Rows<Memory> rows, int t, Element* subchunk, int steps, int columns, int all, int lane,
+                      const MoveVector& vector, const MoveElement& element) {
   const VectorShare<Element> share(lane);
-  const int vectored = share.vectored(source, columns);
-  if (share.column < vectored) {
-    share.template for_vectors<kSteps>(source, t, subchunk, steps,
-                                       [](const Element* from, Element* to) { copy_async(to, from); });
-  }
-  if (kFullTilesOnly || vectored == kTileChannels) return;
+  const int vectored = share.vectored({rows.data, rows.stride}, columns);
+  if (share.column < vectored) share.template for_vectors<kSteps>(rows, t, subchunk, steps, vector);
+  if (kFullTilesOnly || vectored == all) return;
   for (int row = 0; row < steps; ++row) {
-    for (int column = vectored + lane; column < kTileChannels; column += kWarpThreads) {
-      subchunk[row * kTileChannels + column] = column < columns ? source.at(t + row)[column] : Element();
+    for (int column = vectored + lane; column < all; column += kWarpThreads) {
+      element(rows.at(t + row) + column, subchunk + (row * kTileChannels + column), column < columns);
     }
   }
 }
 
-// The way back.
+// Stages rows in shared memory. Columns beyond the last become zero, so that no result depends on the earlier contents
+// of shared memory.
+template <int kSteps, class Element>
+WKV_HD void stage(Element* subchunk, Rows<const Element> source, int t, int steps, int columns, int lane) {
+  move_rows<kSteps>(
+      source, t, subchunk, steps, columns, kTileChannels, lane,
+      [](const Element* from, Element* to) { copy_async(to, from); },
+      [](const Element* from, Element* to, bool exists) { *to = exists ? *from : Element(); });
+}
+
 template <int kSteps, class Element>
 WKV_HD void unstage(Rows<Element> target, int t, Element* subchunk, int steps, int columns, int lane) {
-  const VectorShare<Element> share(lane);
-  const int vectored = share.vectored({target.data, target.stride}, columns);
-  if (share.column < vectored) {
-    share.template for_vectors<kSteps>(target, t, subchunk, steps, [](Element* to, const Element* from) {
-      *reinterpret_cast<Vector*>(to) = *reinterpret_cast<const Vector*>(from);
-    });
-  }
-  if (kFullTilesOnly || vectored == columns) return;
-  for (int row = 0; row < steps; ++row) {
-    for (int column = vectored + lane; column < columns; column += kWarpThreads) {
-      target.at(t + row)[column] = subchunk[row * kTileChannels + column];
-    }
-  }
+  move_rows<kSteps>(
+      target, t, subchunk, steps, columns, columns, lane,
+      [](Element* to, const Element* from) { *reinterpret_cast<Vector*>(to) = *reinterpret_cast<const Vector*>(from); },
+      [](Element* to, const Element* from, bool) { *to = *from; });
 }
 
 // ---- a thread's steps ----
@@ -275,8 +240,8 @@ struct Column {
   WKV_HD void set(int step, Pair value) const { at(step) = pack<Element>({value.x, value.y}); }
 };
 
-// For arrays over steps of which not all are written: where a block takes several tiles, the compiler would keep
-// registers for what the tile before left in the others.
+// Clears an array over steps that is only partly written: where a block takes several tiles, the compiler would
+// otherwise keep registers for the values of the tile before.
 template <class Value, int kSteps>
 WKV_HD void clear_unless_full(int count, Value (&values)[kSteps]) {
   if (kFullTilesOnly || count == kSteps) return;
@@ -284,31 +249,24 @@ WKV_HD void clear_unless_full(int count, Value (&values)[kSteps]) {
   for (int step = 0; step < kSteps; ++step) values[step] = Value{};
 }
 
-// Calls function(step) for the first `count` steps of a subchunk, all unrolled, so that arrays over them can be
-// registers; a whole subchunk, which is the rule, asks nothing at each step.
-template <int kSteps, class Function>
+// Calls function(step) for the first `count` steps of a subchunk, or from the last of these to the first, all unrolled,
+// so that arrays over them can be registers; a whole subchunk, the usual case, compares nothing at each step.
+template <int kSteps, bool kBack = false, class Function>
 WKV_HD void for_steps(int count, const Function& function) {
   if (kFullTilesOnly || count == kSteps) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) function(step);
+    for (int i = 0; i < kSteps; ++i) function(kBack ? kSteps - 1 - i : i);
   } else {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
+    for (int i = 0; i < kSteps; ++i) {
+      const int step = kBack ? kSteps - 1 - i : i;
       if (step < count) function(step);
     }
   }
 }
 template <int kSteps, class Function>
 WKV_HD void for_steps_back(int count, const Function& function) {
-  if (kFullTilesOnly || count == kSteps) {
-#pragma unroll
-    for (int step = kSteps - 1; step >= 0; --step) function(step);
-  } else {
-#pragma unroll
-    for (int step = kSteps - 1; step >= 0; --step) {
-      if (step < count) function(step);
-    }
-  }
+  for_steps<kSteps, true>(count, function);
 }
 
 }  // namespace wkv

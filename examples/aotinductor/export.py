@@ -1,4 +1,4 @@
-"""Packages a model with AOTInductor, for programs without Python: main.cpp, beside this file, runs what this writes.
+"""Packages a model with AOTInductor, for programs without Python: main.cpp, beside this file, runs the result.
 
 python examples/aotinductor/export.py FOLDER
 torch=$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')
@@ -20,7 +20,7 @@ T = 200  # of the example; the package takes any number of tokens
 
 
 def package(folder: Path) -> None:
-    """Writes model.pt2, and example.pt with what the model makes of some tokens here."""
+    """Writes model.pt2, and example.pt with some tokens and the model's outputs here."""
     torch.manual_seed(0)
     model = RWKV(vocab_size=256, channels=64, layers=2).eval()
     tokens = torch.randint(256, (1, T))

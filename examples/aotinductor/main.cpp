@@ -1,5 +1,5 @@
 // Runs the model that export.py has packaged, in a process without Python: whole, and in two parts with the state
-// handed on. Both must give the example's logits and final state.
+// passed on. Both must give the example's logits and final state.
 //
 // run librwkv_kernels.so model.pt2 example.pt
 #include <ATen/ATen.h>
@@ -24,7 +24,7 @@ void load_operators(const char* path) {
   if (dlopen(path, RTLD_NOW) == nullptr) throw std::runtime_error(dlerror());
 }
 
-// What torch.save wrote: lists of tensors, by name.
+// A file of torch.save: lists of tensors, by name.
 c10::impl::GenericDict read_example(const char* path) {
   std::ifstream file(path, std::ios::binary);
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from .parser import BYTES, Instruction, PtxError, split
 
-# In terms of operands a, b, c and d: those of the instruction's type T, or else of the types that OPERANDS names.
+# Expressions of the operands a, b, c and d, which have the instruction's type T or the types that OPERANDS names.
 EXPRESSIONS = {
     "mov": "a",
     "add": "a + b",
@@ -44,7 +44,7 @@ OF_FLOATS = {"abs": "std::fabs(a)"}
 OF_INTEGERS = {"div": "quotient(a, b)"}
 FLOATS = {"f32": "f", "f64": "d"}  # by the codes of struct
 HALVES = ("f16", "bf16")
-# Rounded to halves, they are what the operations on halves are.
+# In float32, then rounded to halves: the same results as in halves.
 EXACT_IN_FLOAT = ("add", "sub", "mul", "min", "max", "abs", "neg")
 OPERANDS = {
     "mad.wide": ("T", "T", "Wide<T>"),
@@ -72,7 +72,7 @@ COMPARISONS = {
     "nan": "a != a || b != b",
 }
 JOINED = {"and": "&", "or": "|", "xor": "^"}
-# What is stored, a being there.
+# The value to store; a is the one in memory.
 ATOMICS = {name: EXPRESSIONS[name] for name in ("add", "min", "max", "and", "or", "xor")} | {
     "exch": "b",
     "cas": "a == b ? c : a",
@@ -141,7 +141,7 @@ def _is_integer(type: str) -> bool:
 
 
 def _same(type: str, other: str) -> bool:
-    """Whether they are the same type of C++."""
+    """Whether both are the same type in C++."""
     unsigned = {f"b{bits}": f"u{bits}" for bits in (8, 16, 32, 64)}
     return unsigned.get(type, type) == unsigned.get(other, other)
 
@@ -224,7 +224,7 @@ class _Instruction:
         return [f"as<{type.removesuffix('x2')}>({self.read(operand, 'b32')} >> {shift})" for shift in (0, 16)]
 
     def _set(self, value: str, type: str, target: str | None = None) -> str:
-        """The register gets the value of the type, whose sign fills up a wider one."""
+        """Sets the register to the value of the type, extended by its sign where the register is wider."""
         target = self.operands[0] if target is None else target
         if target == "_":
             return ""
@@ -283,7 +283,7 @@ class _Instruction:
         return self._set(" | ".join(shifted), self.type)
 
     def _compare(self) -> str:
-        """setp.CMP[.BOOL][.ftz].TYPE p[|q], a, b[, c], or of pairs of halves, of which p and q get one each."""
+        """setp.CMP[.BOOL][.ftz].TYPE p[|q], a, b[, c], or of pairs of halves, whose results go to p and q."""
         comparison = self.modifiers[0]
         comparison = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(comparison, comparison)
         self._allow(self.modifiers[0], *JOINED, "ftz")
@@ -337,7 +337,7 @@ class _Instruction:
         return next((modifier for modifier in self.modifiers if modifier.split("::")[0] in SPACES), "").split("::")[0]
 
     def _elements(self, operand: str) -> list[str]:
-        """Those of the vector that is loaded or stored, or the single one."""
+        """The elements of the vector that is loaded or stored, or the single operand."""
         hints = [modifier for modifier in self.modifiers if modifier.startswith(("L1::", "L2::"))]
         self._allow(*SPACES, "shared::cta", *VECTORS, *ORDERING, *CACHING, *hints)
         elements = split(operand)

@@ -31,7 +31,7 @@ Size = int | Sequence[int]
 
 
 def unavailable() -> str | None:
-    """Why no kernel can run here, or None."""
+    """The reason that no kernel can run here, or None."""
     if platform.machine() != "x86_64":
         return f"PTX runs on x86-64 only, whose stacks tools/ptx/machine.h can switch, and this is {platform.machine()}"
     return None if shutil.which("g++") else "PTX is compiled by g++, which is not on the PATH"
@@ -80,7 +80,7 @@ class Kernel:
         resident: int = 0,
         timeout: float = 120.0,
     ) -> Counter[str]:
-        """How often all threads together executed each opcode, if the kernel is counted.
+        """Runs the kernel; returns how often all threads together executed each opcode, if it is counted.
 
         An argument is an array, contiguous, whose memory the kernel gets; a number, encoded as the parameter's type
         is; the bytes of a structure; or None for a null pointer. A kernel may access the arrays and those of `memory`,
@@ -88,7 +88,7 @@ class Kernel:
 
         `order` ("forward", "reversed" or "shuffled", by `seed`) is that in which blocks start and threads take turns;
         `resident` blocks run at a time, of which 0 means as many as have 512 threads, two at least. Raises PtxError for
-        a fault, with what the arrays hold by then, and after `timeout` seconds.
+        a fault, which leaves the arrays as they are by then, and after `timeout` seconds.
         """
         parameters = self._translation.source.parameters
         if len(arguments) != len(parameters):
@@ -129,7 +129,7 @@ class Kernel:
 
 
 def _compiled(code: str) -> Path:
-    """The library, known by all that it is made of: several processes may make it at once."""
+    """The library, named by a digest of sources, flags and compiler: several processes may build it at once."""
     processor = Path("/proc/cpuinfo").read_text().split()
     flags = [*FLAGS, *(flag for name, flag in FASTER.items() if name in processor)]
     compiler = subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout

@@ -1,5 +1,5 @@
 // The machine that a translated kernel runs on: threads as fibers of one thread of the host, memory that is checked,
-// barriers, exchanges in warps, asynchronous copies, and the order of it all.
+// barriers, exchanges in warps, asynchronous copies, and the order of blocks and threads.
 #pragma once
 
 #include <sys/mman.h>
@@ -31,7 +31,7 @@ struct Launch {
   f64 timeout;  // seconds
 };
 
-// How many threads take part, and how many of them say yes; in a warp, which ones.
+// The number of threads that take part, and of those that vote yes; in a warp, their masks.
 struct Votes {
   u32 all, yes;
 };
@@ -41,7 +41,7 @@ struct Barrier {
   Votes result;
 };
 
-// What the lanes of one mask hand to each other.
+// The exchange of values between the lanes of one mask.
 struct Exchange {
   struct Result {
     u32 lanes;
@@ -92,12 +92,12 @@ static const Launch* launch;
 static Thread* running;
 static void* scheduler;
 static char error[512];  // empty until something fails
-static u64 progress;     // arrivals and exits; where it stands still, and nobody spins, is a deadlock
-static Range recent;     // that was accessed last
+static u64 progress;     // arrivals and exits; while no thread spins, no progress is a deadlock
+static Range recent;     // accessed last
 
 // ---- fibers
 
-// Saves the registers that a function keeps and the stack pointer, and takes up another stack's.
+// Saves the callee-saved registers and the stack pointer, and restores another stack's.
 extern "C" void switch_stack(void** from, void* to);
 #ifdef __x86_64__
 asm(R"(
@@ -219,7 +219,7 @@ INLINE void store(char* to, T value) {
   memcpy(to, &value, sizeof value);
 }
 
-// ---- asynchronous copies, which arrive as late as they may
+// ---- asynchronous copies, which arrive as late as allowed
 
 INLINE void copy_later(Thread* t, char* to, const char* from, u32 bytes) {
   t->copies.push_back({to, from, bytes, t->groups});
@@ -240,9 +240,9 @@ INLINE void await_all_copies(Thread* t) {
   await_copies(t, 0);
 }
 
-// ---- threads that meet
+// ---- barriers and exchanges
 
-// Waits until all are there; the first that sees it completes the generation.
+// Waits until all have arrived; the first thread that sees it completes the generation.
 template <class Full, class Complete>
 INLINE void meet(Thread* t, u32& generation, int line, Full full, Complete complete) {
   const u32 mine = generation;
@@ -260,7 +260,7 @@ INLINE void meet(Thread* t, u32& generation, int line, Full full, Complete compl
   }
 }
 
-// Of so many threads, or with 0 of all that have not exited.
+// A barrier of `threads` threads, or with 0 of all that have not exited.
 [[gnu::noinline]] static Votes barrier(Thread* t, u32 number, u32 threads, bool vote, int line) {
   if (number >= 16) fail(t, "barrier %u of 16 (PTX line %d)", number, line);
   Barrier& b = t->block->barriers[number];
@@ -275,7 +275,7 @@ INLINE void meet(Thread* t, u32& generation, int line, Full full, Complete compl
   return b.result;
 }
 
-// Every lane of the mask brings a value and gets all of them.
+// Every lane of the mask contributes a value and receives all of them.
 [[gnu::noinline]] static const Exchange::Result& exchange(Thread* t, u32 mask, u64 value, int line) {
   Warp& warp = *t->warp;
   if (!(mask >> t->lane & 1)) fail(t, "lane %u is not in its mask 0x%x (PTX line %d)", t->lane, mask, line);
@@ -398,7 +398,7 @@ class Machine {
   }
 
  private:
-  // Whether one of them spins.
+  // Whether any thread spins.
   bool run_each_thread(Block& block) {
     bool spun = false;
     shuffle_if_asked(thread_order_);

@@ -16,7 +16,7 @@ class PtxError(RuntimeError):
 
 @dataclass(frozen=True)
 class Parameter:
-    """`type` is that of one element, `offset` where it is among all parameters, in bytes."""
+    """`type` is that of one element, `offset` the place among all parameters, in bytes."""
 
     name: str
     type: str
@@ -26,7 +26,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Variable:
-    """Memory of a block (space "shared") or of a thread ("local"); 0 bytes where the launch says how many."""
+    """Memory of a block (space "shared") or of a thread ("local"); 0 bytes where the launch gives the size."""
 
     space: str
     name: str
@@ -44,7 +44,7 @@ class Registers:
 
 @dataclass(frozen=True)
 class Label:
-    """A place to branch to."""
+    """A branch target."""
 
     name: str
 
@@ -101,7 +101,7 @@ def parse(text: str, name: str) -> Source:
 
 
 def split(text: str, separator: str = ",") -> list[str]:
-    """The elements of a vector such as {%r1, %r2}, of a pair such as %p1|%p2, or the one that there is."""
+    """The elements of a vector such as {%r1, %r2}, of a pair such as %p1|%p2, or the single one."""
     return [part.strip() for part in text.strip("{} \t\n").split(separator)]
 
 
@@ -172,6 +172,6 @@ def _statement(text: str, line: int) -> Iterator[Statement]:
 
 
 def _names(item: str) -> list[str]:
-    """Those of "%r<3>" are %r0, %r1 and %r2."""
+    """The registers of a declaration: "%r<3>" declares %r0, %r1 and %r2."""
     numbered = re.fullmatch(r"([\w$%]+)<(\d+)>", item)
     return [f"{numbered[1]}{i}" for i in range(int(numbered[2]))] if numbered else [item]

@@ -1,4 +1,4 @@
-"""Translates a kernel to C++: registers become variables, braces, labels and branches stay what they are."""
+"""Translates a kernel to C++: registers become variables, braces, labels and branches stay."""
 
 from collections import ChainMap, Counter
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ class Translation:
     source: Source
     code: str
     blocks: list[Counter[str]]
-    shared_bytes: int  # but for those of the launch
+    shared_bytes: int  # without those of the launch
     local_bytes: int
 
 
 def translate(text: str, name: str, counted: bool) -> Translation:
-    """The only kernel of the PTX whose name contains `name`; with `counted` it counts what it executes."""
+    """The only kernel of the PTX whose name contains `name`; with `counted` it counts the opcodes that it executes."""
     return _Translator(parse(text, name), counted).translation()
 
 

@@ -1,4 +1,4 @@
-// PTX's types and what its instructions make of values.
+// PTX's types and its operations on values.
 #pragma once
 
 #include <cfenv>
