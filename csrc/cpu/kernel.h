@@ -307,15 +307,14 @@ struct Kernel {
   template <bool writes>
   static WKV_INLINE Reversed reverse_subchunk(const VectorChannels& channels, const SubchunkScale& kept,
                                               Rows<const Element> v, Rows<const Element> gy, int steps,
-                                              const SavedStep<Vec>* saved, Reversed carried, Rows<Element> gk,
-                                              Rows<Element> gv) {
+                                              const SavedStep<Vec>* saved, Reversed carried, Element* gk, Element* gv) {
     const auto reversed = [=](const auto& scale, Reversed carried) WKV_INLINE_LAMBDA {
 #pragma GCC unroll 2
       for (int step = steps - 1; step >= 0; --step) {
         const auto gradients = step_adjoint(scale, saved[step], load(v.row(step)), load(gy.row(step)), carried.adjoint);
         if constexpr (writes) {
-          store(gk.row(step), gradients.gk);
-          store(gv.row(step), gradients.gv);
+          store(gk + step * kLine, gradients.gk);
+          store(gv + step * kLine, gradients.gv);
           carried.g_log_decay = carried.g_log_decay + gradients.g_log_decay;
           carried.gu = carried.gu + gradients.gu;
         }
@@ -391,7 +390,7 @@ struct Kernel {
                 reverse_subchunk<writes>(channels_at(params.channels, c, count), scales[i][begin / kSubchunk],
                                          whole(v.from(t + begin, c), own_steps, count, v_copy),
                                          whole(gy.from(t + begin, c), own_steps, count, gy_copy), own_steps,
-                                         saved[i] + begin, carried[i], gk_staged.rows(first), gv_staged.rows(first));
+                                         saved[i] + begin, carried[i], gk_staged.data + first, gv_staged.data + first);
           }
           if constexpr (writes) {
             gk_staged.write(gk.from(t + begin, line), own_steps, width, streams);
