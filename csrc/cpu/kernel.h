@@ -209,8 +209,6 @@ struct Kernel {
     const auto k = rows_of(params.k, item.b), v = rows_of(params.v, item.b);
     const auto y = rows_of(params.y, item.b, T, C);
     const bool streams = writes && worth_streaming(params.y, params.B, T, C);
-    // A vector that is a whole line need not be staged.
-    const bool streams_vectors = streams && sizeof(Vec) == kLineBytes && kLanes == kLine;
     Real* const state = static_cast<Real*>(params.states) + item.row * 3 * C;
     Real* const checkpoints = writes ? static_cast<Real*>(params.checkpoints) : nullptr;
     alignas(kLineBytes) Element k_copy[kSubchunk * kLanes], v_copy[kSubchunk * kLanes];
@@ -222,6 +220,8 @@ struct Kernel {
                                    : nullptr;
       for (int64_t line = item.c_begin; line < item.c_end; line += kLine) {
         const int width = at_most(kLine, item.c_end - line);
+        // A vector that is a whole line goes to memory without being staged.
+        const bool stages = kLanes < kLine || width < kLine;
         prefetch(k.from(t + kSubchunk, line));
         prefetch(v.from(t + kSubchunk, line));
         for (int first = 0; first < width; first += kLanes) {
@@ -234,14 +234,15 @@ struct Kernel {
           const auto v_rows = whole(v.from(t, c), steps, count, v_copy);
           if constexpr (!writes) {
             carried = forward_subchunk<Output::none>(channels, k_rows, v_rows, y, steps, carried);
-          } else if (streams_vectors) {
+          } else if (streams && !stages) {
             carried = forward_subchunk<Output::streamed>(channels, k_rows, v_rows, y.from(t, c), steps, carried);
           } else {
-            carried = forward_subchunk<Output::stored>(channels, k_rows, v_rows, y_staged.rows(first), steps, carried);
+            const auto y_rows = stages ? y_staged.rows(first) : y.from(t, c);
+            carried = forward_subchunk<Output::stored>(channels, k_rows, v_rows, y_rows, steps, carried);
           }
           store_state(state, C, c, count, carried);
         }
-        if (writes && !streams_vectors) y_staged.write(y.from(t, line), steps, width, streams);
+        if (writes && stages) y_staged.write(y.from(t, line), steps, width, streams);
       }
     }
     if (streams) finish_streaming();
@@ -306,15 +307,14 @@ struct Kernel {
   template <bool writes>
   static WKV_INLINE Reversed reverse_subchunk(const VectorChannels& channels, const SubchunkScale& kept,
                                               Rows<const Element> v, Rows<const Element> gy, int steps,
-                                              const SavedStep<Vec>* saved, Reversed carried, Rows<Element> gk,
-                                              Rows<Element> gv) {
+                                              const SavedStep<Vec>* saved, Reversed carried, Element* gk, Element* gv) {
     const auto reversed = [=](const auto& scale, Reversed carried) WKV_INLINE_LAMBDA {
 #pragma GCC unroll 2
       for (int step = steps - 1; step >= 0; --step) {
         const auto gradients = step_adjoint(scale, saved[step], load(v.row(step)), load(gy.row(step)), carried.adjoint);
         if constexpr (writes) {
-          store(gk.row(step), gradients.gk);
-          store(gv.row(step), gradients.gv);
+          store(gk + step * kLine, gradients.gk);
+          store(gv + step * kLine, gradients.gv);
           carried.g_log_decay = carried.g_log_decay + gradients.g_log_decay;
           carried.gu = carried.gu + gradients.gu;
         }
@@ -348,6 +348,7 @@ struct Kernel {
     const Real* const checkpoints = static_cast<const Real*>(params.checkpoints);
     Real* const adjoint = static_cast<Real*>(params.adjoints) + item.row * 2 * C;
     double* const partials = writes ? params.partials + item.row * 2 * C : nullptr;
+    // Whole lines too: written step by step among the reads, they are slower where rows evict one another.
     Staged gk_staged, gv_staged;
     alignas(kLineBytes) Element k_copy[kSubchunk * kLanes], v_copy[kSubchunk * kLanes], gy_copy[kSubchunk * kLanes];
     SavedStep<Vec> saved[kLine / kLanes][kInterval];
@@ -389,7 +390,7 @@ struct Kernel {
                 reverse_subchunk<writes>(channels_at(params.channels, c, count), scales[i][begin / kSubchunk],
                                          whole(v.from(t + begin, c), own_steps, count, v_copy),
                                          whole(gy.from(t + begin, c), own_steps, count, gy_copy), own_steps,
-                                         saved[i] + begin, carried[i], gk_staged.rows(first), gv_staged.rows(first));
+                                         saved[i] + begin, carried[i], gk_staged.data + first, gv_staged.data + first);
           }
           if constexpr (writes) {
             gk_staged.write(gk.from(t + begin, line), own_steps, width, streams);
