@@ -46,7 +46,7 @@ export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 # The command that follows, without its output where it succeeds.
 QUIETLY := @sh tools/quietly.sh
 
-# What is tested on the CPU starts from as many threads as there are processors, in every worker: none shall spin for work.
+# What is tested on the CPU starts from as many threads as there are processors, in every worker: none may spin for work.
 PYTEST := OMP_WAIT_POLICY=passive $(RUN) -m pytest --durations=15 $(if $(WORKERS),-n $(WORKERS) --dist worksteal)
 
 demo: setup

@@ -35,7 +35,7 @@ import cuda_toolkit  # noqa: E402
 
 OLDEST_TORCH = (2, 11)
 
-# No kernel reads floating-point exceptions or errno. Products and sums shall fuse, which Clang does across inlined
+# No kernel reads floating-point exceptions or errno. Products and sums must fuse, which Clang does across inlined
 # functions only with the flag. In a*b + c*d GCC fuses another product without -fwrapv, which most Pythons add: set
 # here, it makes the last bit independent of the Python and the build system.
 FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fwrapv"]
@@ -91,9 +91,12 @@ class Build(build_ext):
 
 
 class BuildPython(build_py):
-    """Writes the reason into the package where libraries are missing."""
+    """Leaves modules of an earlier build out, and writes the reason into the package where libraries are missing."""
 
     def run(self) -> None:
+        # setuptools keeps the modules of an earlier build, also those that the package has no more.
+        for path in Path(self.build_lib, "rwkv_kernels").rglob("*.py"):
+            path.unlink()
         super().run()
         if WHY_NO_LIBRARY is not None and not self.editable_mode:
             Path(self.build_lib, "rwkv_kernels", "_why_no_library.txt").write_text(WHY_NO_LIBRARY + "\n")

@@ -120,8 +120,8 @@ def _misfit(
 def _not_a_tensor(name: str, value: object) -> TypeError:
     if name == "state" and isinstance(value, (list, tuple)):
         return TypeError(
-            "state: expected a torch.Tensor [B, 3, C], got a list; rwkv_kernels.compat.transformers.import_state "
-            "converts [num, den, max]"
+            f"state: expected a torch.Tensor [B, 3, C], got a {type(value).__name__}; "
+            "rwkv_kernels.compat.transformers.import_state converts [num, den, max]"
         )
     return TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
 

@@ -756,7 +756,7 @@ int main_of(const std::vector<std::string>& arguments) {
     if (name == "partials") {
       run_in_many_orders<Bfloat16>(pool, {1, 560, 80, 2, 1, false, false}, seeds);
     } else if (name == "anchors") {
-      run_in_many_orders<float>(pool, {1, 310, 66, 4, 1, false, true}, seeds);
+      run_in_many_orders<float>(pool, {1, 560, 66, 1, 1, false, true}, seeds);
     } else if (name == "spread_keys") {
       run_in_many_orders<float>(pool, {1, 300, 64, 8, 1, true, true}, seeds);
     } else if (name == "several_tiles") {

@@ -6,6 +6,7 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,15 @@ def test_cuda_is_built_for_a_torch_that_can_run_it_or_where_it_is_insisted_on(
     assert cuda_toolkit.to_build_with(torch_cuda) is not None
     monkeypatch.setenv("RWKV_KERNELS_CUDA", "0")
     assert cuda_toolkit.to_build_with(torch_cuda) is None
+
+
+def test_modules_of_an_earlier_build_stay_out(tmp_path: Path) -> None:
+    stale = tmp_path / "rwkv_kernels" / "gone.py"
+    stale.parent.mkdir()
+    stale.touch()
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "RWKV_KERNELS_CUDA": "0"}, check=True, capture_output=True)
+    assert not stale.exists() and (stale.parent / "functional.py").exists()
 
 
 def test_insisting_without_a_toolkit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +230,8 @@ def test_kernels_are_known_by_their_mangled_names(mangled: str, expected: tuple[
         kernel_report.identity("_ZN3wkv5otherEv")
 
 
-STUB = Path(__file__).parent.parent / "rwkv_kernels" / "_introspection.pyi"
+ROOT = Path(__file__).parent.parent
+STUB = ROOT / "rwkv_kernels" / "_introspection.pyi"
 
 
 def test_the_stub_fits_the_module() -> None:

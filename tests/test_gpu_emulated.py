@@ -122,13 +122,13 @@ STAGE_AGAIN = ["stage"]  # another tile than foreseen, or the next one
 RANGE = ["bring keys to registers", "leave the largest key", "agree on a scale"]
 FORWARD = [*RANGE, "walk and leave sums"]
 BACKWARD = [*RANGE, "walk", "walk back", "leave sums"]
-LOOK_BACK = ["sum up and await messages", "hand on", "correct"]
+LOOK_BACK = ["sum up and wait for messages", "join", "correct"]
 # Where every chunk is an anchor.
-LOOK_BACK_FORWARD = ["sum up and await messages", "hand on one message", "correct"]
-LOOK_BACK_BACKWARD = ["sum up and await one message", "hand on", "correct"]
+LOOK_BACK_FORWARD = ["sum up and wait for messages", "join one message", "correct"]
+LOOK_BACK_BACKWARD = ["sum up and wait for one message", "join", "correct"]
 # The tiles of a chunk after the first one.
-GO_ON_FORWARD = ["sum up alone", "hand on alone", "correct"]
-GO_ON_BACKWARD = ["sum up alone", "hand on", "correct"]
+GO_ON_FORWARD = ["sum up alone", "join alone", "correct"]
+GO_ON_BACKWARD = ["sum up alone", "join", "correct"]
 
 UNTRIED = {
     "take a ticket and stage": "without a ticket a block does not know its chunk",
@@ -136,10 +136,10 @@ UNTRIED = {
 }
 UNNOTICED = {
     "wait for copies": "on the host a copy lands at once, and the barrier behind `stage` separates lanes",
-    "hand on one message": "forward's one message already lies in the place of the state before the tile",
-    "sum up and await one message": "backward's one message is joined by the threads that awaited it",
-    "sum up alone": "the threads that hand on have summed up the tile themselves",
-    "hand on alone": "the state before the tile is unchanged, and other barriers precede its use by the next tile",
+    "join one message": "forward's one message already lies in the place of the state before the tile",
+    "sum up and wait for one message": "backward's one message is joined by the threads that waited for it",
+    "sum up alone": "the threads that join have summed up the tile themselves",
+    "join alone": "the state before the tile is unchanged, and other barriers precede its use by the next tile",
     "agree on a scale": "the emulation reads the votes after all threads have voted: the barrier is in the vote",
 }
 

@@ -165,6 +165,14 @@ def test_more_than_32_bits_can_count_is_refused(ops: Any) -> None:
         ops.wkv_forward(w, w, k, k, None, False)
     with pytest.raises(RuntimeError, match=r"wkv: T: expected at most 2147479551 on a GPU, got 2147483648"):
         ops.wkv_forward(w, w, k.transpose(0, 1), k.transpose(0, 1), None, False)
+    k = torch.zeros(1, 1, 1).expand(2**20, 2**18, 1)
+    with pytest.raises(
+        RuntimeError, match=r"wkv: B \* T and B \* C: expected at most 137438953472 on a GPU, got 2748779"
+    ):
+        ops.wkv_forward(w, w, k, k, None, False)
+    none = torch.zeros(0)
+    y, state, _ = ops.wkv_forward(none, none, *2 * [torch.zeros(2**20, 2**20, 0)], None, False)
+    assert y.shape == (2**20, 2**20, 0) and state.shape == (2**20, 3, 0)
 
 
 # ---- errors of the runtime ----

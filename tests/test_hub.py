@@ -4,6 +4,7 @@ import fcntl
 import importlib
 import importlib.metadata
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -111,6 +112,13 @@ def test_a_gradient_of_the_decay_that_vanished_is_zero_and_other_dtypes_are_writ
     assert not found["gw"][:3].any() and found["gu"].dtype == torch.float32
     for name in ("y", "gu", "gk", "gv"):
         assert_tensor_close(name, found[name], exact[name], _allowed(torch.bfloat16))
+
+
+def test_functions_are_known_by_their_names() -> None:
+    for name in set(hub.__all__) - {"max_seq_length"}:
+        function = getattr(hub, name)
+        assert function.__name__ == function.__qualname__ == name
+        assert pickle.loads(pickle.dumps(function)) is function
 
 
 def test_any_layout_is_read_and_written() -> None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from problems import PROBLEMS, Problem, assert_solves, make, solve
 from test_gpu_emulated import LIMITS, OVER_ANCHORS, SEVERAL_TILES, plan_of
+from torch import Tensor
 
 from rwkv_kernels.inputs import DTYPES
 
@@ -99,6 +100,18 @@ def test_the_oldest_architecture_equals_the_oracle(dtype: torch.dtype, folder: P
         with emulated_backend.emulated(runner) as backend:
             for problem in problems:
                 assert_solves(make(problem, dtype), backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=gpu_host.name_of)
+def test_no_address_has_to_be_a_multiple_of_more_than_an_element(dtype: torch.dtype, folder: Path) -> None:
+    """The runner reports an access whose address is not a multiple of its size."""
+
+    def shifted(x: Tensor) -> Tensor:
+        return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+    tensors = make(Problem(B=1, T=200, C=64, with_state=True), dtype)
+    with emulated_backend.emulated(gpu_host.PtxRunner(folder, SUITE_ARCHITECTURE)) as backend:
+        assert_solves(tensors.changed(shifted), backend, exact_backend="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=gpu_host.name_of)

@@ -32,7 +32,7 @@ from benchmarks import DEVICES, ROOT
 # Other imports from the benchmarks, and of the package, follow where they are used: they load the result of the build.
 
 TITLE, KEYS = "The check", ["stage"]
-BUDGET = 570  # seconds: some machines limit a command to ten minutes
+BUDGET = 570  # seconds, so that a check takes less than ten minutes
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 WATCHDOG = ["-v", "-o", "faulthandler_timeout=20"]  # seconds of a test, after which all stacks are printed
 PROCESSES = 6  # of the tests that share the GPU

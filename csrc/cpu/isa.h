@@ -21,7 +21,7 @@ struct Channels {
 struct Params {
   DType dtype;
   int64_t B, T, C;
-  Sequence k, v;  // element [B, T, C]
+  Sequence k, v;  // element [B, T, C]; T is 1 in a step
   Channels channels;
 };
 
@@ -32,9 +32,8 @@ struct ForwardParams : Params {
   void* checkpoints;  // state [B, checkpoint_count, 3, C], or null
 };
 
-// T is 1.
 struct StepParams : Params {
-  Sequence r;   // element [B, T, C], or null where nothing gates y
+  Sequence r;   // element [B, 1, C], or null where nothing gates y
   void* y;      // element [B, C]
   void* state;  // state [B, 3, C], overwritten by the one after the token
 };
@@ -43,8 +42,7 @@ struct BackwardParams : Params {
   Sequence gy;              // element [B, T, C]
   const void* state;        // state [B, 3, C], the first one
   const void* checkpoints;  // as forward left them
-  void*
-      adjoints;  // state [B, chunks, 2, C]: the gradient of (num, den) after each chunk, overwritten by that before it
+  void* adjoints;           // state [B, chunks, 2, C]: of (num, den) after each chunk, overwritten by the one before it
   double* partials;  // [B, chunks, 2, C]: the gradients of log_decay and u are added; null: only `adjoints` are written
   void *gk, *gv;     // element [B, T, C]
 };

@@ -63,9 +63,9 @@ struct BackwardPass {
     const Sums<Pair> given = block.load_state(block.row_of(params.gstate_out, block.b, 3, thread)).sums;
     const Pair max = state_of(block.load_checkpoint(params.T, thread)).max;
     // The gradient of an empty state reaches nothing.
-    const auto is_empty = max == Pair(kEmptyMax);
-    const Sums<Pair> adjoint{select(is_empty, Pair(0), given.num), select(is_empty, Pair(0), given.den)};
-    return normalised_adjoint(scaled_by_exp(adjoint, -select(is_empty, Pair(0), max)));
+    const auto has_no_max = max == Pair(kEmptyMax);
+    const Sums<Pair> adjoint{select(has_no_max, Pair(0), given.num), select(has_no_max, Pair(0), given.den)};
+    return normalised_adjoint(scaled_by_exp(adjoint, -select(has_no_max, Pair(0), max)));
   }
   // In k as well, from the time keys are in registers to the end of the walk back; while a tile is staged, in
   // registers.

@@ -38,7 +38,7 @@ struct LookBack {
   }
 
   // Waits for the state that the i-th predecessor publishes.
-  WKV_HD Scaled await(int i, int lane) const {
+  WKV_HD Scaled wait(int i, int lane) const {
     const Word* message = message_of(position - predecessors + i, lane);
     for (;;) {
       const Word num = load_relaxed(message), den = load_relaxed(message + kWarpThreads),
@@ -57,7 +57,8 @@ struct LookBack {
     return messages + (i * kWordsOfMessage + static_cast<uint32_t>(lane));
   }
 
-  // A NaN with all bits set would read as unwritten: it is published without the last bit, still a NaN.
+  // The lower half shows whether a word is written. A NaN with all bits set is published without the last one, still a
+  // NaN.
   WKV_HD static uint32_t published(float x) {
     const uint32_t bits = bits_as<uint32_t>(x);
     return bits < kNothing - 1 ? bits : kNothing - 1;

@@ -49,6 +49,7 @@ inline void check_sizes(const Arguments& arguments) {
   for (const auto& [name, size] : {std::pair{"B", arguments.B}, {"T", arguments.T}, {"C", arguments.C}}) {
     require(size <= kMost, "wkv: ", name, ": expected at most ", kMost, " on a GPU, got ", size);
   }
+  if (arguments.nothing_to_do()) return;
   constexpr int64_t kMostOfBatch = int64_t{1} << 37;
   const int64_t of_batch = arguments.B * std::max(arguments.T, arguments.C);
   require(of_batch <= kMostOfBatch, "wkv: B * T and B * C: expected at most ", kMostOfBatch, " on a GPU, got ",

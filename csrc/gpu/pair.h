@@ -70,7 +70,7 @@ WKV_HD Pair power_of_two(Pair x) {
 
 WKV_HD Scaled empty_scaled() { return {{Pair(0), Pair(0)}, Pair(kEmptyExponent)}; }
 
-// Brings `magnitude`, which is positive, to [1, 2) by a power of two. NaN and infinity become NaN.
+// Brings `magnitude`, which is positive, to [1, 2) by a power of two. NaN and infinity stay.
 WKV_HD Scaled normalised(Scaled value, Pair magnitude) {
   // A positive float is its exponent + 127, times 2^23, and something smaller.
   constexpr uint32_t kLargest = 254u << 23;
@@ -79,9 +79,14 @@ WKV_HD Scaled normalised(Scaled value, Pair magnitude) {
     return (bits < kLargest ? bits : kLargest) & ~0x7fffffu;
   };
   const uint32_t x = exponent_of(magnitude.x), y = exponent_of(magnitude.y);
-  const Pair factor{bits_as<float>(kLargest - x), bits_as<float>(kLargest - y)};
-  const Pair exponent = Pair(static_cast<int>(x), static_cast<int>(y)) * Pair(0x1p-23) + (value.exponent - Pair(127));
-  return {factor * value.sums, select(magnitude == Pair(0), Pair(kEmptyExponent), exponent)};
+  const auto factor_of = [](uint32_t exponent) {
+    constexpr uint32_t kLeast = 0x400000;  // 2^-127, a subnormal number
+    const uint32_t bits = kLargest - exponent;
+    return bits_as<float>(bits > kLeast ? bits : kLeast);
+  };
+  // In this order, so that sums are exact.
+  const Pair exponent = value.exponent + (Pair(static_cast<int>(x), static_cast<int>(y)) * Pair(0x1p-23) - Pair(127));
+  return {Pair(factor_of(x), factor_of(y)) * value.sums, select(magnitude == Pair(0), Pair(kEmptyExponent), exponent)};
 }
 WKV_HD Scaled normalised_state(Scaled state) { return normalised(state, state.sums.den); }
 WKV_HD Scaled normalised_adjoint(Scaled adjoint) {

@@ -74,7 +74,8 @@ struct ScanBlock {
   // Of values [rows, values_of_row, C], of the channels of a thread.
   WKV_HD ChannelRow row_of(const void* values, uint32_t row, int values_of_row, TileThread thread) const {
     const uint64_t offset = static_cast<uint64_t>(row) * params.C * values_of_row + channel_of(thread);
-    return {const_cast<float*>(static_cast<const float*>(values)) + offset, channels_of(thread), params.C % 2 == 0};
+    const bool is_aligned = params.C % 2 == 0 && reinterpret_cast<uintptr_t>(values) % sizeof(FloatPair) == 0;
+    return {const_cast<float*>(static_cast<const float*>(values)) + offset, channels_of(thread), is_aligned};
   }
   WKV_HD ChannelRow checkpoint_at(uint32_t t, TileThread thread) const {
     return row_of(params.checkpoints, checkpoint_row<uint32_t>(kType, params.T, b, t), 3, thread);
@@ -267,7 +268,7 @@ struct Scan {
         if (!waits) return;
 #pragma unroll 1
         for (int i = thread.warp(); i < look_back.predecessors; i += block.warps) {
-          Pass::message(block, i).set_scaled(lane, look_back.await(i, lane));
+          Pass::message(block, i).set_scaled(lane, look_back.wait(i, lane));
         }
       });
       team.phase([&](Thread& thread) {

@@ -212,7 +212,7 @@ WKV_HD void wait_for_copies() {
 
 // A message is words of 64 bits that are written and read whole, each of two floats. The words need no order among
 // themselves: each shows by itself whether it has been written, because memory is set to `kNothing` before the launch,
-// and no float that is published has these bits.
+// and no word that is published has these bits in its lower half.
 using Word = unsigned long long;
 inline constexpr uint32_t kNothing = 0xffffffffu;
 

@@ -114,11 +114,11 @@ struct SharedChannels {
 
 // ---- states in memory, of the channels of a lane, of which `count` exist; of any alignment ----
 
-// A row of them; its address is a multiple of a pair's where C is even.
+// A row of them.
 struct ChannelRow {
   float* first;
   int count;
-  bool is_aligned;
+  bool is_aligned;  // to pairs
 
   WKV_HD Pair load(int64_t offset) const {
     float* const at = first + offset;

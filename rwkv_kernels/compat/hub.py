@@ -24,7 +24,7 @@ state that was passed to forward is ignored. `rwkv_kernels.compat.transformers.p
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -78,8 +78,8 @@ def _raw(w: Tensor) -> Tensor:
     return (-w.double()).log()
 
 
-def _functions(dtypes: tuple[torch.dtype, ...]) -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
-    """`forward`, `forward_with_state` and `backward` for these dtypes of k."""
+def _functions(dtypes: tuple[torch.dtype, ...], suffix: str = "") -> Iterator[Callable[..., None]]:
+    """`forward`, `forward_with_state` and `backward` for these dtypes of k, under their names in this module."""
 
     def forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, y: Tensor) -> None:
         """The operator from an empty state, written to y.
@@ -160,8 +160,10 @@ def _functions(dtypes: tuple[torch.dtype, ...]) -> tuple[Callable[..., None], Ca
             for written, gradient in zip((gw, gu, gk, gv), torch.autograd.grad(output, leaves, gy), strict=True):
                 written.copy_(gradient)
 
-    return forward, forward_with_state, backward
+    for function in (forward, forward_with_state, backward):
+        function.__name__ = function.__qualname__ = function.__name__ + suffix
+        yield function
 
 
 forward, forward_with_state, backward = _functions(WIDE)
-forward_bf16, forward_with_state_bf16, backward_bf16 = _functions(BF16)
+forward_bf16, forward_with_state_bf16, backward_bf16 = _functions(BF16, "_bf16")

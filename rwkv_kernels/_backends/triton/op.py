@@ -18,7 +18,7 @@ from ... import autograd, native
 from ...inputs import SEQUENCE, STATE, TOKEN, Inputs, Row, check, check_like
 from ...reference import empty_state
 from ..registry import Backend, constant
-from .plan import CHECKPOINT_INTERVAL, PARKED_STATES, Plan, make_plan, widths
+from .plan import CHECKPOINT_INTERVAL, PARKED_STATES, Plan, ceil_div, make_plan, widths
 
 __all__ = [
     "BACKEND",
@@ -69,10 +69,6 @@ class Launch:
 # Every address and stride of a call is a multiple of this, or nothing is assumed: two variants of a kernel, not one for
 # each combination.
 ALIGNMENT = 16
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _alignment(*tensors: Tensor | None) -> int:
@@ -131,7 +127,7 @@ def forward(plan: Plan, inputs: Inputs, checkpoint: bool) -> tuple[tuple[Tensor,
     strides = _strides(alignment, k, v)
     chunks = (plan.chunk_len, plan.chunks, states.shape[1], rows_per_chunk)
     constants = {"CHANNELS": plan.channels, "ALIGNMENT": alignment}
-    C_aligned, programs = C // alignment, B * _ceil_div(C, plan.channels)
+    C_aligned, programs = C // alignment, B * ceil_div(C, plan.channels)
 
     launches = []
     if plan.chunks > 1:
@@ -163,7 +159,7 @@ def backward(
     strides = _strides(alignment, k, v, gy)
     constants = {"CHANNELS": plan.channels, "ALIGNMENT": alignment}
     sizes = (T, C // alignment, plan.chunk_len, plan.chunks)
-    programs = B * _ceil_div(C, plan.channels)
+    programs = B * ceil_div(C, plan.channels)
     parked = _float32(k, programs * plan.chunks, PARKED_STATES, 3, plan.channels)
 
     launches = []
@@ -182,7 +178,7 @@ def _reduction(w: Tensor, partials: Tensor, gw: Tensor, gu: Tensor) -> Launch:
     B, chunks, _, C = partials.shape
     channels = 32
     arguments = (w, partials, gw, gu, C, B * chunks)
-    return Launch("reduce", _ceil_div(C, channels), arguments, {"CHANNELS": channels, "ROWS": 32}, warps=4)
+    return Launch("reduce", ceil_div(C, channels), arguments, {"CHANNELS": channels, "ROWS": 32}, warps=4)
 
 
 def step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None) -> tuple[Tensor, list[Launch]]:
@@ -194,7 +190,7 @@ def step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | 
     strides = (k.stride(0), v.stride(0), 0 if r is None else r.stride(0), *state.stride())
     arguments = (w.contiguous(), u.contiguous(), k, v, r, state, y, *strides, C)
     channels, _ = widths(_device_limits(k.device)[1])
-    return y, [Launch("step", B * _ceil_div(C, channels), arguments, {"CHANNELS": channels})]
+    return y, [Launch("step", B * ceil_div(C, channels), arguments, {"CHANNELS": channels})]
 
 
 def _run(launches: list[Launch], device: torch.device) -> None:
@@ -224,7 +220,7 @@ def _check(axes: tuple[str, ...], w: Tensor, u: Tensor, k: Tensor, v: Tensor, *o
 
 def _checkpoint_shape(k: Tensor, checkpoint: bool) -> tuple[int, ...]:
     B, T, C = k.shape
-    return (B, _ceil_div(T, CHECKPOINT_INTERVAL) if checkpoint else 0, 3, C)
+    return (B, ceil_div(T, CHECKPOINT_INTERVAL) if checkpoint else 0, 3, C)
 
 
 def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-__all__ = ["CHECKPOINT_INTERVAL", "LOADED_STEPS", "PARKED_STATES", "REPLAYED_STEPS", "Plan", "make_plan", "widths"]
+__all__ = ["CHECKPOINT_INTERVAL", "LOADED_STEPS", "PARKED_STATES", "REPLAYED_STEPS", "Plan", "ceil_div", "make_plan", "widths"]
 
 # Steps from one saved state to the next, as in the other backends (csrc/common/params.h).
 CHECKPOINT_INTERVAL = 64
@@ -44,20 +44,21 @@ def widths(warp: int) -> tuple[int, int]:
     return NARROW * warp, (WIDE if warp == 32 else NARROW) * warp
 
 
-def _ceil_div(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
 
 
 def make_plan(B: int, T: int, C: int, multiprocessors: int, warp: int) -> Plan:
     """The plan for B, T, C of at least 1 on a device of so many multiprocessors and threads of a warp."""
-    intervals = _ceil_div(T, CHECKPOINT_INTERVAL)
+    intervals = ceil_div(T, CHECKPOINT_INTERVAL)
     narrow, wide = widths(warp)
-    wide_programs = B * _ceil_div(C, wide)
+    wide_programs = B * ceil_div(C, wide)
     enough = PROGRAMS * multiprocessors
     channels = wide if wide_programs * min(intervals, MOST_CHUNKS) >= enough else narrow
     if wide_programs >= SERIAL_PROGRAMS * multiprocessors or T < LEAST_CHUNKED_STEPS:
         chunks = 1
     else:
-        chunks = min(_ceil_div(enough, B * _ceil_div(C, channels)), MOST_CHUNKS)
-    chunk_len = _ceil_div(intervals, chunks) * CHECKPOINT_INTERVAL
-    return Plan(channels, chunk_len, _ceil_div(T, chunk_len))
+        chunks = min(ceil_div(enough, B * ceil_div(C, channels)), MOST_CHUNKS)
+    chunk_len = ceil_div(intervals, chunks) * CHECKPOINT_INTERVAL
+    return Plan(channels, chunk_len, ceil_div(T, chunk_len))
