@@ -234,7 +234,7 @@ def test_the_sentences_of_the_readme_follow_from_the_record() -> None:
         for row in _recorded("transformers' RwkvForCausalLM")
         if row["operation"] == "training step" and row["code"] == "patched"
     ]
-    call = _where(_recorded("Latency"), what="cpu: wkv at (1, 1, 768)", way="eager")
+    call = _where(_recorded("Latency:"), what="cpu: wkv at (1, 1, 768)", way="eager")
     accuracy = [row for row in _recorded("Accuracy") if row["dtype"] == "float32"]
     errors = [float(row[of].split(" ")[0]) for row in accuracy for of in row if of not in ("T", "dtype")]
     sentences = [
