@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass
 
-__all__ = ["CHECKPOINT_INTERVAL", "LOADED_STEPS", "PARKED_STATES", "REPLAYED_STEPS", "Plan", "ceil_div", "make_plan", "widths"]
+__all__ = [
+    "CHECKPOINT_INTERVAL",
+    "LOADED_STEPS",
+    "PARKED_STATES",
+    "REPLAYED_STEPS",
+    "Plan",
+    "ceil_div",
+    "make_plan",
+    "widths",
+]
 
 # Steps from one saved state to the next, as in the other backends (csrc/common/params.h).
 CHECKPOINT_INTERVAL = 64
