@@ -421,9 +421,8 @@ def forward(
     if chunk == chunks - 1:
         store_state(columns(state_out + n * 3 * C, c, ALIGNMENT), C, running, exists)
         if checkpoints is not None:
-            if cu_seqlens is not None:
-                exists = exists & (T > 0)
-            store_state(checkpoints + (tl.cdiv(T, INTERVAL) - 1) * 3 * C, C, running, exists)
+            if cu_seqlens is None or T > 0:
+                store_state(checkpoints + (tl.cdiv(T, INTERVAL) - 1) * 3 * C, C, running, exists)
 
 
 # ---- backward ----
