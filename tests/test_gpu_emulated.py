@@ -120,8 +120,8 @@ def test_states_pass_through_many_chunks(limits: str, problem: str, dtype: torch
 BEGIN = ["take a ticket and stage", "wait for copies"]
 STAGE_AGAIN = ["stage"]  # another tile than foreseen, or the next one
 RANGE = ["bring keys to registers", "leave the largest key", "agree on a scale"]
-FORWARD = [*RANGE, "walk and leave sums"]
-BACKWARD = [*RANGE, "walk", "walk back", "leave sums"]
+FORWARD = [*RANGE, "sum and leave sums"]
+BACKWARD = [*RANGE, "replay", "reverse", "leave sums"]
 LOOK_BACK = ["sum up and wait for messages", "join", "correct"]
 # Where every chunk is an anchor.
 LOOK_BACK_FORWARD = ["sum up and wait for messages", "join one message", "correct"]
