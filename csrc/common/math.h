@@ -95,11 +95,12 @@ WKV_HD auto is_empty(State<Real> state) {
   return state.sums.den == Real(0);
 }
 
-// A state from outside, with max in range where it is empty.
+// A state from outside; an empty one is the same whatever it was given as.
 template <class Real>
 WKV_HD State<Real> or_empty(State<Real> given) {
   const auto empty = is_empty(given);
-  return {{select(empty, Real(0), given.sums.num), given.sums.den}, select(empty, Real(kEmptyMax), given.max)};
+  return {{select(empty, Real(0), given.sums.num), select(empty, Real(0), given.sums.den)},
+          select(empty, Real(kEmptyMax), given.max)};
 }
 
 template <class Real>
