@@ -556,9 +556,13 @@ def summarise_adjoints(
     gy = sequence(gy, start, gy_start_stride, gy_time_stride, c, ALIGNMENT)
     passed = tl.full(c.shape, 1.0, tl.float32)
     adjoint = (gnum, gden)
-    whole = end - (end - begin) % LOADED
-    for t in range(begin, whole, LOADED):
-        state, passed, adjoint = summarise_adjoint_steps(k, v, r, gy, t, log_decay, u, state, passed, adjoint, LOADED)
+    # Rows of r are a fourth load for every step, and AMD's scalar registers hold the masks of no more gates.
+    LOADED_HERE: tl.constexpr = LOADED if r is None else REPLAYED
+    whole = end - (end - begin) % LOADED_HERE
+    for t in range(begin, whole, LOADED_HERE):
+        state, passed, adjoint = summarise_adjoint_steps(
+            k, v, r, gy, t, log_decay, u, state, passed, adjoint, LOADED_HERE
+        )
     for t in range(whole, end):
         state, passed, adjoint = summarise_adjoint_steps(k, v, r, gy, t, log_decay, u, state, passed, adjoint, 1)
     store_pair(chunk_adjoints + row * 2 * C, C, c, adjoint, exists, ALIGNMENT)
