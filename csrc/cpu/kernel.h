@@ -77,15 +77,9 @@ struct Kernel {
     return given == nullptr ? empty_state<Vec>() : normal_form(load_state(given, C, c, count));
   }
 
-  // Prefetches rows of one line, a subchunk's at most, into the second-level cache: rows whose distance is a multiple
-  // of a power of two would evict one another from the first.
-  static WKV_INLINE void prefetch(Rows<const Element> rows, int steps) {
-    if (__builtin_expect(steps == kSubchunk, 1)) {
-      for (int step = 0; step < kSubchunk; ++step) __builtin_prefetch(rows.row(step), 0, 2);
-    } else {
-      for (int step = 0; step < steps; ++step) __builtin_prefetch(rows.row(step), 0, 2);
-    }
-  }
+  // Prefetches into the second-level cache: rows whose distance is a multiple of a power of two would evict one another
+  // from the first. A row at a time among the steps, because a processor waits for more than a few dozen at once.
+  static WKV_INLINE void prefetch(const Element* row) { __builtin_prefetch(row, 0, 2); }
 
   // One vector's rows as they are or, where they end within the vector, as a copy filled up with zeros.
   static WKV_INLINE Rows<const Element> whole(Rows<const Element> rows, int steps, int count, Element* copy) {
@@ -106,7 +100,7 @@ struct Kernel {
     WKV_INLINE Gated whole(int steps, int count, Element* copy) const {
       return Gated(Kernel::whole(r, steps, count, copy));
     }
-    WKV_INLINE void prefetch(int steps) const { Kernel::prefetch(r, steps); }
+    WKV_INLINE void prefetch(int step) const { Kernel::prefetch(r.row(step)); }
     WKV_INLINE Gate<Vec> at(int step) const { return gate_of(load(r.row(step))); }
   };
   struct Ungated {
@@ -204,14 +198,21 @@ struct Kernel {
     return {{state.sums.num * kept.leave, state.sums.den * kept.leave}, range.running};
   }
 
+  // The rows of a line to prefetch.
+  template <class Gates>
+  struct Next {
+    Rows<const Element> k, v;
+    Gates gates;
+  };
+
   // ---- forward ----
 
   enum class Output { none, stored, streamed };
 
   template <Output output, class Gates>
   static WKV_INLINE State<Vec> forward_subchunk(const VectorChannels& channels, Rows<const Element> k,
-                                                Rows<const Element> v, Gates gates, Rows<Element> y, int steps,
-                                                State<Vec> state) {
+                                                Rows<const Element> v, Gates gates, Next<Gates> next, Rows<Element> y,
+                                                int steps, State<Vec> state) {
     Keys widened;
     const auto keys = widened.widen(k, steps);
     SubchunkScale unused;
@@ -220,12 +221,15 @@ struct Kernel {
       alignas(kLineBytes) Real ats[kSubchunk * kLanes];
 #pragma GCC unroll 4
       for (int step = 0; step < steps; ++step) {
+        prefetch(next.k.row(step));
         const Vec kt = scale.logit(load(keys.row(step)));
         store(ats + step * kLanes, scale.at(state.max, kt));
         state.max = scale.next_max(state.max, kt);
       }
 #pragma GCC unroll 4
       for (int step = 0; step < steps; ++step) {
+        prefetch(next.v.row(step));
+        next.gates.prefetch(step);
         const Vec vt = load(v.row(step));
         const auto weights = scale.weights(load(ats + step * kLanes));
         if constexpr (output != Output::none) {
@@ -268,9 +272,8 @@ struct Kernel {
         const int width = at_most(kLine, item.c_end - line);
         // A vector that is a whole line goes to memory without being staged.
         const bool stages = kLanes < kLine || width < kLine;
-        prefetch(k.from(t + kSubchunk, line), steps);
-        prefetch(v.from(t + kSubchunk, line), steps);
-        gates.from(t + kSubchunk, line).prefetch(steps);
+        const int64_t next_t = t + kSubchunk;
+        const Next<Gates> next{k.from(next_t, line), v.from(next_t, line), gates.from(next_t, line)};
         for (int first = 0; first < width; first += kLanes) {
           const int64_t c = line + first;
           const int count = at_most(kLanes, item.c_end - c);
@@ -281,13 +284,14 @@ struct Kernel {
           const auto v_rows = whole(v.from(t, c), steps, count, v_copy);
           const auto own_gates = gates.from(t, c).whole(steps, count, r_copy);
           if constexpr (!writes) {
-            carried = forward_subchunk<Output::none>(channels, k_rows, v_rows, own_gates, y, steps, carried);
+            carried = forward_subchunk<Output::none>(channels, k_rows, v_rows, own_gates, next, y, steps, carried);
           } else if (streams && !stages) {
-            carried =
-                forward_subchunk<Output::streamed>(channels, k_rows, v_rows, own_gates, y.from(t, c), steps, carried);
+            carried = forward_subchunk<Output::streamed>(channels, k_rows, v_rows, own_gates, next, y.from(t, c), steps,
+                                                         carried);
           } else {
             const auto y_rows = stages ? y_staged.rows(first) : y.from(t, c);
-            carried = forward_subchunk<Output::stored>(channels, k_rows, v_rows, own_gates, y_rows, steps, carried);
+            carried =
+                forward_subchunk<Output::stored>(channels, k_rows, v_rows, own_gates, next, y_rows, steps, carried);
           }
           store_state(after, C, c, count, carried);
           if (last_checkpoint != nullptr) store_state(last_checkpoint, C, c, count, carried);
@@ -332,13 +336,16 @@ struct Kernel {
   // ---- backward ----
 
   static WKV_INLINE State<Vec> replay_subchunk(const VectorChannels& channels, Rows<const Element> k,
-                                               Rows<const Element> v, int steps, State<Vec> state,
+                                               Rows<const Element> v, Rows<const Element> next_k,
+                                               Rows<const Element> next_v, int steps, State<Vec> state,
                                                SavedStep<Vec>* saved, SubchunkScale& kept) {
     Keys widened;
     const auto keys = widened.widen(k, steps);
     return in_scale(channels, keys, steps, state, kept, [=](const auto& scale, State<Vec> state) WKV_INLINE_LAMBDA {
 #pragma GCC unroll 4
       for (int step = 0; step < steps; ++step) {
+        prefetch(next_k.row(step));
+        prefetch(next_v.row(step));
         const Vec kt = scale.logit(load(keys.row(step)));
         const Vec at = scale.at(state.max, kt);
         saved[step] = {state.sums, at};
@@ -356,12 +363,15 @@ struct Kernel {
 
   template <bool writes, class Gates>
   static WKV_INLINE Reversed reverse_subchunk(const VectorChannels& channels, const SubchunkScale& kept,
-                                              Rows<const Element> v, Gates gates, Rows<const Element> gy, int steps,
+                                              Rows<const Element> v, Gates gates, Rows<const Element> gy,
+                                              Gates next_gates, Rows<const Element> next_gy, int steps,
                                               const SavedStep<Vec>* saved, Reversed carried, Element* gk, Element* gv,
                                               Element* gr) {
     const auto reversed = [=](const auto& scale, Reversed carried) WKV_INLINE_LAMBDA {
 #pragma GCC unroll 2
       for (int step = steps - 1; step >= 0; --step) {
+        prefetch(next_gy.row(step));
+        next_gates.prefetch(step);
         const auto gradients =
             step_adjoint(scale, saved[step], load(v.row(step)), load(gy.row(step)), carried.adjoint, gates.at(step));
         if constexpr (writes) {
@@ -446,10 +456,10 @@ struct Kernel {
       const Real* const state_before = starts ? nullptr : checkpoints + item.sequence.checkpoint_row(dtype, t) * 3 * C;
       for (int64_t line = item.c_begin; line < item.c_end; line += kLine) {
         const int width = at_most(kLine, item.c_end - line);
-        // The next line is prefetched a subchunk at a time: all at once, it would delay the present one. After the last
-        // line it is the first one of the rows before these, also those of another sequence.
+        // The next line is prefetched; after the last one the first of as many rows before these, also those of another
+        // sequence.
         const bool last = line + kLine >= item.c_end;
-        const int64_t next_t = last ? t - kInterval : t;
+        const int64_t next_t = last ? t - steps : t;
         const int64_t next_line = last ? item.c_begin : line + kLine;
         for (int first = 0, i = 0; first < width; first += kLanes, ++i) {
           const int64_t c = line + first;
@@ -458,20 +468,15 @@ struct Kernel {
           State<Vec> state = starts ? first_state(given, C, c, count) : load_state(state_before, C, c, count);
           for (int begin = 0; begin < steps; begin += kSubchunk) {
             const int own_steps = at_most(kSubchunk, steps - begin);
-            if (first == 0) {
-              prefetch(k.from(next_t + begin, next_line), last ? kSubchunk : own_steps);
-              prefetch(v.from(next_t + begin, next_line), last ? kSubchunk : own_steps);
-            }
             state = replay_subchunk(channels, whole(k.from(t + begin, c), own_steps, count, k_copy),
-                                    whole(v.from(t + begin, c), own_steps, count, v_copy), own_steps, state,
-                                    saved[i] + begin, scales[i][begin / kSubchunk]);
+                                    whole(v.from(t + begin, c), own_steps, count, v_copy),
+                                    k.from(next_t + begin, next_line), v.from(next_t + begin, next_line), own_steps,
+                                    state, saved[i] + begin, scales[i][begin / kSubchunk]);
           }
           carried[i] = {first_adjoint(ends, gstate_out, adjoint, C, c, count), Vec(Real(0)), Vec(Real(0))};
         }
         for (int begin = (steps - 1) / kSubchunk * kSubchunk; begin >= 0; begin -= kSubchunk) {
           const int own_steps = at_most(kSubchunk, steps - begin);
-          prefetch(gy.from(next_t + begin, next_line), last ? kSubchunk : own_steps);
-          gates.from(next_t + begin, next_line).prefetch(last ? kSubchunk : own_steps);
           for (int first = 0, i = 0; first < width; first += kLanes, ++i) {
             const int64_t c = line + first;
             const int count = at_most(kLanes, item.c_end - c);
@@ -479,8 +484,9 @@ struct Kernel {
             const auto own_gates = gates.from(t + begin, c).whole(own_steps, count, r_copy);
             carried[i] = reverse_subchunk<writes>(
                 channels_at(params.channels, c, count), scales[i][begin / kSubchunk], v_rows, own_gates,
-                whole(gy.from(t + begin, c), own_steps, count, gy_copy), own_steps, saved[i] + begin, carried[i],
-                gk_staged.data + first, gv_staged.data + first, gr_staged.data + first);
+                whole(gy.from(t + begin, c), own_steps, count, gy_copy), gates.from(next_t + begin, next_line),
+                gy.from(next_t + begin, next_line), own_steps, saved[i] + begin, carried[i], gk_staged.data + first,
+                gv_staged.data + first, gr_staged.data + first);
           }
           if constexpr (writes) {
             gk_staged.write(gk.from(t + begin, line), own_steps, width, streams);
