@@ -169,9 +169,9 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, C], shift [B, C], state [B, 3, C] -> the output [B, T, C] and the new shift and state.
 
-        None stands for an empty shift or state. With a packing of N sequences, x is [1, total, C], and shifts and states
-        are those of the N sequences. With `in_place`, the state may be overwritten by the new one, as it is
-        by an eager call of one token; such a call is not differentiable.
+        None stands for an empty shift or state. With a packing of N sequences, x is [1, total, C], and shifts and
+        states are [N, ...]. With `in_place`, the state may be overwritten by the new one, as it is by an eager call of
+        one token; such a call is not differentiable.
         """
         if state is not None:
             state = _of_the_sums(state, x)
@@ -183,9 +183,7 @@ class TimeMix(nn.Module):
         previous, shift = _shift(x, shift, packing)
         k, v, r = self._project(x, previous)
         cu_seqlens = None if packing is None else packing.cu_seqlens
-        gated, state = wkv(
-            self.time_decay, self.time_first, k, v, state, r=r, cu_seqlens=cu_seqlens, return_state=True
-        )
+        gated, state = wkv(self.time_decay, self.time_first, k, v, state, r=r, cu_seqlens=cu_seqlens, return_state=True)
         return self.output(gated), shift, state
 
 

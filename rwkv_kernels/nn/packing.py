@@ -43,9 +43,7 @@ class Packing(NamedTuple):
         start, end, N = places[:-1], places[1:], cu_seqlens.shape[0] - 1
         filled = end > start
         own = torch.arange(N, device=places.device)
-        return Packing(
-            cu_seqlens, torch.where(filled, start, total) + (N - 1), torch.where(filled, end + (N - 1), own)
-        )
+        return Packing(cu_seqlens, torch.where(filled, start, total) + (N - 1), torch.where(filled, end + (N - 1), own))
 
     def shift(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         """x [1, total, C], the inputs before it [N, C] -> each token's predecessor, and each sequence's last [N, C]."""
