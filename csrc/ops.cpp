@@ -20,6 +20,18 @@ WKV_LIBRARY(WKV_NAMESPACE, m) {
       "_wkv_backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, Tensor checkpoints, Tensor gy, "
       "Tensor? gstate_out) -> (Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate)");
 
+  // The same with a gate, for packed sequences or both: with r [B, T, C] y is sigmoid(r) * y. With cu_seqlens [N + 1],
+  // rising from 0 to T, sequence n has the steps from cu_seqlens[n] to before cu_seqlens[n + 1] of B = 1, states are
+  // [N, 3, C], and checkpoints [1, T / interval + N, 3, C], of which sequence n has the rows from
+  // cu_seqlens[n] / interval + n on. gr is [B, 0, C] without r.
+  m.def(
+      "wkv_mixing_forward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, Tensor? r, Tensor? cu_seqlens, "
+      "bool checkpoint) -> (Tensor y, Tensor state_out, Tensor checkpoints)");
+  m.def(
+      "_wkv_mixing_backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, Tensor? r, Tensor? cu_seqlens, "
+      "Tensor checkpoints, Tensor gy, Tensor? gstate_out) "
+      "-> (Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate, Tensor gr)");
+
   // One token, k, v [B, C]; the state moves on in place. With r [B, C], the result is sigmoid(r) * y.
   m.def("wkv_step(Tensor w, Tensor u, Tensor k, Tensor v, Tensor(a!) state, Tensor? r=None) -> Tensor y");
 }

@@ -29,12 +29,13 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from .inputs import BACKWARD, FORWARD, STEP, Inputs
+from .inputs import BACKWARD, BOUNDARY_DTYPES, FORWARD, MIXING_BACKWARD, MIXING_FORWARD, STEP, Inputs
 from .reference import state_dtype
 
-__all__ = ["attach", "define", "refuse_onnx"]
+__all__ = ["attach", "define", "refuse_onnx", "untraced"]
 
 Outputs = tuple[Tensor, ...]
+Differentiable = Callable[..., tuple[Tensor, Tensor]]
 
 # Of every device type that torch has autocast for.
 AUTOCAST_KEYS = [key for name, key in torch._C.DispatchKey.__members__.items() if name.startswith("Autocast")]
@@ -79,7 +80,7 @@ def _below_autograd(operator: OpOverload, *arguments: Any) -> Any:
         return operator(*arguments)
 
 
-def _untraced() -> bool:
+def untraced() -> bool:
     """Whether this call is run and not also recorded or transformed: by torch.compile, jit, torch.func, or a mode."""
     return not (is_compiling() or _is_tracing() or _are_functorch_transforms_active() or _len_torch_dispatch_stack())
 
@@ -123,9 +124,9 @@ def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, A
             call: Any = backward  # in general: its Autograd key refuses a second derivative
             if _are_functorch_transforms_active():
                 call = Backward.apply
-            elif _untraced() and not torch.is_grad_enabled():
+            elif untraced() and not torch.is_grad_enabled():
                 call = functools.partial(_below_autograd, backward)
-            gradients = call(*inputs, checkpoints, gy, gstate_out)
+            gradients = (*call(*inputs, checkpoints, gy, gstate_out), None)[: len(inputs)]  # None is of cu_seqlens
             return tuple([None if x is None else gradient for x, gradient in zip(inputs, gradients, strict=True)])
 
         jvp = staticmethod(_refuse_forward_mode)
@@ -151,25 +152,65 @@ def define(
     backward: Callable[..., Outputs],
     step: Callable[..., Tensor] | None = None,
 ) -> None:
-    """Defines the operators of a backend in Python, `name`_forward, _`name`_backward and `name`_step."""
-    operators = ((f"{name}_forward", FORWARD, forward), (f"_{name}_backward", BACKWARD, backward))
-    for operator, schema, function in (*operators, (f"{name}_step", STEP, step)):
+    """Defines the operators of a backend in Python: those of `_pairs(name)`, and `name`_step.
+
+    `forward` and `backward` get five inputs from the plain operators and seven from the mixing ones.
+    """
+    operators: list[tuple[str, str, Callable[..., Any] | None]] = [(f"{name}_step", STEP, step)]
+    schemas = ((FORWARD, BACKWARD), (MIXING_FORWARD, MIXING_BACKWARD))
+    for (forward_name, backward_name), (forward_schema, backward_schema) in zip(_pairs(name), schemas, strict=True):
+        operators += ((forward_name, forward_schema, forward), (backward_name, backward_schema, backward))
+    for operator, schema, function in operators:
         if function is not None:
             library.define(operator + schema)
             library.impl(operator, function, torch._C._dispatch_key_for_device(device_type))
 
 
+def _pairs(name: str) -> tuple[tuple[str, str], tuple[str, str]]:
+    """The operators forward and backward of that name: the plain ones, and those with a gate and packed sequences."""
+    return (f"{name}_forward", f"_{name}_backward"), (f"{name}_mixing_forward", f"_{name}_mixing_backward")
+
+
 def attach(
     library: torch.library.Library, name: str, checkpoint_interval: Callable[[torch.dtype], int]
-) -> tuple[Callable[..., tuple[Tensor, Tensor]], OpOverload | None]:
+) -> tuple[Differentiable, OpOverload | None]:
     """Registers fake kernels, autograd, vmap and autocast for the operators of that name.
 
-    Returns the differentiable function (w, u, k, v, state) -> (y, state_out), and the operator of a step, if any.
+    Returns the differentiable function (w, u, k, v, state, r, cu_seqlens) -> (y, state_out), and the operator of a
+    step, if any.
     """
     ops = getattr(torch.ops, library.ns)
-    forward: OpOverload = getattr(ops, f"{name}_forward").default
-    backward: OpOverload = getattr(ops, f"_{name}_backward").default
+    plain, mixing = (
+        _attach_pair(library, getattr(ops, forward).default, getattr(ops, backward).default, checkpoint_interval)
+        for forward, backward in _pairs(name)
+    )
     step: OpOverload | None = getattr(ops, f"{name}_step").default if hasattr(ops, f"{name}_step") else None
+    if step is not None:
+        torch.library.register_fake(step._schema.name, _fake_step, lib=library)
+
+    def differentiable(
+        w: Tensor,
+        u: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: Tensor | None,
+        r: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if r is None and cu_seqlens is None:
+            return plain(w, u, k, v, state)
+        return mixing(w, u, k, v, state, r, cu_seqlens)
+
+    return differentiable, step
+
+
+def _attach_pair(
+    library: torch.library.Library,
+    forward: OpOverload,
+    backward: OpOverload,
+    checkpoint_interval: Callable[[torch.dtype], int],
+) -> Differentiable:
+    """Does so for one pair of operators, whose inputs are the arguments of the function that it returns."""
     forward_name, backward_name = forward._schema.name, backward._schema.name
     BackwardFunction, ForwardFunction, UntracedFunction = _define_functions(forward, backward)
 
@@ -179,23 +220,21 @@ def attach(
     def fake_forward(*arguments: Any) -> Outputs:
         refuse_onnx()  # here for torch.export, which compiles the question away where the backend is chosen
         *inputs, checkpoint = arguments
-        k = Inputs(*inputs).k
-        B, T, C = k.shape
-        dtype, interval = state_dtype(k.dtype), checkpoint_interval(k.dtype)
-        saved = (T + interval - 1) // interval if checkpoint else 0
+        given = Inputs(*inputs)
+        k, dtype = given.k, state_dtype(given.k.dtype)
+        saved = k.new_empty(given.checkpoint_shape(checkpoint_interval(k.dtype)), dtype=dtype)
         return (
-            k.new_empty((B, T, C)),
-            k.new_empty((B, 3, C), dtype=dtype),
-            k.new_empty((B, saved, 3, C), dtype=dtype),
+            k.new_empty(k.shape),
+            k.new_empty((given.sequences, 3, k.shape[2]), dtype=dtype),
+            saved if checkpoint else saved.new_empty((k.shape[0], 0, 3, k.shape[2])),
         )
 
     @torch.library.register_fake(backward_name, lib=library)
     def fake_backward(*arguments: Any) -> Outputs:
         *inputs, checkpoints, _, _ = arguments
-        return tuple(x.new_empty(x.shape) for x in Inputs(*inputs).all_present(checkpoints))
-
-    if step is not None:
-        torch.library.register_fake(step._schema.name, _fake_step, lib=library)
+        given = Inputs(*inputs)
+        gradients = given.gradients(checkpoints)
+        return tuple(x.new_empty(x.shape) for x in gradients[: len(backward._schema.returns)])
 
     # ---- derivatives ----
 
@@ -221,8 +260,10 @@ def attach(
     # ---- vmap: the mapped dimension joins the channels, which are independent of one another ----
 
     def join_channels(x: Any, dim: int | None, size: int) -> Any:
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or (dim is None and x.dtype in BOUNDARY_DTYPES):
             return x
+        if x.dtype in BOUNDARY_DTYPES:
+            raise NotImplementedError("cu_seqlens: vmap over boundaries is not supported: all samples must share them")
         mapped = x.unsqueeze(-2).expand(*x.shape[:-1], size, x.shape[-1]) if dim is None else x.movedim(dim, -2)
         return mapped.flatten(-2)
 
@@ -242,16 +283,19 @@ def attach(
     def forward_autocast(*arguments: Any) -> Outputs:
         *inputs, checkpoint = arguments
         given = Inputs(*inputs)
-        dtype = torch.promote_types(given.k.dtype, given.v.dtype)
+        r, dtype = given.r, torch.promote_types(given.k.dtype, given.v.dtype)
+        if r is not None:
+            dtype = torch.promote_types(dtype, r.dtype)
         with torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
-            return forward(*given._replace(k=given.k.to(dtype), v=given.v.to(dtype)), checkpoint)  # type: ignore[no-any-return]
+            cast = given._replace(k=given.k.to(dtype), v=given.v.to(dtype), r=None if r is None else r.to(dtype))
+            return forward(*cast[: len(inputs)], checkpoint)  # type: ignore[no-any-return]
 
     for key in AUTOCAST_KEYS:
         library.impl(forward, forward_autocast, key.name)
 
     def differentiable(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         refuse_onnx()
-        if _untraced():
+        if untraced():
             if _needs_derivative(inputs):
                 y, state_out, _ = UntracedFunction.apply(*inputs)
             else:
@@ -263,7 +307,7 @@ def attach(
             y, state_out, _ = forward(*inputs, False)
         return y, state_out
 
-    return differentiable, step
+    return differentiable
 
 
 def _fake_step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None = None) -> Tensor:

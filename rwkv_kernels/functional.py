@@ -12,8 +12,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from . import reference
 from ._backends.registry import Forward, select
-from .autograd import refuse_onnx
-from .inputs import SEQUENCE, TOKEN, check
+from .autograd import refuse_onnx, untraced
+from .inputs import SEQUENCE, TOKEN, check, check_boundaries
 
 __all__ = ["empty_state", "wkv", "wkv_step"]
 
@@ -26,6 +26,8 @@ def wkv(
     v: Tensor,
     state: Tensor | None = None,
     *,
+    r: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     return_state: Literal[False] = False,
     backend: str = "auto",
 ) -> Tensor: ...
@@ -39,6 +41,8 @@ def wkv(
     v: Tensor,
     state: Tensor | None = None,
     *,
+    r: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     return_state: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -51,6 +55,8 @@ def wkv(
     v: Tensor,
     state: Tensor | None = None,
     *,
+    r: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     return_state: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -65,33 +71,56 @@ def wkv(
             autocast they may differ, and the wider dtype is used.
         state: [B, 3, C], float32, or float64 for float64 inputs: (num, den, max) as an earlier call returned it, or
             None for an empty one.
+        r: [B, T, C] in k's dtype, the receptance before its sigmoid, or None. It gates y, which is then computed in the
+            state's dtype and rounded once; the state does not depend on it. Under autocast it may differ like k and v.
+        cu_seqlens: [N + 1], int32 or int64, on k's device, or None: N sequences that are packed into one row, with k
+            and v (and r) [1, total, C]. Sequence n has the steps from cu_seqlens[n] to before cu_seqlens[n + 1], and is
+            as in a call of its own. States are [N, 3, C]; a sequence without steps hands its state on. On a GPU no
+            element is read on the host, and boundaries that do not rise from 0 to total give unspecified results.
         return_state: Also return the state after the last step, which continues the sequence as if it was never cut.
         backend: "auto", or a name from `backends()`.
 
     Returns:
-        y [B, T, C] in k's dtype, or (y, state). All sums are accumulated in the state's dtype.
+        y [B, T, C] in k's dtype, with r sigmoid(r)·y, or (y, state). All sums are accumulated in the state's dtype.
 
-    Differentiable in w, u, k, v and state, including the gradient that arrives at the returned state. A state stands
+    Differentiable in w, u, k, v, state and r, including the gradient that arrives at the returned state. A state stands
     for the sums num·e^max and den·e^max, so (num·e^a, den·e^a, max - a) is the same state, and gradients are right for
     consumers that respect this, as another wkv call does.
 
     Raises:
-        ValueError, TypeError: an argument has the wrong shape, device or dtype, or the backend is unknown.
+        ValueError, TypeError: an argument has the wrong shape, device or dtype, cu_seqlens on the CPU does not rise
+            from 0 to total, or the backend is unknown.
         BackendUnavailable: the backend cannot run this call.
         NotImplementedError: a second derivative or a forward-mode one is asked of a compiled backend.
 
     Source: RWKV: Reinventing RNNs for the Transformer Era (arXiv 2305.13048), equation 14.
     """
     if not isinstance(k, Tensor) or not isinstance(v, Tensor):
-        if has_torch_function((w, u, k, v, state)):
-            arguments = (w, u, k, v, state)
-            return handle_torch_function(wkv, arguments, *arguments, return_state=return_state, backend=backend)
-    elif k.dtype != v.dtype and torch.is_autocast_enabled(k.device.type):
-        dtype = torch.promote_types(k.dtype, v.dtype)
-        k, v = k.to(dtype), v.to(dtype)
-    check(SEQUENCE, w, u, k, v, state)
-    y, state_out = select(backend, k).forward(w, u, k, v, state)
+        if has_torch_function((w, u, k, v, state, r, cu_seqlens)):
+            arguments, options = (w, u, k, v, state), {"r": r, "cu_seqlens": cu_seqlens}
+            return handle_torch_function(
+                wkv, (*arguments, r, cu_seqlens), *arguments, **options, return_state=return_state, backend=backend
+            )
+    else:
+        k, v, r = _promoted(k, v, r)
+    check(SEQUENCE, w, u, k, v, state, r, cu_seqlens)
+    if cu_seqlens is not None and untraced() and type(cu_seqlens) is Tensor and cu_seqlens.device.type == "cpu":
+        check_boundaries(cu_seqlens, k.shape[1])
+    y, state_out = select(backend, k).forward(w, u, k, v, state, r, cu_seqlens)
     return (y, state_out) if return_state else y
+
+
+def _promoted(k: Tensor, v: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Under autocast in the widest of their dtypes, otherwise as they are."""
+    if k.dtype == v.dtype and (r is None or not isinstance(r, Tensor) or r.dtype == k.dtype):
+        return k, v, r
+    if not torch.is_autocast_enabled(k.device.type):
+        return k, v, r
+    dtype = torch.promote_types(k.dtype, v.dtype)
+    if isinstance(r, Tensor):
+        dtype = torch.promote_types(dtype, r.dtype)
+        r = r.to(dtype)
+    return k.to(dtype), v.to(dtype), r
 
 
 def _step_by_forward(
@@ -99,11 +128,10 @@ def _step_by_forward(
 ) -> Tensor:
     """A step as a sequence of one token, whose only mutation is a copy to the state."""
     # In the dtype of the sums, so that the gated result is rounded once.
-    wide_k, wide_v = (x.unsqueeze(1).to(state.dtype) for x in (k, v))
-    y, state_out = forward(w, u, wide_k, wide_v, state)
+    wide_k, wide_v, wide_r = (None if x is None else x.unsqueeze(1).to(state.dtype) for x in (k, v, r))
+    y, state_out = forward(w, u, wide_k, wide_v, state, wide_r, None)
     state.copy_(state_out)
-    y = y.squeeze(1)
-    return (y if r is None else torch.sigmoid(r.to(state.dtype)) * y).to(k.dtype)
+    return y.squeeze(1).to(k.dtype)
 
 
 def wkv_step(
@@ -139,14 +167,8 @@ def wkv_step(
         if has_torch_function((w, u, k, v, state, r)):
             arguments = (w, u, k, v, state)
             return handle_torch_function(wkv_step, (*arguments, r), *arguments, r=r, backend=backend)
-    elif (k.dtype != v.dtype or (isinstance(r, Tensor) and r.dtype != k.dtype)) and torch.is_autocast_enabled(
-        k.device.type
-    ):
-        dtype = torch.promote_types(k.dtype, v.dtype)
-        if isinstance(r, Tensor):
-            dtype = torch.promote_types(dtype, r.dtype)
-            r = r.to(dtype)
-        k, v = k.to(dtype), v.to(dtype)
+    else:
+        k, v, r = _promoted(k, v, r)
     if state is None:
         raise TypeError("state: expected a torch.Tensor, got NoneType")
     check(TOKEN, w, u, k, v, state, r)

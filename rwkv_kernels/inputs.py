@@ -1,4 +1,4 @@
-"""The operator's arguments: their order, the schemas of its three forms, and the one table of what fits.
+"""The operator's arguments: their order, the schemas of its forms, and the one table of what fits.
 
 csrc/ops.cpp has the same schemas for a C++ program, csrc/common/checks.h the checks of a direct call there.
 """
@@ -13,14 +13,18 @@ from .reference import state_dtype
 
 __all__ = [
     "BACKWARD",
+    "BOUNDARY_DTYPES",
     "DTYPES",
     "FORWARD",
+    "MIXING_BACKWARD",
+    "MIXING_FORWARD",
     "SEQUENCE",
     "STATE",
     "STEP",
     "TOKEN",
     "Inputs",
     "check",
+    "check_boundaries",
     "check_like",
     "either",
 ]
@@ -29,18 +33,38 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call, in the order of every function and operator that takes them."""
+    """The tensors of a call, in the order of every function and operator that takes them.
+
+    The plain operators take the first five, the mixing ones all.
+    """
 
     w: Tensor  # [C], the raw decay
     u: Tensor  # [C]
     k: Tensor  # [B, T, C]
     v: Tensor
-    state: Tensor | None  # [B, 3, C], None for the empty one
+    state: Tensor | None  # [N, 3, C], None for the empty one; N = B, or the number of packed sequences
+    r: Tensor | None = None  # [B, T, C]: y is gated by its sigmoid
+    cu_seqlens: Tensor | None = None  # [N + 1], of sequences packed into B = 1
 
-    def all_present(self, sums: Tensor) -> Sequence[Tensor]:
-        """With tensors for absent inputs, whose gradients backward returns too; `sums` has the dtype of sums."""
-        B, _, C = self.k.shape
-        return self.w, self.u, self.k, self.v, sums.new_empty((B, 3, C))
+    @property
+    def sequences(self) -> int:
+        """N."""
+        return self.k.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    def checkpoint_shape(self, interval: int) -> tuple[int, ...]:
+        """Of the states that backward replays from.
+
+        A packed sequence n has the rows from cu_seqlens[n] // interval + n on, as many as it would have alone.
+        """
+        B, T, C = self.k.shape
+        rows = (T + interval - 1) // interval if self.cu_seqlens is None else T // interval + self.sequences
+        return B, rows, 3, C
+
+    def gradients(self, sums: Tensor) -> Sequence[Tensor]:
+        """Tensors of the shapes of backward's results, of absent inputs too; `sums` has the dtype of sums."""
+        k, C = self.k, self.k.shape[-1]
+        gr = k[:, :0] if self.r is None else k
+        return self.w, self.u, k, self.v, sums.new_empty((self.sequences, 3, C)), gr
 
 
 _INPUTS = "Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state"
@@ -50,19 +74,38 @@ BACKWARD = (
     f"({_INPUTS}, Tensor checkpoints, Tensor gy, Tensor? gstate_out) "
     "-> (Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate)"
 )
+# The same with a gate, for packed sequences or both: y = sigmoid(r) * wkv. gr is [B, 0, C] without r.
+_MIXING = f"{_INPUTS}, Tensor? r, Tensor? cu_seqlens"
+MIXING_FORWARD = f"({_MIXING}, bool checkpoint) -> (Tensor y, Tensor state_out, Tensor checkpoints)"
+MIXING_BACKWARD = (
+    f"({_MIXING}, Tensor checkpoints, Tensor gy, Tensor? gstate_out) "
+    "-> (Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate, Tensor gr)"
+)
 # One token, k, v and r [B, C]; the state moves on in place.
 STEP = "(Tensor w, Tensor u, Tensor k, Tensor v, Tensor(a!) state, Tensor? r=None) -> Tensor y"
 
 SEQUENCE, TOKEN, PARAMETER, STATE = ("B", "T", "C"), ("B", "C"), ("C",), ("B", 3, "C")
+PACKED_STATE, BOUNDARIES = ("N", 3, "C"), ("N + 1",)
+BOUNDARY_DTYPES = (torch.int32, torch.int64)
 
 # Name, tensor, axes, and the shape and dtypes that fit.
 Row = tuple[str, Tensor, Sequence[str | int], Sequence[int], tuple[torch.dtype, ...]]
 
 
 def check(
-    axes: tuple[str, ...], w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, r: Tensor | None = None
+    axes: tuple[str, ...],
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None,
+    r: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> None:
-    """Raises ValueError or TypeError for the first argument that does not fit; k has `axes`, SEQUENCE or TOKEN."""
+    """Raises ValueError or TypeError for the first argument that does not fit; k has `axes`, SEQUENCE or TOKEN.
+
+    Of cu_seqlens it reads no element: `check_boundaries` does.
+    """
     try:
         size, dtype = k.shape, k.dtype
     except AttributeError:
@@ -73,9 +116,40 @@ def check(
     rows: tuple[Row, ...] = ("v", v, axes, size, of_k), ("w", w, PARAMETER, C, DTYPES), ("u", u, PARAMETER, C, DTYPES)
     if r is not None:
         rows += (("r", r, axes, size, of_k),)
+    of_state: tuple[str | int, ...] = STATE
+    sequences = size[0]
+    if cu_seqlens is not None:
+        of_state, sequences = PACKED_STATE, _packed_sequences(k, cu_seqlens)
+        rows += (("cu_seqlens", cu_seqlens, BOUNDARIES, cu_seqlens.shape, BOUNDARY_DTYPES),)
     if state is not None:
-        rows += (("state", state, STATE, (size[0], 3, size[-1]), (state_dtype(dtype),)),)
+        rows += (("state", state, of_state, (sequences, 3, size[-1]), (state_dtype(dtype),)),)
     check_like(k, rows)
+
+
+def _packed_sequences(k: Tensor, cu_seqlens: Tensor) -> int:
+    """N."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise _not_a_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"cu_seqlens: expected shape [N + 1], got {list(cu_seqlens.shape)}")
+    if k.shape[0] != 1:
+        raise ValueError(f"k: expected shape [1, total, C] with cu_seqlens, got {list(k.shape)}")
+    return cu_seqlens.shape[0] - 1
+
+
+def check_boundaries(cu_seqlens: Tensor, total: int) -> None:
+    """Raises ValueError unless the boundaries rise from 0 to the total; reads them on the host."""
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0:
+        raise ValueError(f"cu_seqlens: expected to start at 0, got {first}")
+    if last != total:
+        raise ValueError(f"cu_seqlens: expected to end at {total}, the number of steps of k, got {last}")
+    falls = cu_seqlens[1:] < cu_seqlens[:-1]
+    if falls.any():
+        n = int(falls.nonzero()[0])
+        raise ValueError(
+            f"cu_seqlens: expected to rise, got {int(cu_seqlens[n + 1])} after {int(cu_seqlens[n])} at {n + 1}"
+        )
 
 
 def check_like(k: Tensor, rows: Sequence[Row]) -> None:
@@ -103,7 +177,7 @@ def _misfit(
 ) -> Exception:
     if not isinstance(tensor, Tensor):
         return _not_a_tensor(name, tensor)
-    of_state = axes == STATE
+    of_state = axes in (STATE, PACKED_STATE)
     if tensor.shape != shape:
         as_k = " as k" if shape == k.shape and not of_state else ""
         converter = _converter(tensor, *shape) if of_state else ""

@@ -26,14 +26,22 @@ def _log_decay(w: Tensor, dtype: torch.dtype) -> Tensor:
     return -torch.exp(w.masked_fill(w > 64, 64))
 
 
-def empty_state(k: Tensor) -> Tensor:
-    """The state before the first step, [B, 3, C]: (num, den, max) = (0, 0, -1e38), finite because inf - inf is NaN."""
-    state = k.new_zeros((k.shape[0], 3, k.shape[2]), dtype=state_dtype(k.dtype))
+def empty_state(k: Tensor, sequences: int) -> Tensor:
+    """The state before the first step, [N, 3, C]: (num, den, max) = (0, 0, -1e38), finite because inf - inf is NaN."""
+    state = k.new_zeros((sequences, 3, k.shape[2]), dtype=state_dtype(k.dtype))
     state[:, 2] = EMPTY_MAX
     return state
 
 
-def wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def wkv(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None = None,
+    r: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The recurrence, step by step, in log space (arXiv 2305.13048, appendix B, equations 19 to 28).
 
     Args:
@@ -41,19 +49,34 @@ def wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None)
         u: [C], the bonus of the present token.
         k, v: [B, T, C], keys and values.
         state: [B, 3, C], (num, den, max), or None for the empty state.
+        r: [B, T, C], the receptance before its sigmoid, or None where nothing gates y.
+        cu_seqlens: [N + 1], integers: sequence n has the steps from cu_seqlens[n] to before cu_seqlens[n + 1] of
+            B = 1, and N is the number of states. No element is read on the host. None for B sequences of T steps.
 
     Returns:
-        y [B, T, C] in k's dtype and the state [B, 3, C] after the last step. All sums are float32, for float64 inputs
-        float64.
+        y [B, T, C] in k's dtype, sigmoid(r)·y with r, and the state [B, 3, C] after each sequence's last step. All sums
+        are float32, for float64 inputs float64.
     """
     dtype = state_dtype(k.dtype)
     log_decay, u = _log_decay(w, dtype), u.to(dtype)
     if state is None:
-        state = empty_state(k)
+        state = empty_state(k, k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
     num, den, top = state.to(dtype).unbind(1)
     top = torch.where(den == 0, EMPTY_MAX, top)
+    if k.shape[1] == 0:
+        return torch.zeros_like(k), torch.stack((num, den, top), 1)
+    if cu_seqlens is not None:
+        given = torch.stack((num, den, top), 1)
+        t = torch.arange(k.shape[1], device=k.device)
+        of_step = torch.searchsorted(cu_seqlens[1:], t.to(cu_seqlens.dtype), right=True)  # each step's sequence
+        starts = cu_seqlens[of_step] == t
+        states = []
+        num, den, top = empty_state(k, 1).unbind(1)
     outputs = []
-    for kt, vt in zip(k.to(dtype).unbind(1), v.to(dtype).unbind(1), strict=True):
+    for step, (kt, vt) in enumerate(zip(k.to(dtype).unbind(1), v.to(dtype).unbind(1), strict=True)):
+        if cu_seqlens is not None:
+            first = given[of_step[step : step + 1]].unbind(1)
+            num, den, top = (torch.where(starts[step], a, b) for a, b in zip(first, (num, den, top), strict=True))
         scale = torch.maximum(top, u + kt).detach()
         past, present = torch.exp(top - scale), torch.exp(u + kt - scale)
         outputs.append((past * num + present * vt) / (past * den + present))
@@ -61,8 +84,16 @@ def wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None = None)
         scale = torch.maximum(top + log_decay, kt).detach()
         past, present = torch.exp(top + log_decay - scale), torch.exp(kt - scale)
         num, den, top = past * num + present * vt, past * den + present, scale
-    y = torch.stack(outputs, 1).to(k.dtype) if outputs else torch.zeros_like(k)
-    return y, torch.stack((num, den, top), 1)
+        if cu_seqlens is not None:
+            states.append(torch.cat((num, den, top)))
+    y = torch.stack(outputs, 1)
+    if r is not None:
+        y = torch.sigmoid(r.to(dtype)) * y
+    state = torch.stack((num, den, top), 1)
+    if cu_seqlens is not None:
+        has_steps = (cu_seqlens[1:] > cu_seqlens[:-1])[:, None, None]
+        state = torch.where(has_steps, torch.stack(states)[(cu_seqlens[1:] - 1).clamp(min=0)], given)
+    return y.to(k.dtype), state
 
 
 def wkv_direct(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:

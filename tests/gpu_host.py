@@ -26,7 +26,7 @@ import rwkv_kernels  # noqa: F401 - whose operators have the schemas
 ROOT = Path(__file__).parent.parent
 NAMESPACE = "rwkv_kernels_on_host"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-OPERATORS = ("wkv_forward", "_wkv_backward", "wkv_step")
+OPERATORS = ("wkv_forward", "_wkv_backward", "wkv_mixing_forward", "_wkv_mixing_backward", "wkv_step")
 
 Limits = dict[str, int]  # as _introspection.plan_cuda takes them
 H100 = {"multiprocessors": 132, "shared_per_block": 232448, "shared_per_multiprocessor": 233472, "architecture": 900}
@@ -226,13 +226,15 @@ def call(executor: Executor, operator: str, *arguments: Any) -> Any:
 
 
 def forward(executor: Executor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and the checkpoints."""
-    return call(executor, "wkv_forward", *_contiguous(arguments))  # type: ignore[no-any-return]
+    """y, the final state, and the checkpoints: of the plain operator for five inputs, of the mixing one for seven."""
+    name = "wkv_forward" if len(arguments) == 6 else "wkv_mixing_forward"
+    return call(executor, name, *_contiguous(arguments))  # type: ignore[no-any-return]
 
 
 def backward(executor: Executor, *arguments: Any) -> tuple[Tensor, ...]:
-    """gw, gu, gk, gv and gstate."""
-    return call(executor, "_wkv_backward", *_contiguous(arguments))  # type: ignore[no-any-return]
+    """gw, gu, gk, gv and gstate, and of the mixing operator gr."""
+    name = "_wkv_backward" if len(arguments) == 8 else "_wkv_mixing_backward"
+    return call(executor, name, *_contiguous(arguments))  # type: ignore[no-any-return]
 
 
 def step(executor: Executor, *arguments: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """Problems for the operator as data, their exact solutions, and the one rule for tolerances."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,7 +38,9 @@ class Problem:
     log_decay: float | None = None  # None: drawn around -e^-1
     u: float | None = None  # None: drawn from N(0, 1)
     with_state: bool = False
-    layout: str = "contiguous"  # how k and v lie in memory
+    layout: str = "contiguous"  # how k, v and r lie in memory
+    gated: bool = False  # with an r as large as k
+    lengths: tuple[int, ...] | None = None  # of sequences that are packed into B = 1 and T = their sum
 
 
 PROBLEMS = {
@@ -76,10 +79,39 @@ PROBLEMS = {
     "expanded": Problem(layout="expanded"),
 }
 
+ALL_LENGTHS = (1, 0, INTERVAL, 5, INTERVAL - 1, 2, INTERVAL + 1, 0, 2 * INTERVAL + 1, 3, 0)
+MIXING_PROBLEMS = {
+    "gated": Problem(gated=True),
+    "gated_one_step": Problem(T=1, gated=True, with_state=True),
+    "gated_above_a_checkpoint": Problem(T=INTERVAL + 1, C=66, gated=True, with_state=True),
+    "gated_wide_and_long": Problem(B=1, T=300, C=200, gated=True),
+    "gated_k_of_20": Problem(T=130, k_scale=20.0, gated=True),
+    "gated_k_of_1000": Problem(T=130, k_scale=1000.0, gated=True, with_state=True),
+    "gated_strong_decay": Problem(T=100, log_decay=-20.0, gated=True),
+    "gated_u_of_plus_50": Problem(T=80, u=50.0, gated=True),
+    "gated_transposed": Problem(T=70, layout="transposed", gated=True),
+    "gated_time_major": Problem(T=70, C=32, layout="time_major", gated=True),
+    "gated_every_second_channel": Problem(layout="every_second_channel", gated=True),
+    "gated_expanded": Problem(layout="expanded", gated=True),
+    "packed": Problem(lengths=(7, 30, 12)),
+    "packed_one": Problem(lengths=(37,), with_state=True),
+    "packed_of_all_lengths": Problem(C=33, lengths=ALL_LENGTHS, with_state=True),
+    "packed_many_tiny": Problem(C=66, lengths=(1, 2, 1, 1, 3, 1, 0, 1) * 12, with_state=True),
+    "packed_one_huge": Problem(C=16, lengths=(3, 700, 2), with_state=True),
+    "packed_k_of_20": Problem(k_scale=20.0, lengths=(90, 1, 40)),
+    "packed_k_of_1000": Problem(k_scale=1000.0, lengths=(90, 1, 40), with_state=True),
+    "packed_no_decay": Problem(log_decay=-1e-9, lengths=(64, 150)),
+    "packed_time_major": Problem(C=32, lengths=(20, 50), layout="time_major"),
+    "packed_every_second_channel": Problem(lengths=(20, 17), layout="every_second_channel"),
+    "gated_and_packed": Problem(C=66, lengths=(7, 130, 12), gated=True, with_state=True),
+    "gated_and_packed_of_all_lengths": Problem(C=33, lengths=ALL_LENGTHS, gated=True, with_state=True),
+    "gated_and_packed_k_of_20": Problem(k_scale=20.0, lengths=(90, 1, 40), gated=True),
+}
+
 
 @dataclass
 class Tensors:
-    """The tensors of the operator (w, u, k, v, state) and of its backward (gy, gstate)."""
+    """The tensors of the operator (w, u, k, v, state, r, cu_seqlens) and of its backward (gy, gstate)."""
 
     w: Tensor
     u: Tensor
@@ -88,14 +120,27 @@ class Tensors:
     state: Tensor | None
     gy: Tensor
     gstate: Tensor
+    r: Tensor | None = None
+    cu_seqlens: Tensor | None = None
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Of the plain operator."""
         return self.w, self.u, self.k, self.v, self.state
+
+    @property
+    def options(self) -> dict[str, Tensor | None]:
+        """The other arguments of `wkv`."""
+        return {"r": self.r, "cu_seqlens": self.cu_seqlens}
+
+    @property
+    def steps(self) -> int:
+        """Of the longest sequence."""
+        return self.k.shape[1] if self.cu_seqlens is None else int(self.cu_seqlens.diff().max())
 
     def exact(self) -> "Tensors":
         """The same numbers in float64, so that only the operator's own rounding remains between two results."""
-        return self.changed(Tensor.double)
+        return self.changed(lambda x: x.double() if x.is_floating_point() else x)
 
     def widest(self, backend: str) -> "Tensors":
         """In the widest dtype of the backend, for claims that are exact except for rounding."""
@@ -133,10 +178,14 @@ def make(problem: Problem, dtype: torch.dtype = torch.float32, seed: int = 0) ->
         return torch.randn(shape, generator=draw, dtype=torch.float64, device="cpu").to(device)
 
     B, T, C = problem.B, problem.T, problem.C
+    N, cu_seqlens = B, None
+    if problem.lengths is not None:
+        B, T, N = 1, sum(problem.lengths), len(problem.lengths)
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(problem.lengths)], dtype=torch.int32, device=device)
     parameter = state_dtype(dtype)
     log_decay = normal(C).exp() * math.exp(-1) if problem.log_decay is None else torch.full((C,), -problem.log_decay)
     u = normal(C) if problem.u is None else torch.full((C,), problem.u)
-    state = torch.stack((normal(B, C), normal(B, C).exp(), normal(B, C)), 1)
+    state = torch.stack((normal(N, C), normal(N, C).exp(), normal(N, C)), 1)
     return Tensors(
         w=log_decay.log().to(parameter),
         u=u.to(parameter),
@@ -144,7 +193,9 @@ def make(problem: Problem, dtype: torch.dtype = torch.float32, seed: int = 0) ->
         v=_lay_out(normal(B, T, C).to(dtype), problem.layout),
         state=state.to(parameter) if problem.with_state else None,
         gy=normal(B, T, C).to(dtype),
-        gstate=normal(B, 3, C).to(parameter),
+        gstate=normal(N, 3, C).to(parameter),
+        r=_lay_out((normal(B, T, C) * problem.k_scale).to(dtype), problem.layout) if problem.gated else None,
+        cu_seqlens=cu_seqlens,
     )
 
 
@@ -158,9 +209,9 @@ def solve(tensors: Tensors, backend: str, scale_of_state: Tensor | None = None) 
     A state is known up to its gauge: it is reported as num/den and log of den·e^max, and its gradient is taken at one
     scale for every backend, e^scale_of_state [B, C], by default its own denominator.
     """
-    given = {name: x for name, x in zip(["w", "u", "k", "v", "state"], tensors.inputs, strict=True) if x is not None}
-    leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
-    y, state = rwkv_kernels.wkv(**leaves, return_state=True, backend=backend)
+    given = {name: getattr(tensors, name) for name in ("w", "u", "k", "v", "state", "r")}
+    leaves = {name: x.detach().requires_grad_() for name, x in given.items() if x is not None}
+    y, state = rwkv_kernels.wkv(**leaves, cu_seqlens=tensors.cu_seqlens, return_state=True, backend=backend)
     own_scale = log_denominator(state.detach()) if scale_of_state is None else scale_of_state
     change = torch.exp(state[:, 2].detach() - own_scale)
     loss = (y.double() * tensors.gy).sum() + (state[:, :2].double() * (change[:, None] * tensors.gstate[:, :2])).sum()
@@ -176,8 +227,10 @@ def oracle(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def largest_logit(tensors: Tensors) -> float:
+    """Of the weights, and of the gate: the weight of r beside one of 0."""
     decay = float(tensors.w.double().exp().max())
-    return float(tensors.k.double().abs().max() + tensors.u.double().abs().max()) + min(decay, 100.0)
+    gate = 0.0 if tensors.r is None else float(tensors.r.double().abs().max())
+    return float(tensors.k.double().abs().max() + tensors.u.double().abs().max()) + min(decay, 100.0) + gate
 
 
 def tolerance(dtype: torch.dtype, T: int, logit: float) -> float:
@@ -198,14 +251,15 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tensors:
     k = tensors.k
     logit = largest_logit(tensors)
     for name, exact in expected.items():
-        output_dtype = k.dtype if name in ("y", "gk", "gv") else state_dtype(k.dtype)
-        allowed = tolerance(output_dtype, k.shape[1], logit)
+        output_dtype = k.dtype if name in ("y", "gk", "gv", "gr") else state_dtype(k.dtype)
+        # The gradients of w and u are sums over all sequences, in float64 over those of a batch.
+        allowed = tolerance(output_dtype, k.shape[1] if name in ("gw", "gu") else tensors.steps, logit)
         assert_tensor_close(f"{what}{name}", found[name], exact, allowed, least_scale(name, tensors))
 
 
 def assert_solves(tensors: Tensors, backend: str, exact_backend: str = "reference") -> None:
     """Outputs and gradients equal the exact ones, which are computed on the CPU."""
-    _, final = rwkv_kernels.wkv(*tensors.inputs, return_state=True, backend=backend)
+    _, final = rwkv_kernels.wkv(*tensors.inputs, **tensors.options, return_state=True, backend=backend)
     found = {name: x.cpu() for name, x in solve(tensors, backend).items()}
     on_cpu = tensors.changed(Tensor.cpu)
     assert_close(found, solve(on_cpu.exact(), exact_backend, log_denominator(final.double()).cpu()), on_cpu)
@@ -217,7 +271,7 @@ def least_scale(name: str, tensors: Tensors) -> float:
     Roundings are relative to the terms of a sum, not to what cancellation leaves: gy·(v - y) is made of terms of the
     size of gy·v even where v = y.
     """
-    if name in ("gk", "gw", "gu"):
+    if name in ("gk", "gw", "gu", "gr"):
         return float(tensors.gy.abs().max() * tensors.v.abs().max())
     return torch.finfo(torch.float32).tiny
 

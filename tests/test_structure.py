@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rwkv_kernels import native
-from rwkv_kernels.inputs import BACKWARD, FORWARD, STEP, Inputs
+from rwkv_kernels.inputs import BACKWARD, FORWARD, MIXING_BACKWARD, MIXING_FORWARD, STEP, Inputs
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
@@ -133,10 +133,12 @@ def test_the_schemas_are_the_same_in_cpp_and_in_python() -> None:
     if native.operators.why_missing is not None:
         pytest.skip(native.operators.why_missing)
     ops = getattr(torch.ops, native.NAMESPACE)
-    for name, schema in (("wkv_forward", FORWARD), ("_wkv_backward", BACKWARD), ("wkv_step", STEP)):
+    schemas = {"wkv_forward": FORWARD, "_wkv_backward": BACKWARD, "wkv_step": STEP}
+    schemas |= {"wkv_mixing_forward": MIXING_FORWARD, "_wkv_mixing_backward": MIXING_BACKWARD}
+    for name, schema in schemas.items():
         operator = getattr(ops, name).default._schema
         assert str(operator) == str(torch._C.parse_schema(f"{native.NAMESPACE}::{name}{schema}"))
-    arguments = [(x.name, str(x.type)) for x in ops.wkv_forward.default._schema.arguments]
+    arguments = [(x.name, str(x.type)) for x in ops.wkv_mixing_forward.default._schema.arguments]
     annotations = [
         (name, "Optional[Tensor]" if "None" in str(x) else "Tensor") for name, x in Inputs.__annotations__.items()
     ]

@@ -12,7 +12,11 @@ from rwkv_kernels._backends.registry import Backend, register
 LEAST = -1e300  # finite, because a difference of infinities is NaN
 
 
-def _forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+def _forward(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, r: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if cu_seqlens is not None:
+        raise NotImplementedError("toy: cu_seqlens")
     decay, bonus = w.double().exp(), u.double()
     if state is None:
         state = rwkv_kernels.empty_state(k.shape[0], k.shape[2])
@@ -29,7 +33,9 @@ def _forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -
     top = log_den.detach()  # a gauge, which no gradient passes
     den = torch.exp(log_den - top)
     after = torch.stack((mean * den, den, top), 1)
-    return torch.stack(outputs, 1).to(k.dtype), after.to(torch.promote_types(k.dtype, torch.float32))
+    y = torch.stack(outputs, 1)
+    y = y if r is None else torch.sigmoid(r.double()) * y
+    return y.to(k.dtype), after.to(torch.promote_types(k.dtype, torch.float32))
 
 
 register(Backend("toy", _forward, device_types=("cpu",), why_not=lambda k: None if k.shape[1] else "k has no steps"))

@@ -18,17 +18,19 @@ inline void check_like(const char* name, const Tensor& tensor, const Sizes& shap
   require(where == device, name, ": expected device ", device, " as k, got ", where);
 }
 
-// The checked arguments that forward, backward and step share, with contiguous channels. k and v are [B, T, C], or
+// The checked arguments that forward, backward and step share, with contiguous channels. k, v and r are [B, T, C], or
 // [B, C] for the one token of a step.
 struct Arguments {
   DType dtype, w_dtype, u_dtype;
   Device device;
   Tensor w, u, k, v;
-  std::optional<Tensor> state;
+  std::optional<Tensor> state, r, cu_seqlens;
   int64_t B, T, C;
+  int64_t sequences;  // B, or those that are packed into B = 1
 
-  // `dimensions` of k and v: 3, or 2 for the one token of a step.
+  // `dimensions` of k, v and r: 3, or 2 for the one token of a step.
   Arguments(const Tensor& w_, const Tensor& u_, const Tensor& k_, const Tensor& v_, const std::optional<Tensor>& state_,
+            const std::optional<Tensor>& r_ = std::nullopt, const std::optional<Tensor>& cu_seqlens_ = std::nullopt,
             int64_t dimensions = 3)
       : dtype(dtype_of("k", k_)),
         w_dtype(dtype_of("w", w_)),
@@ -47,11 +49,32 @@ struct Arguments {
     check_like("w", w, sizes_of({C}), w_dtype, device);
     check_like("u", u, sizes_of({C}), u_dtype, device);
     for (Tensor* tensor : {&w, &u, &k, &v}) make_channels_contiguous(*tensor);
+    if (r_.has_value()) {
+      check_like("r", *r_, sizes, dtype, device);
+      make_channels_contiguous(r.emplace(*r_));
+    }
+    sequences = B;
+    if (cu_seqlens_.has_value()) {
+      cu_seqlens = checked_boundaries(*cu_seqlens_);
+      sequences = cu_seqlens->size(0) - 1;
+    }
     if (state_.has_value()) state = checked_state("state", *state_);
   }
 
   Tensor checked_state(const char* name, const Tensor& tensor) const {
-    check_like(name, tensor, sizes_of({B, 3, C}), state_type(dtype), device);
+    check_like(name, tensor, sizes_of({sequences, 3, C}), state_type(dtype), device);
+    return as_contiguous(tensor);
+  }
+
+  // Reads no element.
+  Tensor checked_boundaries(const Tensor& tensor) const {
+    const int32_t type = torch_type_of(tensor);
+    require(type == aoti_torch_dtype_int32() || type == aoti_torch_dtype_int64(),
+            "cu_seqlens: expected int32 or int64, got ", tensor.scalar_type());
+    require(tensor.dim() == 1 && tensor.size(0) > 0, "cu_seqlens: expected shape [N + 1], got ", sizes_of(tensor));
+    const Device where(tensor);
+    require(where == device, "cu_seqlens: expected device ", device, " as k, got ", where);
+    require(B == 1, "k: expected shape [1, total, C] with cu_seqlens, got ", sizes_of(k));
     return as_contiguous(tensor);
   }
 
@@ -59,9 +82,13 @@ struct Arguments {
 
   // Outputs, uninitialised, from a device or a launcher.
   Tensor empty_sequence(const auto& from) const { return from.empty({B, T, C}, dtype); }
-  Tensor empty_state(const auto& from) const { return from.empty({B, 3, C}, state_type(dtype)); }
+  Tensor empty_state(const auto& from) const { return from.empty({sequences, 3, C}, state_type(dtype)); }
+  // Of a packed sequence n the rows from cu_seqlens[n] / interval + n on, as many as it would have alone.
+  int64_t checkpoint_rows() const {
+    return cu_seqlens.has_value() ? T / checkpoint_interval(dtype) + sequences : checkpoint_count(dtype, T);
+  }
   Tensor empty_checkpoints(const auto& from, bool wanted) const {
-    return from.empty({B, wanted ? checkpoint_count(dtype, T) : 0, 3, C}, state_type(dtype));
+    return from.empty({B, wanted ? checkpoint_rows() : 0, 3, C}, state_type(dtype));
   }
 };
 
@@ -72,19 +99,14 @@ inline Sequence sequence_of(const Tensor& tensor) {
 
 // A step's arguments: one token, k, v and optionally r [B, C], and the state that it updates, of any strides.
 struct TokenArguments : Arguments {
-  std::optional<Tensor> r;
-
   TokenArguments(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Tensor& moved,
                  const std::optional<Tensor>& r_)
-      : Arguments(w, u, k, v, std::nullopt, 2) {
+      : Arguments(w, u, k, v, std::nullopt, r_, std::nullopt, 2) {
     check_like("state", moved, sizes_of({B, 3, C}), state_type(dtype), device);
     for (int64_t i = 0; i < 3; ++i) {
       require(moved.stride(i) != 0 || moved.size(i) <= 1, "state: expected elements of their own, got an expanded ",
               "tensor, with stride 0 in dimension ", i, "; its clone() does");
     }
-    if (!r_.has_value()) return;
-    check_like("r", *r_, sizes_of({B, C}), dtype, device);
-    make_channels_contiguous(r.emplace(*r_));
   }
 
   Tensor empty_token(const auto& from) const { return from.empty({B, C}, dtype); }
@@ -100,7 +122,7 @@ struct GradientArguments {
       : checkpoints(checkpoints_), gy(gy_) {
     const auto& [dtype, B, T, C] = std::tie(arguments.dtype, arguments.B, arguments.T, arguments.C);
     check_like("gy", gy, sizes_of({B, T, C}), dtype, arguments.device);
-    check_like("checkpoints", checkpoints, sizes_of({B, checkpoint_count(dtype, T), 3, C}), state_type(dtype),
+    check_like("checkpoints", checkpoints, sizes_of({B, arguments.checkpoint_rows(), 3, C}), state_type(dtype),
                arguments.device);
     checkpoints = as_contiguous(checkpoints);
     make_channels_contiguous(gy);

@@ -39,7 +39,7 @@ class BackendInfo(NamedTuple):
     reason: str | None
 
 
-Forward = Callable[..., tuple[Tensor, Tensor]]  # (w, u, k, v, state) -> (y, state_out)
+Forward = Callable[..., tuple[Tensor, Tensor]]  # (w, u, k, v, state, r, cu_seqlens) -> (y, state_out)
 Step = Callable[..., Tensor]  # (w, u, k, v, state, r) -> y, and the state in place
 
 
@@ -49,7 +49,7 @@ class Backend:
 
     Args:
         name: Of the argument `backend`.
-        forward: (w, u, k, v, state or None) -> (y, state_out), differentiable.
+        forward: (w, u, k, v, state or None, r or None, cu_seqlens or None) -> (y, state_out), differentiable.
         step: (w, u, k, v, state, r or None) -> y, which moves the state in place; None computes it by `forward`.
         device_types: Of the tensors that it takes, the usual one first; None for all.
         dtypes: Of the k that it takes.

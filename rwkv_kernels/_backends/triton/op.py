@@ -109,7 +109,7 @@ def _float32(k: Tensor, *shape: int) -> Tensor:
 
 def forward(plan: Plan, inputs: Inputs, checkpoint: bool) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
     """The outputs of forward, and the launches that fill them; B, T and C are at least 1."""
-    w, u, k, v, state = inputs
+    w, u, k, v, state, _, _ = inputs
     B, T, C = k.shape
     k, v = _with_contiguous_channels(k), _with_contiguous_channels(v)
     w, u = w.contiguous(), u.contiguous()
@@ -145,7 +145,7 @@ def backward(
     plan: Plan, inputs: Inputs, checkpoints: Tensor, gy: Tensor, gstate_out: Tensor | None
 ) -> tuple[tuple[Tensor, ...], list[Launch]]:
     """The gradients of the inputs, and the launches that fill them; B, T and C are at least 1."""
-    w, u, k, v, state = inputs
+    w, u, k, v, state, _, _ = inputs
     B, T, C = k.shape
     k, v, gy = (_with_contiguous_channels(x) for x in (k, v, gy))
     w, u, checkpoints = w.contiguous(), u.contiguous(), checkpoints.contiguous()
@@ -230,7 +230,7 @@ def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     k, state = inputs.k, inputs.state
     if k.numel() == 0:
         # No steps leave the state as it is, an empty one in its normal form.
-        after = empty_state(k)
+        after = empty_state(k, inputs.sequences)
         if state is not None:
             after = torch.where(state[:, 1:2] == 0, after, state)
         return k.new_empty(k.shape), after, _float32(k, *_checkpoint_shape(k, checkpoint))
