@@ -77,9 +77,10 @@ class Padding(NamedTuple):
         counts = mask.flatten()
         total = counts.shape[0]
         ends = F.pad(mask.sum(1).cumsum(0), (1, 0))
-        before, steps = counts.cumsum(0), torch.arange(total, device=mask.device)
-        places = torch.where(counts, before - 1, ends[-1] + steps - before)
-        return Padding(mask, places, Packing.of(F.pad(ends, (0, 1), value=total), total))
+        counted, steps = counts.cumsum(0), torch.arange(total, device=mask.device)
+        places = torch.where(counts, counted - 1, ends[-1] + steps - counted)
+        cu_seqlens = torch.cat((ends, ends.new_full((1,), total)))
+        return Padding(mask, places, Packing.of(cu_seqlens, total))
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T] -> [1, B·T], or [B, T, C] -> [1, B·T, C]. Padding becomes 0, so that it may be any number before."""
@@ -125,7 +126,7 @@ def cu_seqlens_of(batch: Mapping[str, Any]) -> Tensor:
             raise ValueError(f"{name}: expected shape [1, total], got {list(numbers.shape)}")
         (row,) = numbers
         inner = 1 + (row.diff() != step).nonzero().squeeze(1)
-        return F.pad(F.pad(inner, (1, 0)), (0, 1), value=row.shape[0]).to(torch.int32)
+        return torch.cat((F.pad(inner, (1, 0)), inner.new_full((1,), row.shape[0]))).to(torch.int32)
     raise ValueError(
         "expected a batch with cu_seq_lens_q, seq_idx or position_ids, as DataCollatorWithFlattening makes it, got "
         f"{', '.join(batch) or 'an empty one'}"
