@@ -48,10 +48,10 @@ class Packing(NamedTuple):
     def shift(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         """x [1, total, C], the inputs before it [N, C] -> each token's predecessor, and each sequence's last [N, C]."""
         N = before.shape[0]
-        rows = torch.cat((before.unsqueeze(0), x), 1)
-        last = rows.index_select(1, self.ends).squeeze(0)
-        rows.index_copy_(1, self.starts, before.unsqueeze(0))
-        return rows[:, N - 1 : N - 1 + x.shape[1]], last
+        rows = torch.cat((before, x.squeeze(0)))
+        last = rows.index_select(0, self.ends)
+        rows.index_copy_(0, self.starts, before)
+        return rows[N - 1 : N - 1 + x.shape[1]].unsqueeze(0), last
 
     def last(self, x: Tensor) -> Tensor:
         """[1, total, C] -> [N, 1, C], the last token of each sequence, zero for an empty one."""
