@@ -102,7 +102,7 @@ def wkv(
                 wkv, (*arguments, r, cu_seqlens), *arguments, **options, return_state=return_state, backend=backend
             )
     else:
-        k, v, r = _promoted(k, v, r)
+        k, v, r = promoted(k, v, r)
     check(SEQUENCE, w, u, k, v, state, r, cu_seqlens)
     if cu_seqlens is not None and untraced() and type(cu_seqlens) is Tensor and cu_seqlens.device.type == "cpu":
         check_boundaries(cu_seqlens, k.shape[1])
@@ -110,7 +110,7 @@ def wkv(
     return (y, state_out) if return_state else y
 
 
-def _promoted(k: Tensor, v: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def promoted(k: Tensor, v: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Under autocast in the widest of their dtypes, otherwise as they are."""
     if k.dtype == v.dtype and (r is None or not isinstance(r, Tensor) or r.dtype == k.dtype):
         return k, v, r
@@ -168,7 +168,7 @@ def wkv_step(
             arguments = (w, u, k, v, state)
             return handle_torch_function(wkv_step, (*arguments, r), *arguments, r=r, backend=backend)
     else:
-        k, v, r = _promoted(k, v, r)
+        k, v, r = promoted(k, v, r)
     if state is None:
         raise TypeError("state: expected a torch.Tensor, got NoneType")
     check(TOKEN, w, u, k, v, state, r)

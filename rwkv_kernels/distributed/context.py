@@ -1,0 +1,340 @@
+"""`wkv` and the token shift over sequences whose steps are spread over the ranks of a group.
+
+Each rank has a slice of consecutive steps, of any length. Before its own steps it needs one state, and before their
+derivative one adjoint: both follow from summaries, [B, 3, C] and [B, 2, C], that every rank computes of its own slice
+and all-gathers. Nothing else is communicated but what the ranks agree on.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.autograd.function import once_differentiable
+
+from .. import functional, native
+from .._backends.registry import BackendUnavailable, select
+from ..inputs import DTYPES, SEQUENCE, TOKEN, Row, check, check_like
+from . import summaries
+from .ranks import Group, Ranks, Slices
+
+__all__ = ["sliced_shift", "sliced_wkv", "token_shift", "wkv"]
+
+# The operators of each backend that has some.
+PREFIXES = {"cpu": "wkv", "cuda": "wkv", "triton": "triton"}
+
+
+class Operators(NamedTuple):
+    """A backend's operators, called without the derivative that torch knows of them."""
+
+    prefix: str
+
+    @staticmethod
+    def of(backend: str, k: Tensor) -> "Operators":
+        name = select(backend, k).name
+        if name not in PREFIXES:
+            raise BackendUnavailable(f"wkv backend {name!r} cannot run across ranks; can: {', '.join(PREFIXES)}.")
+        return Operators(PREFIXES[name])
+
+    def _find(self, name: str) -> OpOverload:
+        operator: OpOverload = getattr(getattr(torch.ops, native.NAMESPACE), name).default
+        return operator
+
+    def forward(self, *inputs: Tensor | None, checkpoint: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(w, u, k, v, state, r) -> y, the state after the steps, checkpoints."""
+        *plain, r = inputs
+        if r is None:
+            return self._find(f"{self.prefix}_forward")(*plain, checkpoint)  # type: ignore[no-any-return]
+        return self._find(f"{self.prefix}_mixing_forward")(*inputs, None, checkpoint)  # type: ignore[no-any-return]
+
+    def backward(
+        self, inputs: Sequence[Tensor | None], checkpoints: Tensor, gy: Tensor, gstate: Tensor | None
+    ) -> Sequence[Tensor | None]:
+        """The gradients of the inputs."""
+        *plain, r = inputs
+        if r is None:
+            return (*self._find(f"_{self.prefix}_backward")(*plain, checkpoints, gy, gstate), None)
+        return self._find(f"_{self.prefix}_mixing_backward")(*inputs, None, checkpoints, gy, gstate)  # type: ignore[no-any-return]
+
+    def summary(self, w: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The state [B, 3, C] that the steps leave behind an empty one."""
+        return self.forward(w, w, k, v, None, None, checkpoint=False)[1]
+
+    def adjoint_summary(self, inputs: Sequence[Tensor | None], checkpoints: Tensor, gy: Tensor) -> Tensor:
+        """The adjoint [B, 2, C] before the steps where the one after them is zero."""
+        gstate = self.backward(inputs, checkpoints, gy, None)[4]
+        assert gstate is not None
+        return gstate[:, :2]
+
+
+class _Wkv(torch.autograd.Function):
+    """Both passes of a slice; each has one all-gather, in which every rank takes part."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, _: Tensor | None, slices: Slices, operators: Operators, return_state: bool, *inputs: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        w, u, k, v, state, r = inputs
+        assert w is not None and k is not None and v is not None
+        checkpoint = slices.anchor is not None
+        rank, steps = slices.rank, slices.steps
+        log_decay = summaries.log_decay_of(w, k.dtype)
+        if slices.is_last and not return_state:
+            own = functional.empty_state(k.shape[0], k.shape[2], device=k.device, dtype=log_decay.dtype)
+        else:
+            own = operators.summary(w, k, v)
+        if slices.is_first and state is not None:
+            parts = torch.stack((summaries.normal(state), own))
+            lengths = (0, steps[0])
+            own = summaries.join(parts, lengths, log_decay, summaries.running_maxima(parts, lengths, log_decay)[1])
+        gathered, wait = slices.all_gather(own)
+        if slices.is_first:
+            # Needs no other rank's summary, so that it runs beside the collective.
+            y, end, checkpoints = operators.forward(*inputs, checkpoint=checkpoint)
+        wait()
+        maxima = summaries.running_maxima(gathered, steps, log_decay)
+        if not slices.is_first:
+            state = summaries.join(gathered[:rank], steps[:rank], log_decay, maxima[rank - 1])
+            y, end, checkpoints = operators.forward(w, u, k, v, state, r, checkpoint=checkpoint)
+        final = summaries.join(gathered, steps, log_decay, maxima[-1]) if return_state else None
+        if checkpoint:
+            weights = summaries.adjoint_weights(maxima, steps, rank, log_decay)
+            # Between the max of the joined state and that of the operator's own there may be a rounding.
+            weights = weights * torch.exp(end[:, 2] - maxima[rank])
+            ctx.save_for_backward(w, u, k, v, state, r, checkpoints, end, weights)
+            ctx.slices, ctx.operators, ctx.return_state = slices, operators, return_state
+            ctx.set_materialize_grads(False)
+        return y, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor | None, gfinal: Tensor | None) -> Any:
+        *inputs, checkpoints, end, weights = ctx.saved_tensors
+        slices: Slices = ctx.slices
+        operators: Operators = ctx.operators
+        k = inputs[2]
+        gy = torch.zeros_like(k) if gy is None else gy
+        told = end.new_zeros((2 if ctx.return_state else 1, k.shape[0], 2, k.shape[2]))
+        if not slices.is_first:  # nobody is before it
+            told[0] = operators.adjoint_summary(inputs, checkpoints, gy)
+        if gfinal is not None:
+            told[1] = gfinal[:, :2]
+        gathered, wait = slices.all_gather(told)
+        if slices.is_last and not ctx.return_state:
+            # Nothing comes after it, so that it runs beside the collective.
+            gradients = operators.backward(inputs, checkpoints, gy, None)
+            wait()
+        else:
+            wait()
+            later = [gathered[slices.rank + 1 :, 0]]
+            if ctx.return_state:
+                later.append(gathered[:, 1].sum(0, keepdim=True))
+            known = torch.cat(later)
+            adjoint = (weights[: len(known)].unsqueeze(2) * known).sum(0)
+            gauge = (adjoint * end[:, :2]).sum(1, keepdim=True)
+            gradients = operators.backward(inputs, checkpoints, gy, torch.cat((adjoint, gauge), 1))
+        gw, gu, gk, gv, gstate, gr = gradients
+        return None, None, None, None, gw, gu, gk, gv, gstate if slices.is_first else None, gr
+
+
+def sliced_wkv(
+    slices: Slices,
+    operators: Operators,
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None,
+    r: Tensor | None,
+    return_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`wkv` of arguments that are checked, between ranks that agreed."""
+    outputs: tuple[Tensor, Tensor | None] = _Wkv.apply(
+        slices.anchor, slices, operators, return_state, w, u, k, v, state, r
+    )
+    return outputs
+
+
+def _refuse_subclasses(**tensors: Tensor | None) -> None:
+    """Raises TypeError for a DTensor and its like, whose parts on other ranks nobody here would ask for."""
+    for name, tensor in tensors.items():
+        if type(tensor) not in (Tensor, torch.nn.Parameter, type(None)):
+            raise TypeError(f"{name}: expected a torch.Tensor, this rank's part, got {type(tensor).__name__}")
+
+
+@overload
+def wkv(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None = None,
+    *,
+    r: Tensor | None = None,
+    group: Group = None,
+    return_state: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def wkv(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None = None,
+    *,
+    r: Tensor | None = None,
+    group: Group = None,
+    return_state: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
+def wkv(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None = None,
+    *,
+    r: Tensor | None = None,
+    group: Group = None,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`rwkv_kernels.wkv` over sequences whose steps are spread over the ranks of a group, by every rank at once.
+
+    Args:
+        w, u: [C], the same on every rank.
+        k, v: [B, T, C], this rank's steps, which follow those of the rank before; T may differ from rank to rank, and
+            may be 0.
+        state: [B, 3, C], the state before the first rank's steps, or None for the empty one. Other ranks' states are
+            not looked at, so that the one returned can be passed on.
+        r: [B, T, C], this rank's receptance, or None.
+        group: A process group, or a mesh of one dimension; all processes by default.
+        return_state: Also return the state after the last rank's steps, on every rank; the same on every rank.
+        backend: As for `rwkv_kernels.wkv`; one that has operators: cpu, cuda or triton.
+
+    Returns:
+        y [B, T, C] of this rank's steps, or (y, state). Bitwise equal from run to run.
+
+    Differentiable as `rwkv_kernels.wkv`. The gradients of k, v, r, and on the first rank of state, are complete. Those
+    of w and u are this rank's share: their sum over the ranks is the gradient, which FSDP2 or DDP over the same ranks
+    takes, as of every other parameter. Gradients that arrive at the returned state on several ranks are added. Backward
+    is a collective: where one rank of the group runs it, all must, or those that do wait for the group's timeout.
+
+    Raises:
+        RuntimeError: there is no process group; or other ranks refused their arguments.
+        ValueError: the ranks disagree on B, C, the dtype or return_state, on every rank, which it names.
+        ValueError, TypeError, BackendUnavailable: as for `rwkv_kernels.wkv`; also for a DTensor.
+    """
+    ranks = Ranks.of(group)
+    misfit: Exception | None = None
+    operators = Operators("")
+    try:
+        _refuse_subclasses(w=w, u=u, k=k, v=v, state=state, r=r)
+        k, v, r = functional.promoted(k, v, r)
+        check(SEQUENCE, w, u, k, v, state, r)
+        operators = Operators.of(backend, k)
+    except (TypeError, ValueError, BackendUnavailable) as error:
+        misfit = error
+    slices = ranks.agree("wkv", k, (w, u, k, v, state, r), return_state, misfit)
+    y, final = sliced_wkv(slices, operators, w, u, k, v, state, r, return_state)
+    return y if final is None else (y, final)
+
+
+class _LastTokens(torch.autograd.Function):
+    """The last token of the ranks before this one, and of all ranks, [B, C]."""
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor | None, slices: Slices, return_last: bool, own: Tensor) -> Any:
+        gathered, wait = slices.all_gather(own)
+        wait()
+        ctx.slices, ctx.return_last = slices, return_last
+        ctx.set_materialize_grads(False)
+        ctx.like = own[:0]
+        before = own.new_zeros(own.shape) if slices.is_first else gathered[_source(slices, slices.rank)].clone()
+        return before, gathered[_source(slices, len(gathered))].clone() if return_last else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gbefore: Tensor | None, glast: Tensor | None) -> Any:
+        slices: Slices = ctx.slices
+        # [2, B, C], of which the second is there where the last token was asked for.
+        parts = [x for x, wanted in ((gbefore, True), (glast, ctx.return_last)) if wanted]
+        shape = next(x.shape for x in (gbefore, glast) if x is not None)
+        told = torch.stack([ctx.like.new_zeros(shape) if x is None else x for x in parts])
+        gathered, wait = slices.all_gather(told)
+        wait()
+        ranks = range(len(slices.steps))
+        own = [gathered[j, 0] for j in ranks if j > 0 and _source(slices, j) == slices.rank]
+        if ctx.return_last and _source(slices, len(slices.steps)) == slices.rank:
+            own.append(gathered[:, 1].sum(0))
+        return None, None, None, torch.stack(own).sum(0) if own else ctx.like.new_zeros(shape)
+
+
+def _source(slices: Slices, rank: int) -> int:
+    """The rank that has the token before a rank's first, or before the end: the nearest with steps, or the first."""
+    return max((i for i in range(rank) if slices.steps[i] > 0), default=0)
+
+
+def sliced_shift(
+    slices: Slices, x: Tensor, before: Tensor | None, return_last: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`token_shift` between ranks that agreed."""
+    first = x.new_zeros(x.shape[0], 1, x.shape[2]) if before is None else before.to(x.dtype).unsqueeze(1)
+    own = x if x.shape[1] > 0 or not slices.is_first else first
+    own = own[:, -1] if own.shape[1] > 0 else first[:, 0]
+    received, last = _LastTokens.apply(slices.anchor, slices, return_last, own)
+    if not slices.is_first:
+        first = received.unsqueeze(1)
+    return torch.cat((first, x), 1)[:, :-1], last
+
+
+@overload
+def token_shift(
+    x: Tensor, before: Tensor | None = None, *, group: Group = None, return_last: Literal[False] = False
+) -> Tensor: ...
+
+
+@overload
+def token_shift(
+    x: Tensor, before: Tensor | None = None, *, group: Group = None, return_last: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+
+
+def token_shift(
+    x: Tensor, before: Tensor | None = None, *, group: Group = None, return_last: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Every token's predecessor, across ranks: that of a rank's first token is the last one of the rank before.
+
+    Args:
+        x: [B, T, C], this rank's steps, as for `wkv`.
+        before: [B, C], the token before the first rank's first, or None for zeros; not looked at on other ranks.
+        group: A process group, or a mesh of one dimension; all processes by default.
+        return_last: Also return the last token of all ranks [B, C], on every rank: the next call's `before`.
+
+    Returns:
+        [B, T, C], or that and the last token. Differentiable; backward is a collective, as that of `wkv` is.
+
+    Raises:
+        RuntimeError, ValueError, TypeError: as for `wkv`.
+    """
+    ranks = Ranks.of(group)
+    misfit: Exception | None = None
+    try:
+        _refuse_subclasses(x=x, before=before)
+        if x.dim() != 3:
+            raise ValueError(f"x: expected shape [B, T, C], got {list(x.shape)}")
+        rows: list[Row] = [("x", x, SEQUENCE, x.shape, DTYPES)]
+        if before is not None:
+            rows.append(("before", before, TOKEN, (x.shape[0], x.shape[2]), DTYPES))
+        check_like(x, rows)
+    except (TypeError, ValueError) as error:
+        misfit = error
+    slices = ranks.agree("token_shift", x, (x, before), return_last, misfit)
+    previous, last = sliced_shift(slices, x, before, return_last)
+    return previous if last is None else (previous, last)
