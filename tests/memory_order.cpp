@@ -660,16 +660,8 @@ class Case {
   template <class Kernel>
   void launch(const char* kernel, Operation operation, SequenceParams& params, Schedule schedule) const {
     const Plan plan = plan_of(operation);
-    const int64_t columns = problem_.B * plan.channel_tiles;
-    const int64_t message_bytes = columns * (plan.chunks - 1) * kStateBytes;
-    std::vector<Word> exchange((message_bytes + columns * sizeof(uint32_t)) / sizeof(Word) + 1, ~Word{0});
-    params.chunking = {.first_batch = 0,
-                       .chunks = static_cast<uint32_t>(plan.chunks),
-                       .chunk_tiles = static_cast<int32_t>(plan.chunk_tiles),
-                       .channel_tiles = static_cast<uint32_t>(plan.channel_tiles),
-                       .anchor = static_cast<uint32_t>(plan.anchor),
-                       .tickets = reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(exchange.data()) + message_bytes),
-                       .messages = exchange.data()};
+    std::vector<Word> exchange(plan.exchange_bytes / sizeof(Word) + 1, ~Word{0});
+    params.chunking = chunking_of(plan, problem_.B, exchange.data());
     run<Kernel>(pool_, kernel, params,
                 {static_cast<unsigned>(plan.channel_tiles), static_cast<unsigned>(problem_.B),
                  static_cast<unsigned>(plan.chunks)},

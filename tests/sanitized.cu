@@ -393,16 +393,7 @@ class Kernels {
     }
     void* partials() const { return workspace.get(); }
     char* exchange() const { return static_cast<char*>(workspace.get()) + partial_bytes; }
-    wkv::Chunking chunking() const {
-      char* const tickets = exchange() + B * plan.channel_tiles * (plan.chunks - 1) * wkv::kStateBytes;
-      return {.first_batch = 0,
-              .chunks = static_cast<uint32_t>(plan.chunks),
-              .chunk_tiles = static_cast<int32_t>(plan.chunk_tiles),
-              .channel_tiles = static_cast<uint32_t>(plan.channel_tiles),
-              .anchor = static_cast<uint32_t>(plan.anchor),
-              .tickets = plan.chunks > 1 ? reinterpret_cast<uint32_t*>(tickets) : nullptr,
-              .messages = exchange()};
-    }
+    wkv::Chunking chunking() const { return chunking_of(plan, B, exchange()); }
     wkv::Launch launch(Kernel kernel, const wkv::SequenceParams& params) const {
       return {.kernel = kernel,
               .dtype = kType,

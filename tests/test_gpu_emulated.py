@@ -113,6 +113,22 @@ def test_states_pass_through_many_chunks(limits: str, problem: str, dtype: torch
         assert_solves(make(given, dtype), backend)
 
 
+@pytest.mark.parametrize("max_in", [0.0, 1.5e7, -1.5e7, 1.6e7, 3e7, 1e30])
+@pytest.mark.parametrize("den", [2.0**-126, 1.0, 1.75 * 2.0**127])
+def test_the_largest_sums_and_exponents_pass_through_many_chunks(den: float, max_in: float) -> None:
+    """With keys of -inf and no decay a state stays what it is, wherever its sums and its max are."""
+    k, v = torch.full((1, 1000, 2), -torch.inf), torch.zeros(1, 1000, 2)
+    w, u = torch.full((2,), -100.0), torch.zeros(2)
+    state = torch.tensor([[-0.75 * den, 0.25 * den], [den, den], [max_in, max_in]])[None]
+    y, once, _ = gpu_host.forward(gpu_host.Emulator(), w, u, k[:, :1], v[:, :1], state, False)
+    several, many, _ = gpu_host.forward(gpu_host.Emulator(), w, u, k, v, state, False)
+    mean = torch.tensor([-0.75, 0.25])
+    for ratio in (y, several, once[:, 0] / once[:, 1]):
+        torch.testing.assert_close(ratio, mean.expand(ratio.shape), rtol=2**-22, atol=0)
+    torch.testing.assert_close(log_denominator(once), log_denominator(state), rtol=2**-22, atol=1e-5)
+    assert torch.equal(many, once)
+
+
 # ---- barriers ----
 
 # Phases, each of which ends with a barrier of the warp or of the block: those of the block that starts last of its
@@ -120,8 +136,8 @@ def test_states_pass_through_many_chunks(limits: str, problem: str, dtype: torch
 BEGIN = ["take a ticket and stage", "wait for copies"]
 STAGE_AGAIN = ["stage"]  # another tile than foreseen, or the next one
 RANGE = ["bring keys to registers", "leave the largest key", "agree on a scale"]
-FORWARD = [*RANGE, "walk and leave sums"]
-BACKWARD = [*RANGE, "walk", "walk back", "leave sums"]
+FORWARD = [*RANGE, "sum and leave sums"]
+BACKWARD = [*RANGE, "replay", "reverse", "leave sums"]
 LOOK_BACK = ["sum up and wait for messages", "join", "correct"]
 # Where every chunk is an anchor.
 LOOK_BACK_FORWARD = ["sum up and wait for messages", "join one message", "correct"]

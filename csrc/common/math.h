@@ -95,11 +95,12 @@ WKV_HD auto is_empty(State<Real> state) {
   return state.sums.den == Real(0);
 }
 
-// A state from outside, with max in range where it is empty.
+// A state from outside; an empty one is the same whatever it was given as.
 template <class Real>
 WKV_HD State<Real> or_empty(State<Real> given) {
   const auto empty = is_empty(given);
-  return {{select(empty, Real(0), given.sums.num), given.sums.den}, select(empty, Real(kEmptyMax), given.max)};
+  return {{select(empty, Real(0), given.sums.num), select(empty, Real(0), given.sums.den)},
+          select(empty, Real(kEmptyMax), given.max)};
 }
 
 template <class Real>
@@ -121,36 +122,82 @@ WKV_HD Sums<Real> mix(Sums<Real> past, Weights<Real> weights, Real v) {
   return {weights.present * v + weights.past * past.num, weights.past * past.den + weights.present};
 }
 
-// y of the step whose sums before it are `past`.
+// ---- the gate: sigmoid(r), which multiplies y ----
+
+struct NoGate {};
+
+// sigmoid(r) = share / (1 + lesser). Both are in [0, 1], and exactly 0 or 1 at the ends; e^-r would not stay in range.
 template <class Real>
-WKV_HD Real read(Sums<Real> past, Weights<Real> weights, Real v) {
-  const Sums<Real> now = mix(past, weights, v);
-  return now.num / now.den;
+struct Gate {
+  Real share, lesser;
+};
+
+template <class Real>
+WKV_HD Gate<Real> gate_of(Real r) {
+  const Real lesser = exp_nonpositive(-abs(r));
+  return {select(r >= Real(0), Real(1), lesser), lesser};
 }
 
-// The weight of a logit r beside one of 0: in range, and exactly 0 or 1 at the ends.
 template <class Real>
 WKV_HD Real sigmoid(Real r) {
-  const Weights<Real> weights = weigh(r, Real(0));
-  return weights.past / (weights.past + weights.present);
+  const Gate<Real> gate = gate_of(r);
+  return gate.share / (gate.lesser + Real(1));
+}
+
+// num/den times the gate. `share` may be the smallest number that there is: it comes last, and times num alone it might
+// leave the range.
+template <class Real>
+WKV_HD Real gated_mean(Sums<Real> sums, NoGate) {
+  return sums.num / sums.den;
+}
+template <class Real>
+WKV_HD Real gated_mean(Sums<Real> sums, Gate<Real> gate) {
+  return sums.num / (sums.den * (gate.lesser + Real(1))) * gate.share;
+}
+
+// Of gated_mean: y = num/den without the gate, the gradients h of num and gr of r; that of den is -h·y.
+template <class Real>
+struct MeanAdjoint {
+  Real y, h, gr;
+};
+template <class Real>
+WKV_HD MeanAdjoint<Real> gated_mean_adjoint(Sums<Real> sums, NoGate, Real g) {
+  const auto [y, h] = divide(sums.num, g, sums.den);
+  return {y, h, Real(0)};
+}
+template <class Real>
+WKV_HD MeanAdjoint<Real> gated_mean_adjoint(Sums<Real> sums, Gate<Real> gate, Real g) {
+  // One division for all: 1 / whole is `factor` times den.
+  const Real whole = gate.lesser + Real(1);
+  const Real factor = Real(1) / (sums.den * whole);
+  const Real y_of_whole = sums.num * factor;
+  return {y_of_whole * whole, g * factor * gate.share, g * y_of_whole * (factor * sums.den * gate.lesser)};
+}
+
+// ---- a step ----
+
+// y of the step whose sums before it are `past`, times the gate.
+template <class Real, class Gating = NoGate>
+WKV_HD Real read(Sums<Real> past, Weights<Real> weights, Real v, Gating gate = {}) {
+  return gated_mean(mix(past, weights, v), gate);
 }
 
 // The gradients below are those of the true sums, so max is a constant to them: the state's gauge.
 template <class Real>
 struct StepGradients {
-  Real gk, gv, g_log_decay, gu;
+  Real gk, gv, g_log_decay, gu, gr;
 };
 
-// y = num/den of mix(past, weights, v); adds to `adjoint`, the gradient of the state before the step.
-template <class Real>
+// Of `read`, whose gradient is gy; adds to `adjoint`, the gradient of the state before the step.
+template <class Real, class Gating = NoGate>
 WKV_HD void read_adjoint(Sums<Real> past, Weights<Real> weights, Real v, Real gy, Sums<Real>& adjoint,
-                         StepGradients<Real>& gradients) {
-  const Sums<Real> now = mix(past, weights, v);
-  const auto [y, h] = divide(now.num, gy, now.den);
+                         StepGradients<Real>& gradients, Gating gate = {}) {
+  const auto [y, h, gr] = gated_mean_adjoint(mix(past, weights, v), gate, gy);
   const Real h_present = weights.present * h;
   gradients.gv = gradients.gv + h_present;
   gradients.gu = h_present * (v - y);
   gradients.gk = gradients.gk + gradients.gu;
+  gradients.gr = gr;
   adjoint.num = adjoint.num + weights.past * h;
   adjoint.den = adjoint.den - weights.past * h * y;
 }

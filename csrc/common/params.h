@@ -64,4 +64,52 @@ struct Sequence {
   int64_t batch_stride, time_stride;  // in elements
 };
 
+// ---- packed sequences: N of them, one after the other in the `total` steps of a [1, total, C] tensor ----
+
+// Sequence n has the steps from the n-th boundary to the next one, [N + 1], int32 or int64; null data: not packed.
+struct Boundaries {
+  const void* data;
+  bool is_wide;  // int64
+
+  constexpr int64_t operator[](int64_t n) const {
+    return is_wide ? static_cast<const int64_t*>(data)[n] : static_cast<const int32_t*>(data)[n];
+  }
+};
+
+// Rows for pieces of `steps` steps, which begin anew in each sequence: packed sequence n, whose first step is `begin`,
+// has those from the returned one on, and `begin` = total, n = N gives the count of all. They do not overlap:
+// ceil(length / steps) <= floor((begin + length) / steps) - floor(begin / steps) + 1, and at most one remains unused.
+template <class Integer>
+constexpr Integer packed_row(Integer begin, Integer n, Integer steps) {
+  using Unsigned = std::make_unsigned_t<Integer>;
+  return static_cast<Integer>(static_cast<Unsigned>(begin) / static_cast<Unsigned>(steps)) + n;
+}
+
+// Where a sequence lies, packed or not. It is a sequence of its own from there on: its state is row n of the states.
+template <class Integer>
+struct SequenceView {
+  Integer b, begin;     // the first step, in [B, T, C] tensors
+  Integer steps;        // of the sequence
+  Integer checkpoints;  // its first row of them
+
+  // The row of the state after t steps, t being a multiple of the interval or `steps`.
+  constexpr Integer checkpoint_row(DType dtype, Integer t) const {
+    return checkpoints + checkpoint_count(dtype, t) - 1;
+  }
+};
+
+template <class Integer>
+constexpr SequenceView<Integer> view_of_batch(DType dtype, Integer T, Integer b) {
+  return {b, 0, T, b * checkpoint_count(dtype, T)};
+}
+
+// In range whatever the boundaries are, which a GPU cannot have checked.
+template <class Integer>
+constexpr SequenceView<Integer> view_of_packed(DType dtype, Boundaries boundaries, Integer total, Integer n) {
+  const auto within = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x < high ? x : high; };
+  const int64_t begin = within(boundaries[n], 0, total), end = within(boundaries[int64_t{n} + 1], begin, total);
+  return {0, static_cast<Integer>(begin), static_cast<Integer>(end - begin),
+          packed_row(static_cast<Integer>(begin), n, static_cast<Integer>(checkpoint_interval(dtype)))};
+}
+
 }  // namespace wkv

@@ -101,14 +101,15 @@ struct SavedStep {
   Real at;
 };
 
-// On entry `adjoint` is the gradient of the sums after the step, on return that of the sums before it.
-template <class Scale, class Real>
+// On entry `adjoint` is the gradient of the sums after the step, on return that of the sums before it; gy is that of y
+// times the gate.
+template <class Scale, class Real, class Gating = NoGate>
 WKV_HD StepGradients<Real> step_adjoint(const Scale& scale, const SavedStep<Real>& before, Real v, Real gy,
-                                        Sums<Real>& adjoint) {
+                                        Sums<Real>& adjoint, Gating gate = {}) {
   const StepWeights<Real> weights = scale.weights(before.at);
   StepGradients<Real> gradients;
   advance_adjoint(before.sums, weights.advance, v, adjoint, gradients);
-  read_adjoint(before.sums, weights.read, v, gy, adjoint, gradients);
+  read_adjoint(before.sums, weights.read, v, gy, adjoint, gradients, gate);
   return gradients;
 }
 

@@ -1,6 +1,6 @@
 // The backward kernel: gk, gv, the gradient of the first state and each chunk's part of those of the log-decay and u. A
-// tile lies between two checkpoints. It is walked forward once, from the checkpoint, for the state before every step,
-// and back once, from an adjoint of zero, gk and gv taking the places of the states in registers.
+// tile lies between two checkpoints. It is replayed once, from the checkpoint, for the state before every step, and
+// reversed once, from an adjoint of zero, gk and gv taking the places of the states in registers.
 //
 // The adjoint of a state is the gradient of its true sums.
 #pragma once
@@ -33,7 +33,7 @@ struct BackwardPass {
     thread.after = empty_scaled();
   }
   WKV_HD static Scaled normalised(Scaled adjoint) { return normalised_adjoint(adjoint); }
-  // In gy, after the walk back: each warp's sum, and the adjoint that enters the tile.
+  // In gy, after the reverse loop: each warp's sum, and the adjoint that enters the tile.
   WKV_HD static Rows64 own_of(const Block& block, int warp) { return block.rows_of(2, warp, 0); }
   WKV_HD static Rows64 carry(const Block& block) { return block.rows_of(2, 0, 3); }
   // In k: states of the warps, when keys are in registers; messages, when states are of no use any more.
@@ -67,7 +67,7 @@ struct BackwardPass {
     const Sums<Pair> adjoint{select(has_no_max, Pair(0), given.num), select(has_no_max, Pair(0), given.den)};
     return normalised_adjoint(scaled_by_exp(adjoint, -select(has_no_max, Pair(0), max)));
   }
-  // In k as well, from the time keys are in registers to the end of the walk back; while a tile is staged, in
+  // In k as well, from the time keys are in registers to the end of the reverse loop; while a tile is staged, in
   // registers.
   WKV_HD static Rows64 parked(const Block& block) { return block.rows_of(0, 0, 4); }
   WKV_HD static void keep(const Block&, const Tile&, Scaled after, Thread& thread) { thread.after = after; }
@@ -80,25 +80,25 @@ struct BackwardPass {
   }
 
   template <class Team, class Leave>
-  WKV_HD static void walk(const Block& block, const Tile& tile, bool fit, Team& team, const Leave& leave_sums) {
+  WKV_HD static void recur(const Block& block, const Tile& tile, bool fit, Team& team, const Leave& leave_sums) {
     team.phase([&](Thread& thread) {
       if (kFullTilesOnly || fit) {
-        walk_together(block, tile, thread);
+        replay_together(block, tile, thread);
       } else {
-        walk_spread(block, tile, thread);
+        replay_spread(block, tile, thread);
       }
     });
     team.warp_phase([&](Thread& thread) {
       if (kFullTilesOnly || fit) {
-        walk_back(block, tile, thread);
+        reverse_together(block, tile, thread);
       } else {
-        walk_back_spread(block, tile, thread);
+        reverse_spread(block, tile, thread);
       }
     });
     team.phase(leave_sums);
   }
 
-  WKV_HD static void walk_together(const Block& block, const Tile& tile, Thread& thread) {
+  WKV_HD static void replay_together(const Block& block, const Tile& tile, Thread& thread) {
     const int lane = thread.lane(), steps = tile.steps_of(thread.warp());
     const Column<Element> v = block.column_of(1, thread);
     const Pair decay = block.channels.decay(lane);
@@ -115,7 +115,7 @@ struct BackwardPass {
 
   // Only the sum of the steps: step by step, a running maximum needs the state before the subchunk, which is not known
   // yet.
-  WKV_HD static void walk_spread(const Block& block, const Tile& tile, Thread& thread) {
+  WKV_HD static void replay_spread(const Block& block, const Tile& tile, Thread& thread) {
     const int lane = thread.lane(), steps = tile.steps_of(thread.warp());
     thread.keys.replace_infinite(steps);
     const Pair log_decay = block.channels.log_decay(lane);
@@ -123,7 +123,7 @@ struct BackwardPass {
     state_after(block, thread.warp()).set_scaled(lane, sum_of_spread<kSteps>(left, block.column_of(1, thread), steps));
   }
 
-  WKV_HD static void walk_back(const Block& block, const Tile& tile, Thread& thread) {
+  WKV_HD static void reverse_together(const Block& block, const Tile& tile, Thread& thread) {
     const int lane = thread.lane(), steps = tile.steps_of(thread.warp());
     const Column<Element> v = block.column_of(1, thread), gy = block.column_of(2, thread);
     const Pair decay = block.channels.decay(lane), bonus = block.channels.bonus(lane);
@@ -162,7 +162,7 @@ struct BackwardPass {
     thread.own.sums = adjoint;
   }
 
-  WKV_HD static void walk_back_spread(const Block& block, const Tile& tile, Thread& thread) {
+  WKV_HD static void reverse_spread(const Block& block, const Tile& tile, Thread& thread) {
     const int lane = thread.lane(), steps = tile.steps_of(thread.warp());
     const Column<Element> v = block.column_of(1, thread), gy = block.column_of(2, thread);
     const auto scale = block.running_scale(thread);

@@ -1,5 +1,5 @@
 // The forward kernel: y, the final state and checkpoints. Weights are computed once, for the sum of a thread's steps; y
-// comes from a second walk with the same weights, when the thread knows the state before its steps.
+// comes from a second loop over the steps, with the same weights, when the thread knows the state before them.
 #pragma once
 
 #include "scan.h"
@@ -32,18 +32,18 @@ struct ForwardPass {
   }
 
   template <class Team, class Leave>
-  WKV_HD static void walk(const Block& block, const Tile& tile, bool fit, Team& team, const Leave& leave_sums) {
+  WKV_HD static void recur(const Block& block, const Tile& tile, bool fit, Team& team, const Leave& leave_sums) {
     team.phase([&](Thread& thread) {
       if (kFullTilesOnly || fit) {
-        walk_together(block, tile, thread);
+        sum_together(block, tile, thread);
       } else {
-        walk_spread(block, tile, thread);
+        sum_spread(block, tile, thread);
       }
       leave_sums(thread);
     });
   }
 
-  WKV_HD static void walk_together(const Block& block, const Tile& tile, Thread& thread) {
+  WKV_HD static void sum_together(const Block& block, const Tile& tile, Thread& thread) {
     const int steps = tile.steps_of(thread.warp());
     const Column<Element> v = block.column_of(1, thread);
     const Pair decay = block.channels.decay(thread.lane());
@@ -56,7 +56,7 @@ struct ForwardPass {
     thread.own.sums = sums;
   }
 
-  WKV_HD static void walk_spread(const Block& block, const Tile& tile, Thread& thread) {
+  WKV_HD static void sum_spread(const Block& block, const Tile& tile, Thread& thread) {
     const int steps = tile.steps_of(thread.warp());
     thread.keys.replace_infinite(steps);
     clear_unless_full(steps, thread.weights);
@@ -105,7 +105,7 @@ struct ForwardPass {
       return;
     }
     auto scale = block.running_scale(thread);
-    const auto walk = [&](const auto& key) {
+    const auto read_steps = [&](const auto& key) {
       State<Pair> state = state_of(in);
       for_steps<kSteps>(steps, [&](int step) {
         const Pair logit = key(thread.weights[step]), vt = v.get(step);
@@ -116,11 +116,11 @@ struct ForwardPass {
     };
     if (!fit && scale.lifts) {
       scale.lifts = true;  // a constant from here on, so that no step has a branch
-      walk([](Pair key) { return key; });
+      read_steps([](Pair key) { return key; });
     } else {
       // The carried-in state may be too large for the scale that the keys share: the keys are then recovered from
       // their weights.
-      walk([&](Pair weight) { return fit ? (log2(weight) + thread.reference) * Pair(1 / kLog2E) : weight; });
+      read_steps([&](Pair weight) { return fit ? (log2(weight) + thread.reference) * Pair(1 / kLog2E) : weight; });
     }
   }
 

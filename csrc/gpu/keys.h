@@ -1,7 +1,7 @@
 // A thread's keys in registers, and whether the weights of a tile can share one exponent.
 //
 // With one reference for a tile, e^{k - reference} is the weight of a step in all sums of the tile, and decay being
-// constant, the state before a subchunk is added to its own sums after the walk: docs/wkv.md. Keys that spread too far
+// constant, the state before a subchunk is added to its own sums afterwards: docs/wkv.md. Keys that spread too far
 // for float32 take RunningScale, subchunk by subchunk.
 #pragma once
 
@@ -35,7 +35,7 @@ struct Keys {
     }
   }
 
-  // Replaces keys by their logits if the range contains +inf, so that no walk with RunningScale needs a check.
+  // Replaces keys by their logits if the range contains +inf, so that no step with RunningScale needs a check.
   WKV_HD void replace_infinite(int steps) {
     if (all(highest < Pair(INFINITY))) return;
     for_steps<kSteps>(steps, [&](int step) {

@@ -83,18 +83,8 @@ Tensor launch_plan(Launcher& launcher, Kernel kernel, DType dtype, const Plan& p
   const Tensor workspace = launcher.empty({(plan.partial_bytes + plan.exchange_bytes + 7) / 8}, DType::float64);
   params.partials = workspace.mutable_data_ptr();
   char* const exchange = static_cast<char*>(params.partials) + plan.partial_bytes;
-  params.chunking = {.first_batch = 0,
-                     .chunks = static_cast<uint32_t>(plan.chunks),
-                     .chunk_tiles = static_cast<int32_t>(plan.chunk_tiles),
-                     .channel_tiles = static_cast<uint32_t>(plan.channel_tiles),
-                     .anchor = static_cast<uint32_t>(plan.anchor),
-                     .tickets = nullptr,
-                     .messages = exchange};
-  if (plan.chunks > 1) {
-    launcher.set_all_bits(exchange, plan.exchange_bytes);
-    const int64_t columns = int64_t{params.B} * plan.channel_tiles;
-    params.chunking.tickets = reinterpret_cast<uint32_t*>(exchange + columns * (plan.chunks - 1) * kStateBytes);
-  }
+  params.chunking = chunking_of(plan, params.B, exchange);
+  if (plan.exchange_bytes > 0) launcher.set_all_bits(exchange, plan.exchange_bytes);
   for (int64_t first = 0; first < params.B; first += kMaxGridYZ) {
     params.chunking.first_batch = static_cast<uint32_t>(first);
     launcher.launch(

@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "params.h"
 #include "tuning.h"
 
 namespace wkv {
@@ -117,6 +118,19 @@ inline Plan make_plan(Operation operation, DType dtype, int64_t B, int64_t T, in
     plan.exchange_bytes = columns * ((plan.chunks - 1) * kStateBytes + static_cast<int64_t>(sizeof(uint32_t)));
   }
   return plan;
+}
+
+// A plan of B sequences as kernels see it; `exchange` has the plan's exchange_bytes, of messages and then tickets.
+inline Chunking chunking_of(const Plan& plan, int64_t B, void* exchange) {
+  const int64_t message_bytes = B * plan.channel_tiles * (plan.chunks - 1) * kStateBytes;
+  char* const tickets = static_cast<char*>(exchange) + message_bytes;
+  return {.first_batch = 0,
+          .chunks = static_cast<uint32_t>(plan.chunks),
+          .chunk_tiles = static_cast<int32_t>(plan.chunk_tiles),
+          .channel_tiles = static_cast<uint32_t>(plan.channel_tiles),
+          .anchor = static_cast<uint32_t>(plan.anchor),
+          .tickets = plan.chunks > 1 ? reinterpret_cast<uint32_t*>(tickets) : nullptr,
+          .messages = exchange};
 }
 
 }  // namespace wkv

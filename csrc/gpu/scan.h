@@ -3,7 +3,7 @@
 //
 //   stage      the tile comes to shared memory while the block takes its ticket
 //   range      keys go to registers; the warps agree on one reference, or that there is none
-//   walk       each thread walks its subchunk from nothing                                             (the pass's own)
+//   recur      each thread runs the recurrence over its subchunk, from nothing                         (the pass's own)
 //   look back  each warp sums up the warps before it; the last one publishes the tile's sum, the partial, joins the
 //              predecessors' messages to the state before the tile, and publishes the inclusive state
 //   correct    the state before the tile, decayed step by step, is added to the outputs                (the pass's own)
@@ -68,7 +68,7 @@ struct ScanBlock {
   WKV_HD Rows64 rows_of(int i, int warp, int row) const {
     return {reinterpret_cast<Pair*>(subchunk(i, warp)) + row * kWarpThreads};
   }
-  // In k, from the time keys are in registers to the end of the walk.
+  // In k, from the time keys are in registers to the end of the recurrence.
   WKV_HD Rows64 highest_of(int warp) const { return rows_of(0, warp, 0); }
 
   // Of values [rows, values_of_row, C], of the channels of a thread.
@@ -251,7 +251,7 @@ struct Scan {
         thread.reference = reference_of(block.highest_of(0), Block::kWarpRows, block.warps, lane);
         return tile_fits(thread.reference, thread.keys.lowest, block.channels.bonus(lane));
       });
-      Pass::walk(block, tile, fit, team, [&](Thread& thread) {
+      Pass::recur(block, tile, fit, team, [&](Thread& thread) {
         Pass::own_of(block, thread.warp()).set_scaled(thread.lane(), thread.own);
         if (thread.warp() == 0 && !waits) {
           const Scaled carry = i == 0 ? Pass::first(block, thread) : Pass::kept(block, thread);
