@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import reference
+from . import reference, shardings
 from ._backends.registry import Forward, select
 from .autograd import refuse_onnx, untraced
 from .inputs import SEQUENCE, TOKEN, check, check_boundaries
@@ -103,6 +103,8 @@ def wkv(
             )
     else:
         k, v, r = promoted(k, v, r)
+        if type(k) is not Tensor:
+            shardings.prepare(k)
     check(SEQUENCE, w, u, k, v, state, r, cu_seqlens)
     if cu_seqlens is not None and untraced() and type(cu_seqlens) is Tensor and cu_seqlens.device.type == "cpu":
         check_boundaries(cu_seqlens, k.shape[1])
@@ -171,6 +173,8 @@ def wkv_step(
         k, v, r = promoted(k, v, r)
     if state is None:
         raise TypeError("state: expected a torch.Tensor, got NoneType")
+    if type(k) is not Tensor:
+        shardings.prepare(k)
     check(TOKEN, w, u, k, v, state, r)
     if torch.is_grad_enabled():
         for name, tensor in (("w", w), ("u", u), ("k", k), ("v", v), ("state", state), ("r", r)):
