@@ -135,7 +135,8 @@ class _Wkv(torch.autograd.Function):
             gauge = (adjoint * end[:, :2]).sum(1, keepdim=True)
             gradients = operators.backward(inputs, checkpoints, gy, torch.cat((adjoint, gauge), 1))
         gw, gu, gk, gv, gstate, gr = gradients
-        return None, None, None, None, gw, gu, gk, gv, gstate if slices.is_first else None, gr
+        has_own_state = slices.is_first and inputs[4] is not None
+        return None, None, None, None, gw, gu, gk, gv, gstate if has_own_state else None, gr
 
 
 def sliced_wkv(
@@ -247,33 +248,37 @@ def wkv(
 
 
 class _LastTokens(torch.autograd.Function):
-    """The last token of the ranks before this one, and of all ranks, [B, C]."""
+    """The token before this rank's first, and the last one of all ranks, [B, C], from each rank's last one.
+
+    On the first rank the former is what it is given: every rank uses a result, so that backward reaches every rank.
+    """
 
     @staticmethod
-    def forward(ctx: Any, _: Tensor | None, slices: Slices, return_last: bool, own: Tensor) -> Any:
+    def forward(
+        ctx: Any, _: Tensor | None, slices: Slices, return_last: bool, first: Tensor, own: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         gathered, wait = slices.all_gather(own)
         wait()
         ctx.slices, ctx.return_last = slices, return_last
         ctx.set_materialize_grads(False)
-        ctx.like = own[:0]
-        before = own.new_zeros(own.shape) if slices.is_first else gathered[_source(slices, slices.rank)].clone()
+        # Copies, because a view would keep all ranks' tokens.
+        before = (first if slices.is_first else gathered[_source(slices, slices.rank)]).clone()
         return before, gathered[_source(slices, len(gathered))].clone() if return_last else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gbefore: Tensor | None, glast: Tensor | None) -> Any:
         slices: Slices = ctx.slices
-        # [2, B, C], of which the second is there where the last token was asked for.
-        parts = [x for x, wanted in ((gbefore, True), (glast, ctx.return_last)) if wanted]
-        shape = next(x.shape for x in (gbefore, glast) if x is not None)
-        told = torch.stack([ctx.like.new_zeros(shape) if x is None else x for x in parts])
-        gathered, wait = slices.all_gather(told)
+        zero = torch.zeros_like(glast if gbefore is None else gbefore)  # autograd calls with one gradient at least
+        gbefore = zero if gbefore is None else gbefore
+        glast = zero if glast is None else glast
+        gathered, wait = slices.all_gather(torch.stack((gbefore, glast)) if ctx.return_last else gbefore.unsqueeze(0))
         wait()
-        ranks = range(len(slices.steps))
-        own = [gathered[j, 0] for j in ranks if j > 0 and _source(slices, j) == slices.rank]
-        if ctx.return_last and _source(slices, len(slices.steps)) == slices.rank:
-            own.append(gathered[:, 1].sum(0))
-        return None, None, None, torch.stack(own).sum(0) if own else ctx.like.new_zeros(shape)
+        ranks = len(slices.steps)
+        gown = [gathered[j, 0] for j in range(1, ranks) if _source(slices, j) == slices.rank]
+        if ctx.return_last and _source(slices, ranks) == slices.rank:
+            gown.append(gathered[:, 1].sum(0))
+        return None, None, None, gbefore if slices.is_first else None, sum(gown, start=zero)
 
 
 def _source(slices: Slices, rank: int) -> int:
@@ -281,17 +286,12 @@ def _source(slices: Slices, rank: int) -> int:
     return max((i for i in range(rank) if slices.steps[i] > 0), default=0)
 
 
-def sliced_shift(
-    slices: Slices, x: Tensor, before: Tensor | None, return_last: bool
-) -> tuple[Tensor, Tensor | None]:
+def sliced_shift(slices: Slices, x: Tensor, before: Tensor | None, return_last: bool) -> tuple[Tensor, Tensor | None]:
     """`token_shift` between ranks that agreed."""
-    first = x.new_zeros(x.shape[0], 1, x.shape[2]) if before is None else before.to(x.dtype).unsqueeze(1)
-    own = x if x.shape[1] > 0 or not slices.is_first else first
-    own = own[:, -1] if own.shape[1] > 0 else first[:, 0]
-    received, last = _LastTokens.apply(slices.anchor, slices, return_last, own)
-    if not slices.is_first:
-        first = received.unsqueeze(1)
-    return torch.cat((first, x), 1)[:, :-1], last
+    first = x.new_zeros(x.shape[0], x.shape[2]) if before is None else before.to(x.dtype)
+    own = x[:, -1] if x.shape[1] > 0 else first
+    first, last = _LastTokens.apply(slices.anchor, slices, return_last, first, own)
+    return torch.cat((first.unsqueeze(1), x), 1)[:, :-1], last
 
 
 @overload

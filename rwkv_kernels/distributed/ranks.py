@@ -5,6 +5,7 @@ nothing of the operator. Public functions of torch.distributed alone.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,8 @@ def _compare(name: str, values: Sequence[object]) -> None:
         raise ValueError(f"{name}: expected the same on every rank of the group, got {said}")
 
 
-class Slices(NamedTuple):
+@dataclass(frozen=True, eq=False)  # a leaf to torch, which would change tensors inside of a tuple
+class Slices:
     """What the ranks agreed on: rank i has the steps that follow those of rank i - 1.
 
     Attributes:
