@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 4 examples/train_distributed.py --context 2 --steps 400   # resumes, on four processes
 
 Every process has some sequences of the batch and some steps of these: `--context` is how many share a sequence. Blocks
-are checkpointed and compute in bfloat16; parameters, their gradients' sums and the optimizer are float32. The folder gets
-a checkpoint now and then, which any number of processes resumes from, and the losses, which do not depend on that number.
+are checkpointed and compute in bfloat16; parameters, their gradients' sums and the optimizer are float32. The folder
+gets checkpoints, which any number of processes resumes from, and the losses, which do not depend on that number.
 """
 
 import argparse

@@ -65,9 +65,10 @@ def register() -> None:
 prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 Row = tuple[list[Any], list[Any]]  # the placements of the results, and of the arguments; None for what is no tensor
+Rows = Callable[[OpOverload, dict[str, Any]], list[Row]]
 
 
-def _strategy(operator: OpOverload, rows: Callable[[OpOverload, dict[str, Any]], list[Row]]) -> Callable[..., list[Row]]:
+def _strategy(operator: OpOverload, rows: Rows) -> Callable[..., list[Row]]:
     names = [argument.name for argument in operator._schema.arguments]
 
     def strategy(*arguments: Any) -> list[Row]:

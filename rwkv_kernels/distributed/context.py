@@ -1,71 +1,24 @@
-"""`wkv` and the token shift over sequences whose steps are spread over the ranks of a group.
+"""`wkv` over sequences whose steps are spread over the ranks of a group.
 
 Each rank has a slice of consecutive steps, of any length. Before its own steps it needs one state, and before their
 derivative one adjoint: both follow from summaries, [B, 3, C] and [B, 2, C], that every rank computes of its own slice
-and all-gathers. Nothing else is communicated but what the ranks agree on.
+and all-gathers.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.autograd.function import once_differentiable
 
-from .. import functional, native
-from .._backends.registry import BackendUnavailable, select
-from ..inputs import DTYPES, SEQUENCE, TOKEN, Row, check, check_like
+from .. import functional
+from .._backends.registry import BackendUnavailable
+from ..inputs import SEQUENCE, check
 from . import summaries
-from .ranks import Group, Ranks, Slices
+from .operators import Operators
+from .ranks import Group, Ranks, Slices, refuse_subclasses
 
-__all__ = ["sliced_shift", "sliced_wkv", "token_shift", "wkv"]
-
-# The operators of each backend that has some.
-PREFIXES = {"cpu": "wkv", "cuda": "wkv", "triton": "triton"}
-
-
-class Operators(NamedTuple):
-    """A backend's operators, called without the derivative that torch knows of them."""
-
-    prefix: str
-
-    @staticmethod
-    def of(backend: str, k: Tensor) -> "Operators":
-        name = select(backend, k).name
-        if name not in PREFIXES:
-            raise BackendUnavailable(f"wkv backend {name!r} cannot run across ranks; can: {', '.join(PREFIXES)}.")
-        return Operators(PREFIXES[name])
-
-    def _find(self, name: str) -> OpOverload:
-        operator: OpOverload = getattr(getattr(torch.ops, native.NAMESPACE), name).default
-        return operator
-
-    def forward(self, *inputs: Tensor | None, checkpoint: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(w, u, k, v, state, r) -> y, the state after the steps, checkpoints."""
-        *plain, r = inputs
-        if r is None:
-            return self._find(f"{self.prefix}_forward")(*plain, checkpoint)  # type: ignore[no-any-return]
-        return self._find(f"{self.prefix}_mixing_forward")(*inputs, None, checkpoint)  # type: ignore[no-any-return]
-
-    def backward(
-        self, inputs: Sequence[Tensor | None], checkpoints: Tensor, gy: Tensor, gstate: Tensor | None
-    ) -> Sequence[Tensor | None]:
-        """The gradients of the inputs."""
-        *plain, r = inputs
-        if r is None:
-            return (*self._find(f"_{self.prefix}_backward")(*plain, checkpoints, gy, gstate), None)
-        return self._find(f"_{self.prefix}_mixing_backward")(*inputs, None, checkpoints, gy, gstate)  # type: ignore[no-any-return]
-
-    def summary(self, w: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The state [B, 3, C] that the steps leave behind an empty one."""
-        return self.forward(w, w, k, v, None, None, checkpoint=False)[1]
-
-    def adjoint_summary(self, inputs: Sequence[Tensor | None], checkpoints: Tensor, gy: Tensor) -> Tensor:
-        """The adjoint [B, 2, C] before the steps where the one after them is zero."""
-        gstate = self.backward(inputs, checkpoints, gy, None)[4]
-        assert gstate is not None
-        return gstate[:, :2]
+__all__ = ["sliced_wkv", "wkv"]
 
 
 class _Wkv(torch.autograd.Function):
@@ -151,17 +104,10 @@ def sliced_wkv(
     return_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`wkv` of arguments that are checked, between ranks that agreed."""
-    outputs: tuple[Tensor, Tensor | None] = _Wkv.apply(
+    outputs: tuple[Tensor, Tensor | None] = _Wkv.apply(  # type: ignore[no-untyped-call]
         slices.anchor, slices, operators, return_state, w, u, k, v, state, r
     )
     return outputs
-
-
-def _refuse_subclasses(**tensors: Tensor | None) -> None:
-    """Raises TypeError for a DTensor and its like, whose parts on other ranks nobody here would ask for."""
-    for name, tensor in tensors.items():
-        if type(tensor) not in (Tensor, torch.nn.Parameter, type(None)):
-            raise TypeError(f"{name}: expected a torch.Tensor, this rank's part, got {type(tensor).__name__}")
 
 
 @overload
@@ -236,7 +182,7 @@ def wkv(
     misfit: Exception | None = None
     operators = Operators("")
     try:
-        _refuse_subclasses(w=w, u=u, k=k, v=v, state=state, r=r)
+        refuse_subclasses(w=w, u=u, k=k, v=v, state=state, r=r)
         k, v, r = functional.promoted(k, v, r)
         check(SEQUENCE, w, u, k, v, state, r)
         operators = Operators.of(backend, k)
@@ -245,96 +191,3 @@ def wkv(
     slices = ranks.agree("wkv", k, (w, u, k, v, state, r), return_state, misfit)
     y, final = sliced_wkv(slices, operators, w, u, k, v, state, r, return_state)
     return y if final is None else (y, final)
-
-
-class _LastTokens(torch.autograd.Function):
-    """The token before this rank's first, and the last one of all ranks, [B, C], from each rank's last one.
-
-    On the first rank the former is what it is given: every rank uses a result, so that backward reaches every rank.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, _: Tensor | None, slices: Slices, return_last: bool, first: Tensor, own: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        gathered, wait = slices.all_gather(own)
-        wait()
-        ctx.slices, ctx.return_last = slices, return_last
-        ctx.set_materialize_grads(False)
-        # Copies, because a view would keep all ranks' tokens.
-        before = (first if slices.is_first else gathered[_source(slices, slices.rank)]).clone()
-        return before, gathered[_source(slices, len(gathered))].clone() if return_last else None
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gbefore: Tensor | None, glast: Tensor | None) -> Any:
-        slices: Slices = ctx.slices
-        zero = torch.zeros_like(glast if gbefore is None else gbefore)  # autograd calls with one gradient at least
-        gbefore = zero if gbefore is None else gbefore
-        glast = zero if glast is None else glast
-        gathered, wait = slices.all_gather(torch.stack((gbefore, glast)) if ctx.return_last else gbefore.unsqueeze(0))
-        wait()
-        ranks = len(slices.steps)
-        gown = [gathered[j, 0] for j in range(1, ranks) if _source(slices, j) == slices.rank]
-        if ctx.return_last and _source(slices, ranks) == slices.rank:
-            gown.append(gathered[:, 1].sum(0))
-        return None, None, None, gbefore if slices.is_first else None, sum(gown, start=zero)
-
-
-def _source(slices: Slices, rank: int) -> int:
-    """The rank that has the token before a rank's first, or before the end: the nearest with steps, or the first."""
-    return max((i for i in range(rank) if slices.steps[i] > 0), default=0)
-
-
-def sliced_shift(slices: Slices, x: Tensor, before: Tensor | None, return_last: bool) -> tuple[Tensor, Tensor | None]:
-    """`token_shift` between ranks that agreed."""
-    first = x.new_zeros(x.shape[0], x.shape[2]) if before is None else before.to(x.dtype)
-    own = x[:, -1] if x.shape[1] > 0 else first
-    first, last = _LastTokens.apply(slices.anchor, slices, return_last, first, own)
-    return torch.cat((first.unsqueeze(1), x), 1)[:, :-1], last
-
-
-@overload
-def token_shift(
-    x: Tensor, before: Tensor | None = None, *, group: Group = None, return_last: Literal[False] = False
-) -> Tensor: ...
-
-
-@overload
-def token_shift(
-    x: Tensor, before: Tensor | None = None, *, group: Group = None, return_last: Literal[True]
-) -> tuple[Tensor, Tensor]: ...
-
-
-def token_shift(
-    x: Tensor, before: Tensor | None = None, *, group: Group = None, return_last: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Every token's predecessor, across ranks: that of a rank's first token is the last one of the rank before.
-
-    Args:
-        x: [B, T, C], this rank's steps, as for `wkv`.
-        before: [B, C], the token before the first rank's first, or None for zeros; not looked at on other ranks.
-        group: A process group, or a mesh of one dimension; all processes by default.
-        return_last: Also return the last token of all ranks [B, C], on every rank: the next call's `before`.
-
-    Returns:
-        [B, T, C], or that and the last token. Differentiable; backward is a collective, as that of `wkv` is.
-
-    Raises:
-        RuntimeError, ValueError, TypeError: as for `wkv`.
-    """
-    ranks = Ranks.of(group)
-    misfit: Exception | None = None
-    try:
-        _refuse_subclasses(x=x, before=before)
-        if x.dim() != 3:
-            raise ValueError(f"x: expected shape [B, T, C], got {list(x.shape)}")
-        rows: list[Row] = [("x", x, SEQUENCE, x.shape, DTYPES)]
-        if before is not None:
-            rows.append(("before", before, TOKEN, (x.shape[0], x.shape[2]), DTYPES))
-        check_like(x, rows)
-    except (TypeError, ValueError) as error:
-        misfit = error
-    slices = ranks.agree("token_shift", x, (x, before), return_last, misfit)
-    previous, last = sliced_shift(slices, x, before, return_last)
-    return previous if last is None else (previous, last)

@@ -23,12 +23,14 @@ from torch.distributed.tensor.parallel import (
 )
 
 from ..nn import RWKV, ChannelMix, RWKVState, TimeMix
-from .context import Operators, sliced_shift, sliced_wkv
+from .context import sliced_wkv
+from .operators import Operators
 from .ranks import Group, Ranks, Slices
+from .shift import sliced_shift
 
 __all__ = ["TimeMixParallel", "context_parallel", "parallelize", "tensor_parallel_plan"]
 
-# ---- tensor parallel: each device has some channels of every time mixing, and some of the inner ones of the others ----
+# ---- tensor parallel: each device has some of the channels between the matrices of a mixing ----
 
 
 class TimeMixParallel(ParallelStyle):
@@ -75,7 +77,8 @@ def tensor_parallel_plan() -> dict[str, ParallelStyle]:
         "ffn.receptance": by_columns(),
         "ffn.value": RowwiseParallel(output_layouts=Shard(-1), use_local_output=False),
         "ffn": PrepareModuleOutput(
-            output_layouts=(Shard(-1), None), desired_output_layouts=(Replicate(), None), use_local_output=True
+            output_layouts=(Shard(-1), None),
+            desired_output_layouts=(Replicate(), None),  # type: ignore[arg-type]
         ),
     }
     return {

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..inputs import DTYPES
 
-__all__ = ["Group", "Ranks", "Slices"]
+__all__ = ["Group", "Ranks", "Slices", "refuse_subclasses"]
 
 Group = dist.ProcessGroup | DeviceMesh | None
 
@@ -59,10 +59,12 @@ class Slices:
 
     @property
     def is_first(self) -> bool:
+        """Whether no rank is before this one."""
         return self.rank == 0
 
     @property
     def is_last(self) -> bool:
+        """Whether no rank comes after this one."""
         return self.rank == len(self.steps) - 1
 
     def all_gather(self, x: Tensor) -> tuple[Tensor, Callable[[], object]]:
@@ -94,7 +96,7 @@ class Ranks(NamedTuple):
             )
         if isinstance(group, DeviceMesh):
             if group.ndim != 1:
-                raise ValueError(f"group: expected a mesh of one dimension, got {group.ndim}: name one, mesh['context']")
+                raise ValueError(f"group: expected a mesh of one dimension, got {group.ndim}: take mesh['context']")
             group = group.get_group()
         chosen = dist.group.WORLD if group is None else group
         if not isinstance(chosen, dist.ProcessGroup):
@@ -132,7 +134,7 @@ class Ranks(NamedTuple):
         if misfit is not None:
             raise misfit
         if misfits := [rank for rank, row in enumerate(rows) if not row[FITS]]:
-            raise RuntimeError(f"{_named(misfits)} of the group refused their arguments, and this rank's call with them")
+            raise RuntimeError(f"{_named(misfits)} refused their arguments, and so this rank's call failed")
         meanings: dict[str, Sequence[object]] = {
             "function": FUNCTIONS,
             "dtype": DTYPES,
@@ -152,3 +154,10 @@ class Ranks(NamedTuple):
             return torch.device("cpu")
         accelerator = torch.accelerator.current_accelerator()
         return torch.device("cpu") if accelerator is None else accelerator
+
+
+def refuse_subclasses(**tensors: Tensor | None) -> None:
+    """Raises TypeError for a DTensor and its like, whose parts on other ranks nobody here would ask for."""
+    for name, tensor in tensors.items():
+        if type(tensor) not in (Tensor, torch.nn.Parameter, type(None)):
+            raise TypeError(f"{name}: expected a torch.Tensor, this rank's part, got {type(tensor).__name__}")
