@@ -103,6 +103,20 @@ WKV_HD State<Real> or_empty(State<Real> given) {
           select(empty, Real(kEmptyMax), given.max)};
 }
 
+// NaN with a lower half of zeros: rounding to bfloat16 by an addition to the bits could carry a full payload into a
+// number.
+template <class Real>
+WKV_HD Real canonical_nan(Real x) {
+  return select(x == x, x, Real(NAN));
+}
+
+// A state from outside as or_empty has it, and every NaN as the canonical one.
+template <class Real>
+WKV_HD State<Real> normal_form(State<Real> given) {
+  const auto [sums, max] = or_empty(given);
+  return {{canonical_nan(sums.num), canonical_nan(sums.den)}, canonical_nan(max)};
+}
+
 template <class Real>
 struct Weights {
   Real past, present;

@@ -14,7 +14,9 @@
 #include <cstring>
 #include <type_traits>
 
-#define WKV_INLINE inline __attribute__((always_inline))
+// `nothrow`, since GCC takes intrinsics for functions that may throw, ends a basic block at each where something would
+// be cleaned up, and fuses products with sums within a block alone.
+#define WKV_INLINE inline __attribute__((always_inline, nothrow))
 #define WKV_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace wkv::cpu {
@@ -75,6 +77,20 @@ WKV_INLINE bool all(Vec<double>::Mask mask) {
   bool result = true;
   for (int lane = 0; lane < Vec<double>::lanes; ++lane) result = result && mask.native[lane];
   return result;
+}
+
+// The value that a register holds: a product that is rounded before it is added to anything, where compilers would fuse
+// the two.
+template <class Real>
+WKV_INLINE Vec<Real> rounded(Vec<Real> x) {
+#if defined(__x86_64__)
+  asm("" : "+x"(x.native));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x.native));
+#else
+  asm("" : "+m"(x.native));
+#endif
+  return x;
 }
 
 // 2^x for x <= 0. The polynomial is the minimax fit of degree 6 to 2^f on [-1/2, 1/2], 2e-9 relative.
