@@ -181,7 +181,7 @@ def place(cu_seqlens, b, chunk, T, chunk_len, chunks, EACH: tl.constexpr):
 @triton.jit
 def cuts_of(cu_seqlens, T, chunk_len, chunks):
     """The indices of a row's chunks that are not their sequence's last."""
-    if cu_seqlens is None:
+    if cu_seqlens is None:  # noqa: SIM108 - a ternary is typed otherwise
         cuts = chunks - 1
     else:
         cuts = T // chunk_len
@@ -259,7 +259,7 @@ def load_first_state(state, b, C, c, ALIGNMENT: tl.constexpr):
 @triton.jit
 def checkpoints_of(checkpoints, cu_seqlens, n, first, T, C, c, ALIGNMENT: tl.constexpr):
     """The checkpoints of sequence n, which starts at step `first` of k's row if it is packed."""
-    if cu_seqlens is None:
+    if cu_seqlens is None:  # noqa: SIM108 - a ternary is typed otherwise
         row = n * tl.cdiv(T, INTERVAL)
     else:
         row = first // INTERVAL + n
@@ -269,7 +269,7 @@ def checkpoints_of(checkpoints, cu_seqlens, n, first, T, C, c, ALIGNMENT: tl.con
 @triton.jit
 def states_of(cu_seqlens, n, first, chunk_len, rows, rows_per_chunk):
     """The row of sequence n in `states`, of `rows` for an element of the batch and rows_per_chunk for a chunk."""
-    if cu_seqlens is None:
+    if cu_seqlens is None:  # noqa: SIM108 - a ternary is typed otherwise
         row = n * rows
     else:
         row = first // (chunk_len // rows_per_chunk) + n
@@ -279,7 +279,7 @@ def states_of(cu_seqlens, n, first, chunk_len, rows, rows_per_chunk):
 @triton.jit
 def adjoints_of(cu_seqlens, n, first, chunk_len, chunks):
     """The row of sequence n in the adjoints between chunks."""
-    if cu_seqlens is None:
+    if cu_seqlens is None:  # noqa: SIM108 - a ternary is typed otherwise
         row = n * (chunks - 1)
     else:
         row = first // chunk_len
@@ -592,7 +592,7 @@ def carry_adjoints(
     T: tl.int32, C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32,
     CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """Joins the adjoints of a sequence's chunks from the last to the first, in place: slot i becomes that after chunk i."""
+    """Joins the adjoints of a sequence's chunks from the last to the first, in place: slot i is that after chunk i."""
     n, _, C, c, exists = locate(C_aligned, 1, CHANNELS, ALIGNMENT)
     first = n
     if cu_seqlens is not None:
@@ -623,7 +623,7 @@ def backward(
     T: tl.int32, C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32,
     CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """gk, gv, gr where there is an r, the gradient of the first state, and each chunk's part of those of log_decay and u.
+    """gk, gv, gr if there is an r, the gradient of the first state, and each chunk's part of those of log_decay and u.
 
     Takes the chunk interval by interval, from the last to the first. It advances from the interval's checkpoint and
     parks the state before every few steps in memory of its own; then it takes these few steps, from the last to the

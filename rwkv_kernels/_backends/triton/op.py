@@ -143,10 +143,10 @@ def forward(plan: Plan, inputs: Inputs, checkpoint: bool) -> tuple[tuple[Tensor,
     C_aligned, tiles = C // alignment, ceil_div(C, plan.channels)
 
     launches = []
-    if T > plan.chunk_len:
+    if plan.chunk_len < T:
         arguments: tuple[Any, ...] = (w, k, v, state, cu_seqlens, states, *strides, C_aligned, *chunks, T)
         launches.append(Launch("summarise_states", tiles * B * cuts, arguments, constants))
-    if T > 2 * plan.chunk_len:
+    if 2 * plan.chunk_len < T:
         arguments = (w, cu_seqlens, states, C_aligned, *chunks, T)
         launches.append(Launch("carry_states", tiles * len(state_out), arguments, constants))
     strides += _strides(alignment, is_packed, r)
@@ -182,10 +182,10 @@ def backward(
     launches = []
     given = (w, u, k, v)
     saved = (cu_seqlens, gy, checkpoints, gstate_out, adjoints)
-    if T > plan.chunk_len:
+    if plan.chunk_len < T:
         arguments: tuple[Any, ...] = (*given, r, *saved, *strides, *sizes)
         launches.append(Launch("summarise_adjoints", tiles * B * cuts, arguments, constants))
-    if T > 2 * plan.chunk_len:
+    if 2 * plan.chunk_len < T:
         arguments = (w, cu_seqlens, checkpoints, adjoints, *sizes)
         launches.append(Launch("carry_adjoints", tiles * len(gstate), arguments, constants))
     results = (gk, gv, gstate, None if r is None else gr)
@@ -280,7 +280,8 @@ def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
     else:
         results, launches = backward(plan_for(inputs), inputs, checkpoints, gy, gstate_out)
         _run(launches, k.device)
-    return results[: len(given)]  # the plain operator has five inputs and gradients, the mixing one no gradient of seven
+    # The plain operator has five inputs and as many gradients; of seven inputs, cu_seqlens has none.
+    return results[: len(given)]
 
 
 def _step_operator(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None = None) -> Tensor:
