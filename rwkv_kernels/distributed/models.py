@@ -121,7 +121,8 @@ def _model_forward(ranks: Ranks) -> Callable[..., tuple[Tensor, RWKVState]]:
                 raise ValueError(f"{', '.join(options)}: not supported by a model that is cut over its context")
             inputs = self._checked_inputs(tokens, None)
             if state is not None:
-                given = list(self._layer_states(inputs, state))
+                self._check_state(state, inputs.shape[0])
+                given = [RWKVState(*layer) for layer in zip(*(x.unbind() for x in state), strict=True)]
         except (TypeError, ValueError) as error:
             misfit = error
         of_x = torch.empty((), device=inputs.device).expand(*inputs.shape, self.emb.embedding_dim)
