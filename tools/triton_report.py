@@ -182,9 +182,7 @@ def _row(launch: Launch, form: str, target: GPUTarget, dtype: torch.dtype, chann
         registers, in_loops = int(facts["vgpr_count"]), int(facts["vgpr_spill_count"])
         spilled = 4 * (in_loops + int(facts["sgpr_spill_count"]))
     shared = int(compiled.metadata.shared)
-    return Row(
-        launch.kernel, form, DTYPES[dtype], channels, registers, spilled, in_loops, shared, instructions, mufu
-    )
+    return Row(launch.kernel, form, DTYPES[dtype], channels, registers, spilled, in_loops, shared, instructions, mufu)
 
 
 def excessive(row: Row | dict[str, Any]) -> bool:
