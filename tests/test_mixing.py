@@ -147,7 +147,7 @@ def test_an_almost_closed_or_open_gate_keeps_its_digits(size: float, compiled_ba
     # Of an open gate torch's own gradient has 1 - sigmoid(r), with few digits even in float64.
     slope = tensors.gy.double() * gate * torch.sigmoid(-r.detach().double())
     exact = rwkv_kernels.wkv(*(x.double() for x in (w, u, k, v)), backend="reference")
-    # The logit in powers of 2 and the factor that takes it there are each off by half an ulp, and the weight by as much.
+    # The logit in powers of 2 and the factor to there are each off by half an ulp, and the weight by as much.
     allowed = tolerance(torch.float32, 40, largest_logit(tensors)) + torch.finfo(torch.float32).eps * size
     for name, found, factor in (("y", y, gate), ("gr", gr, slope)):
         normal = (factor * exact).abs() > 1e-37

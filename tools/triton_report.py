@@ -190,15 +190,16 @@ def _row(launch: Launch, form: str, target: GPUTarget, dtype: torch.dtype, chann
 def excessive(row: Row | dict[str, Any]) -> bool:
     """Whether a kernel spills more than it may.
 
-    With r or cu_seqlens, NVIDIA's compiler puts a few values that only the first and last instructions of a program need
-    into memory, where this lets another warp onto a multiprocessor, and AMD's puts scalar registers into vector ones.
+    With r or cu_seqlens, NVIDIA's compiler puts a few values that only the first and last instructions of a program
+    need into memory, where this lets another warp onto a multiprocessor, and AMD's puts scalar registers into vector
+    ones.
     """
     row = row if isinstance(row, dict) else asdict(row)
     return bool(row["spills_in_loops"] or row["spilled_bytes"] > (0 if row["form"] == "plain" else 32))
 
 
 def all_rows(counted: bool) -> list[dict[str, Any]]:
-    """The rows of every target and dtype, compiled by several processes; uncounted, of the least and the largest form."""
+    """The rows of every target and dtype, by several processes; uncounted, of the least and the largest form."""
     forms = tuple(FORMS) if counted else EXTREMES
     targets, dtypes = zip(*itertools.product(TARGETS, [[dtype] for dtype in DTYPES]), strict=True)
     with ProcessPoolExecutor(COMPILERS) as pool:

@@ -217,7 +217,7 @@ struct Kernel {
     return {{state.sums.num * kept.leave, state.sums.den * kept.leave}, range.running};
   }
 
-  // What the steps of a vector prefetch: its share of a line's inputs, where a line has several vectors. It comes a row
+  // The prefetches of a vector's steps: its share of a line's inputs, where a line has several vectors. It comes a row
   // at a time, because a processor waits for more than a few dozen rows at once, and into the second-level cache,
   // because rows whose distance is a multiple of a power of two would evict one another from the first.
   template <int inputs>
