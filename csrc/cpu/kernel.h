@@ -296,6 +296,8 @@ struct Kernel {
                                                 int steps, State<Vec> state) {
     Keys widened;
     const auto keys = widened.widen(k, steps);
+    const typename Gates::Computed computed(gates, steps);
+    const auto* const gate = &computed;
     SubchunkScale unused;
     return in_scale(channels, keys, steps, state, unused, [=](const auto& scale, State<Vec> state) WKV_INLINE_LAMBDA {
       // The exponentials come first: they are independent, the sums are not.
@@ -312,7 +314,7 @@ struct Kernel {
         const Vec vt = load(v.row(step));
         const auto weights = scale.weights(load(ats + step * kLanes));
         if constexpr (output != Output::none) {
-          const Vec yt = read(state.sums, weights.read, vt, gates.at(step));
+          const Vec yt = read(state.sums, weights.read, vt, gate->at(step));
           if constexpr (output == Output::streamed) {
             stream_line(y.row(step), &yt);
           } else {
