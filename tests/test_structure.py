@@ -119,8 +119,10 @@ MAY_IMPORT = {
     "autograd": {"inputs", "reference"},
     "build": {"native"},
     "_backends": {"autograd", "inputs", "native", "reference"},
-    "functional": {"_backends", "autograd", "inputs", "reference"},
+    "shardings": {"native"},
+    "functional": {"_backends", "autograd", "inputs", "reference", "shardings"},
     "nn": {"functional"},
+    "distributed": {"_backends", "functional", "inputs", "native", "nn", "reference", "shardings"},
     "compat": {"functional", "nn"},
     "compat.torchscript": {"functional", "native"},  # which registers an operator in the library's namespace
     "_backends.registry": {"inputs", "_backends.recomputation"},  # no backend
