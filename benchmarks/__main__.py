@@ -15,7 +15,7 @@ from benchmarks.device import Device, keep_freed_memory
 from benchmarks.records import Record, environment, write_tables
 
 # The modules of this package that measure, and the devices of those that do not run on all.
-BENCHMARKS = ("op", "counters", "latency", "attention", "decode", "train", "accuracy", "migrating", "peers")
+BENCHMARKS = ("op", "packed", "counters", "latency", "attention", "decode", "train", "accuracy", "migrating", "peers")
 ONLY_ON = {"counters": ("cuda",)}
 
 
