@@ -189,7 +189,6 @@ struct BackwardPass {
     const Column<Element> v = block.column_of(1, thread), gy = block.column_of(kGy, thread);
     const Pair decay = block.channels.decay(lane), bonus = block.channels.bonus(lane);
     const Pair subchunk_decay = exp2(block.channels.decay_log2(lane, kSteps));
-    const Gates gates(block, tile, thread);
     Sums<Pair> in{Pair(0), Pair(0)}, decayed{Pair(0), Pair(0)};
 #pragma unroll 1
     for (int warp = 0; warp < thread.warp(); ++warp) {
@@ -206,6 +205,7 @@ struct BackwardPass {
     });
     thread.decayed = decayed;
     thread.max_after = Pair(0);
+    const Gates gates(block, tile, thread);
 
     Sums<Pair> adjoint{Pair(0), Pair(0)};
     Pair g_log_decay(0), gu(0);

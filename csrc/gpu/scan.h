@@ -73,8 +73,6 @@ struct ScanBlock {
     }
   }
 
-  WKV_HD LookBack look_back() const { return {params.chunking, column, place().position, place().ticket()}; }
-
   WKV_HD int channels_of(TileThread thread) const { return clamp_count(columns - 2 * thread.lane(), 2); }
   WKV_HD uint32_t channel_of(TileThread thread) const { return c + 2 * thread.lane(); }
 
@@ -229,8 +227,8 @@ struct Scan {
 
   // By the last warp: joins the predecessors' messages, or the one state that is known, with the tile's own sum, which
   // is the message after them.
-  WKV_HD static void join_predecessors(const Block& block, const Tile& tile, bool waits, Thread& thread) {
-    const LookBack look_back = block.look_back();
+  WKV_HD static void join_predecessors(const Block& block, const LookBack& look_back, const Tile& tile, bool waits,
+                                       Thread& thread) {
     const int lane = thread.lane(), own = waits ? look_back.predecessors : 1;
     const Pair chunk_decay = block.channels.decay_log2(lane, block.params.chunking.chunk_tiles * block.warps * kSteps);
     const Pair own_decay = block.channels.decay_log2(lane, tile.rows);
@@ -295,6 +293,7 @@ struct Scan {
       team.last_phase([&](Thread& thread) { pass_by(block, thread); });
       return;
     }
+    const LookBack look_back(params.chunking, block.column, place.position, place.ticket());
     for (int i = 0;; ++i) {
       const Tile tile = tile_at(params, place, tile_steps, i);
       // A lane stages the same rows and columns of each tile: no other lane writes to them.
@@ -329,7 +328,6 @@ struct Scan {
       team.phase([&](Thread& thread) {
         const int lane = thread.lane();
         sum_up(block, tile, fit, thread);
-        const LookBack look_back = block.look_back();
         if (thread.warp() == last_warp(tile)) {
           Pass::message(block, waits ? look_back.predecessors : 1).set_scaled(lane, thread.own);
           if (waits && look_back.has_successor && !look_back.is_anchor) look_back.publish(lane, thread.own);
@@ -342,7 +340,7 @@ struct Scan {
       });
       team.phase([&](Thread& thread) {
         if (Pass::kStagesLate) wait_for_copies();
-        if (thread.warp() == last_warp(tile)) join_predecessors(block, tile, waits, thread);
+        if (thread.warp() == last_warp(tile)) join_predecessors(block, look_back, tile, waits, thread);
       });
       team.warp_phase([&](Thread& thread) {
         if (kFullTilesOnly || tile.steps_of(thread.warp()) > 0) Pass::correct(block, tile, fit, thread);
