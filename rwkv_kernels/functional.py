@@ -108,7 +108,7 @@ def wkv(
     check(SEQUENCE, w, u, k, v, state, r, cu_seqlens)
     if cu_seqlens is not None and untraced() and type(cu_seqlens) is Tensor and cu_seqlens.device.type == "cpu":
         check_boundaries(cu_seqlens, k.shape[1])
-    y, state_out = select(backend, k, cu_seqlens is not None).forward(w, u, k, v, state, r, cu_seqlens)
+    y, state_out = select(backend, k).forward(w, u, k, v, state, r, cu_seqlens)
     return (y, state_out) if return_state else y
 
 

@@ -185,7 +185,10 @@ def test_messages_of_chunks_are_small(dtype: str, limits: Limits) -> None:
     ("arguments", "message"),
     [
         (("forward", "int8", 1, 1, 1), "dtype: expected float32, float16, bfloat16 or float64, got int8"),
-        (("sideways", "float32", 1, 1, 1), "operation: expected forward or backward, got sideways"),
+        (
+            ("sideways", "float32", 1, 1, 1),
+            "operation: expected forward, backward, mixing_forward or mixing_backward, got sideways",
+        ),
         (("forward", "float32", 0, 1, 1), "plan: expected B, T and C of at least 1"),
         (("backward", "float32", 1, 0, 1), "plan: expected B, T and C of at least 1"),
         (("forward", "float64", 1, 1, -1), "plan: expected B, T and C of at least 1"),

@@ -53,7 +53,6 @@ class Backend:
         step: (w, u, k, v, state, r or None) -> y, which moves the state in place; None computes it by `forward`.
         device_types: Of the tensors that it takes, the usual one first; None for all.
         dtypes: Of the k that it takes.
-        packs: Whether it takes cu_seqlens.
         automatic: Whether "auto" may choose it.
         why_unavailable: () -> what this machine or build lacks, or None.
         why_not: (k) -> why it refuses a call with this k, of its devices and dtypes, or None.
@@ -64,7 +63,6 @@ class Backend:
     step: Step | None = None
     device_types: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] = DTYPES
-    packs: bool = True
     automatic: bool = False
     why_unavailable: Callable[[], str | None] = lambda: None
     why_not: Callable[[Tensor], str | None] = lambda k: None
@@ -136,26 +134,22 @@ def _check_name(name: str) -> None:
         raise ValueError(f"wkv backend {name!r} is unknown. Known: auto, {', '.join(BACKENDS)}.")
 
 
-def _can(backend: Backend, k: Tensor, packed: bool) -> bool:
+def _can(backend: Backend, k: Tensor) -> bool:
     # In this order, so that no call on the CPU makes torch look for GPUs, which would break processes that fork later.
     return (
         (backend.device_types is None or k.device.type in backend.device_types)
         and k.dtype in backend.dtypes
-        and (backend.packs or not packed)
         and backend.why_not(k) is None
         and backend.why_unavailable() is None
     )
 
 
-def _why_not(backend: Backend, k: Tensor, packed: bool) -> str | None:
-    reason = backend.why_unavailable() or backend.why_elsewhere(k)
-    if reason is None and packed and not backend.packs:
-        reason = "it takes no cu_seqlens"
-    return reason or backend.why_not(k)
+def _why_not(backend: Backend, k: Tensor) -> str | None:
+    return backend.why_unavailable() or backend.why_elsewhere(k) or backend.why_not(k)
 
 
-def select(name: str, k: Tensor, packed: bool = False) -> Backend:
-    """The backend for a call with this k, with cu_seqlens if `packed`.
+def select(name: str, k: Tensor) -> Backend:
+    """The backend for a call with this k.
 
     Raises ValueError for an unknown name, BackendUnavailable for a refusal.
     """
@@ -164,10 +158,10 @@ def select(name: str, k: Tensor, packed: bool = False) -> Backend:
     _check_name(name)
     candidates = AUTOMATIC if name == "auto" else (name,)
     for candidate in candidates:
-        if _can(backend := BACKENDS[candidate], k, packed):
+        if _can(backend := BACKENDS[candidate], k):
             return backend
-    reasons = "; ".join(f"{candidate}: {_why_not(BACKENDS[candidate], k, packed)}" for candidate in candidates)
-    can = [backend.name for backend in BACKENDS.values() if _can(backend, k, packed)]
+    reasons = "; ".join(f"{candidate}: {_why_not(BACKENDS[candidate], k)}" for candidate in candidates)
+    can = [backend.name for backend in BACKENDS.values() if _can(backend, k)]
     raise BackendUnavailable(f"wkv backend {name!r} refused ({reasons}). Available for this call: {', '.join(can)}.")
 
 
