@@ -7,6 +7,20 @@ class CpuPlan(TypedDict):
     chunk_steps: int
     chunks: int
 
+class CpuItem(TypedDict):
+    n: int
+    row: int
+    partials: int
+    opens_partials: bool
+    spare_checkpoint: int
+    t_begin: int
+    t_end: int
+    c_begin: int
+    c_end: int
+
+class PackedCpuPlan(CpuPlan):
+    shares: list[list[CpuItem]]
+
 class DeviceLimits(TypedDict):
     multiprocessors: int
     shared_per_block: int
@@ -25,4 +39,5 @@ class CudaPlan(TypedDict):
     workspace_bytes: int
 
 def plan_cpu(dtype: str, B: int, T: int, C: int, threads: int) -> CpuPlan: ...
+def packed_plan_cpu(dtype: str, cu_seqlens: list[int], C: int, threads: int) -> PackedCpuPlan: ...
 def plan_cuda(operation: str, dtype: str, B: int, T: int, C: int, limits: DeviceLimits | None = None) -> CudaPlan: ...

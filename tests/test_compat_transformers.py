@@ -106,6 +106,90 @@ def test_chunks_equal_the_whole_with_gradients(cuts: list[int], patched: None) -
         assert_tensor_close(name, x, y, CLOSE)
 
 
+def _packed(*lengths: int) -> tuple[Tensor, Tensor]:
+    """Tokens of several sequences in one row, and their boundaries."""
+    tokens = transformers_models.tokens(1, sum(lengths))
+    ends = torch.tensor([0, *lengths], device=tokens.device).cumsum(0)
+    return tokens, ends.to(torch.int32)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+@pytest.mark.parametrize("with_state", [False, True], ids=["no_state", "state"])
+def test_packed_sequences_give_what_each_gives_alone(with_state: bool, checkpointing: bool, patched: None) -> None:
+    model, lengths = transformers_models.make(), (4, 0, 1, 6)
+    tokens, boundaries = _packed(*lengths)
+    labels = tokens.clone()
+    labels[0, boundaries[:-1][torch.tensor(lengths) > 0].long()] = -100
+    state = _given_state(model, len(lengths)) if with_state else None
+    wanted = [*model.parameters(), *(state or ())]
+
+    total, count, pieces, ends = 0.0, 0, [], []
+    for n, piece in enumerate(tokens.split(lengths, 1)):
+        own = None if state is None else [x[n : n + 1] for x in state]
+        if piece.shape[1] == 0:
+            ends.append(own)
+            continue
+        alone = model(piece, state=own)
+        pieces.append(alone.logits)
+        ends.append(alone.state)
+        total = total + F.cross_entropy(alone.logits[0, :-1], piece[0, 1:], reduction="sum")
+        count += piece.shape[1] - 1
+    expected = torch.autograd.grad(total / count, wanted)
+
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    output = model(tokens, state=state, labels=labels, cu_seq_lens_q=boundaries)
+    assert_tensor_close("logits", output.logits, torch.cat(pieces, 1), CLOSE)
+    assert_tensor_close("loss", output.loss, total / count, 4 * torch.finfo(torch.float32).eps)
+    found = torch.autograd.grad(_loss(output.logits, labels), wanted)
+    for x, y in zip(found, expected, strict=True):
+        assert_tensor_close("gradient", x, y, CLOSE)
+    assert (output.state is None) == (state is None) == ("state" not in output)
+    if state is not None:
+        assert [x.shape for x in output.state] == [x.shape for x in state]
+        for n, end in enumerate(ends):
+            exact = _plain_state(end)
+            for x, y in zip(_plain_state([part[n : n + 1] for part in output.state]), exact, strict=True):
+                for name, ours, theirs in zip(x._fields, x, y, strict=True):
+                    assert_tensor_close(name, ours, theirs, CLOSE)
+
+
+def test_both_models_take_boundaries_with_a_cache_or_in_a_tuple(patched: None) -> None:
+    model, (tokens, boundaries) = transformers_models.make(torch.float32), _packed(4, 7)
+    expected = model.rwkv(tokens, cu_seq_lens_q=boundaries, use_cache=True)
+    assert [list(x.shape[::2]) for x in expected.state] == [[2, 3]] * 5
+    assert torch.equal(model(tokens, cu_seq_lens_q=boundaries).logits, model.head(expected.last_hidden_state))
+    in_a_tuple = model.rwkv(inputs_embeds=model.rwkv.embeddings(tokens), cu_seq_lens_q=boundaries, return_dict=False)
+    assert len(in_a_tuple) == 1 and torch.equal(in_a_tuple[0], expected.last_hidden_state)
+    resumed = model(tokens, cu_seq_lens_q=boundaries, state=expected.state)
+    twice = model(torch.cat((tokens[:, :4], tokens[:, :4]), 1)).logits[:, 4:]
+    assert_tensor_close("resumed", resumed.logits[:, :4], twice, 1e-5)
+
+
+def test_the_batch_of_the_flattening_collator_is_taken_as_it_is() -> None:
+    model, (tokens, boundaries) = transformers_models.make(), _packed(4, 7)
+    rows = [{"input_ids": row.tolist()} for row in tokens[0].split([4, 7])]
+    batch = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")(rows)
+    with compat.patched():
+        output = model(**batch)
+        assert torch.equal(output.logits, model(tokens, cu_seq_lens_q=boundaries).logits)
+        expected = torch.cat([model(row[None]).logits for row in tokens[0].split([4, 7])], 1)
+    assert_tensor_close("logits", output.logits, expected, CLOSE)
+    assert_tensor_close("loss", output.loss, _loss(expected, batch["labels"]), 4 * torch.finfo(torch.float32).eps)
+
+
+def test_boundaries_that_do_not_fit_are_refused(patched: None) -> None:
+    model, (tokens, boundaries) = transformers_models.make(), _packed(4, 7)
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q: expected input_ids \[1, total\] .* got \[2, 11\]"):
+        model(tokens.expand(2, -1), cu_seq_lens_q=boundaries)
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q: expected a tensor \[N \+ 1\], got list"):
+        model(tokens, cu_seq_lens_q=[0, 4, 11])
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q: expected a tensor \[N \+ 1\], got \[1, 3\]"):
+        model(tokens, cu_seq_lens_q=boundaries[None])
+    with pytest.raises(ValueError, match=r"five tensors \[B, C, L\] with B, L = 2, 3"):
+        model(tokens, cu_seq_lens_q=boundaries, state=_given_state(model, 1))
+
+
 def test_gradient_checkpointing_reads_the_state_that_was_passed(patched: None) -> None:
     model, tokens = transformers_models.make(), transformers_models.tokens(2, T)
     state = _given_state(model, 2)
@@ -248,14 +332,16 @@ def test_generate_continues_a_state_or_refuses_to(prompt: int) -> None:
 def _in_place() -> list[Any]:
     names = ["_prepare_cache_for_generation", "prepare_inputs_for_generation"]
     generation = [vars(modeling.RwkvForCausalLM).get(name) for name in names]
-    return [modeling.rwkv_linear_attention, modeling.load_wkv_cuda_kernel, modeling.RwkvModel.forward, *generation]
+    layers = [modeling.RwkvSelfAttention, modeling.RwkvFeedForward]
+    forwards = [owner.forward for owner in (modeling.RwkvModel, modeling.RwkvForCausalLM, *layers)]
+    return [modeling.rwkv_linear_attention, modeling.load_wkv_cuda_kernel, *forwards, *generation]
 
 
 def test_unpatch_restores_what_was_there() -> None:
     original = _in_place()
     compat.unpatch()
     with compat.patched():
-        assert not any(x is y for x, y in zip(_in_place()[:4], original[:4], strict=True))
+        assert not any(x is y for x, y in zip(_in_place()[:7], original[:7], strict=True))
         replaced = _in_place()
         compat.patch()
         with compat.patched():

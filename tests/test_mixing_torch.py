@@ -68,7 +68,7 @@ def test_compiles_once_for_all_lengths(gated: bool, compiled_backend: str) -> No
         return rwkv_kernels.wkv(w, u, k, v, state, r=r, cu_seqlens=cu_seqlens, return_state=True)
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for i, lengths in enumerate([(30, 5), (3, 0, 64, 1), (2, 2), (200, 1, 1)]):
+    for i, lengths in enumerate([(30, 5, 7, 2, 1, 9, 8), (3, 0, 64, 1), (2, 2, 2, 2, 2, 2), (200, 1, 1)]):
         tensors = _tensors(compiled_backend, lengths, gated)
         leaves, exact = _leaves(tensors), _leaves(tensors)
         with (

@@ -62,6 +62,20 @@ def test_compiled_decoding_gives_the_tokens_of_the_parallel_model(monkeypatch: p
     assert torch.equal(logits[:, 9:].argmax(-1), tokens[:, 10:])
 
 
+def test_packed_documents_train_as_each_alone() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    made = _run("Packed documents")
+    model, batch, logits = made["model"], made["batch"], made["logits"]
+    assert made["state"].wkv.shape[1] == 4 and made["loss"].isfinite()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    randomised(model)
+    logits, _ = model(batch["input_ids"], cu_seqlens=batch["cu_seq_lens_q"])
+    alone = torch.cat([model(torch.tensor([document["input_ids"]]))[0] for document in made["documents"]], 1)
+    assert_tensor_close("logits", logits, alone, 1e-5)
+    losses = [F.cross_entropy(x[0, :-1], batch["labels"][0, 1:]) for x in (logits, alone)]
+    torch.testing.assert_close(*losses)
+
+
 class _Calls(TorchDispatchMode):
     """Records the operators that are computed."""
 
@@ -77,7 +91,7 @@ class _Calls(TorchDispatchMode):
 def test_selective_checkpointing_runs_the_operator_once() -> None:
     with _Calls() as calls:
         model = _run("Selective checkpointing")["model"]
-    assert calls.operators.count(torch.ops.rwkv_kernels.wkv_forward.default) == len(model.blocks)
+    assert calls.operators.count(torch.ops.rwkv_kernels.wkv_mixing_forward.default) == len(model.blocks)
     # The matrix products ran twice: a recipe that recomputes nothing would show nothing.
     products = calls.operators.count(torch.ops.aten.mm.default)
     for block in model.blocks:

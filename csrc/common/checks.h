@@ -82,6 +82,8 @@ struct Arguments {
 
   // Outputs, uninitialised, from a device or a launcher.
   Tensor empty_sequence(const auto& from) const { return from.empty({B, T, C}, dtype); }
+  // gr, without steps where there is no r.
+  Tensor empty_gate_gradient(const auto& from) const { return from.empty({B, r.has_value() ? T : 0, C}, dtype); }
   Tensor empty_state(const auto& from) const { return from.empty({sequences, 3, C}, state_type(dtype)); }
   // Of a packed sequence n the rows from cu_seqlens[n] / interval + n on, as many as it would have alone.
   int64_t checkpoint_rows() const {

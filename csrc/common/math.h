@@ -103,6 +103,20 @@ WKV_HD State<Real> or_empty(State<Real> given) {
           select(empty, Real(kEmptyMax), given.max)};
 }
 
+// NaN with a lower half of zeros: rounding to bfloat16 by an addition to the bits could carry a full payload into a
+// number.
+template <class Real>
+WKV_HD Real canonical_nan(Real x) {
+  return select(x == x, x, Real(NAN));
+}
+
+// A state from outside as or_empty has it, and every NaN as the canonical one.
+template <class Real>
+WKV_HD State<Real> normal_form(State<Real> given) {
+  const auto [sums, max] = or_empty(given);
+  return {{canonical_nan(sums.num), canonical_nan(sums.den)}, canonical_nan(max)};
+}
+
 template <class Real>
 struct Weights {
   Real past, present;
@@ -132,9 +146,15 @@ struct Gate {
   Real share, lesser;
 };
 
+// e^-|r|, exactly 1 at 0 and 0 at either end. A vector type may bring its own.
+template <class Real>
+WKV_HD Real exp_minus_abs(Real r) {
+  return exp_nonpositive(-abs(r));
+}
+
 template <class Real>
 WKV_HD Gate<Real> gate_of(Real r) {
-  const Real lesser = exp_nonpositive(-abs(r));
+  const Real lesser = exp_minus_abs(r);
   return {select(r >= Real(0), Real(1), lesser), lesser};
 }
 
@@ -152,7 +172,7 @@ WKV_HD Real gated_mean(Sums<Real> sums, NoGate) {
 }
 template <class Real>
 WKV_HD Real gated_mean(Sums<Real> sums, Gate<Real> gate) {
-  return sums.num / (sums.den * (gate.lesser + Real(1))) * gate.share;
+  return sums.num / (sums.den * gate.lesser + sums.den) * gate.share;
 }
 
 // Of gated_mean: y = num/den without the gate, the gradients h of num and gr of r; that of den is -h·y.
@@ -167,11 +187,11 @@ WKV_HD MeanAdjoint<Real> gated_mean_adjoint(Sums<Real> sums, NoGate, Real g) {
 }
 template <class Real>
 WKV_HD MeanAdjoint<Real> gated_mean_adjoint(Sums<Real> sums, Gate<Real> gate, Real g) {
-  // One division for all: 1 / whole is `factor` times den.
-  const Real whole = gate.lesser + Real(1);
-  const Real factor = Real(1) / (sums.den * whole);
-  const Real y_of_whole = sums.num * factor;
-  return {y_of_whole * whole, g * factor * gate.share, g * y_of_whole * (factor * sums.den * gate.lesser)};
+  // One division for all: 1 / (1 + lesser) is `factor` times den.
+  const Real factor = Real(1) / (sums.den * gate.lesser + sums.den);
+  const Real share_of_y = sums.num * factor;  // y / (1 + lesser)
+  return {share_of_y * gate.lesser + share_of_y, g * factor * gate.share,
+          g * share_of_y * (factor * sums.den * gate.lesser)};
 }
 
 // ---- a step ----

@@ -17,34 +17,38 @@ struct Channels {
   const void* bonus;  // exp(u)
 };
 
-// The parameters that every operation has.
+// The parameters that every operation has. N sequences: B, or those that are packed into B = 1.
 struct Params {
   DType dtype;
   int64_t B, T, C;
   Sequence k, v;  // element [B, T, C]; T is 1 in a step
+  Sequence r;     // likewise, or null where nothing gates y
   Channels channels;
 };
 
 struct ForwardParams : Params {
   void* y;            // element [B, T, C], or null: the kernel then moves `states` and writes nothing else
-  void* states;       // state [B, chunks, 3, C]: that before each chunk, overwritten by the one after it
-  void* state_out;    // state [B, 3, C]; may be `states` where there is one chunk
-  void* checkpoints;  // state [B, checkpoint_count, 3, C], or null
+  const void* state;  // state [N, 3, C], the first ones, or null where they are empty
+  void* states;       // state [rows, 3, C]: that before each chunk of a cut sequence, overwritten by the one after it
+  void* state_out;    // state [N, 3, C]
+  void* checkpoints;  // state [rows, 3, C], or null
 };
 
 struct StepParams : Params {
-  Sequence r;   // element [B, 1, C], or null where nothing gates y
   void* y;      // element [B, C]
   void* state;  // state [B, 3, C], overwritten by the one after the token
 };
 
 struct BackwardParams : Params {
   Sequence gy;              // element [B, T, C]
-  const void* state;        // state [B, 3, C], the first one
+  const void* state;        // as forward had it
   const void* checkpoints;  // as forward left them
-  void* adjoints;           // state [B, chunks, 2, C]: of (num, den) after each chunk, overwritten by the one before it
-  double* partials;  // [B, chunks, 2, C]: the gradients of log_decay and u are added; null: only `adjoints` are written
-  void *gk, *gv;     // element [B, T, C]
+  const void* gstate_out;   // state [N, 3, C], or null for zero
+  void* gstate;             // state [N, 3, C]
+  void* adjoints;      // state [rows, 2, C]: of (num, den) after each chunk of a cut sequence, overwritten by the one
+                       // before it
+  double* partials;    // [rows, 2, C]: the gradients of log_decay and u are added; null: only `adjoints` are written
+  void *gk, *gv, *gr;  // element [B, T, C]; gr null where r is
 };
 
 struct Kernels {
@@ -54,6 +58,8 @@ struct Kernels {
   void (*forward)(const ForwardParams& params, const WorkItem& item);
   void (*step)(const StepParams& params, const WorkItem& item);
   void (*backward)(const BackwardParams& params, const WorkItem& item);
+  // Ends a thread's items: what it has written past the caches is then seen by all.
+  void (*finish)();
 };
 
 // Null where the compiler or the processor's family has no such instruction set.

@@ -2,19 +2,12 @@
 // gradients. `Real` is the state's type, and tensors of it are contiguous. The order of every sum is fixed.
 #pragma once
 
-#include <limits>
+#include <vector>
 
 #include "../common/math.h"
 #include "isa.h"
 
 namespace wkv::cpu {
-
-// NaN with a lower half of zeros: kernels round to bfloat16 by adding to the bits, which could carry a full payload
-// into a number.
-template <class Real>
-Real canonical_nan(Real x) {
-  return x == x ? x : std::numeric_limits<Real>::quiet_NaN();
-}
 
 // Turns w and u, [2, C], into the log-decay and u.
 template <class Real>
@@ -60,107 +53,107 @@ void fill_empty_states(void* target, int64_t rows, int64_t C) {
   }
 }
 
-// The given states [B, 3, C], or empty ones where `given` is null.
+// The state before all steps of a channel; `given` is [rows, 3, C], or null for empty ones.
 template <class Real>
-void copy_first_states(const void* given, void* target, int64_t B, int64_t C) {
-  if (given == nullptr) return fill_empty_states<Real>(target, B, C);
-  for_each_channel(B, C, [&](int64_t b, int64_t c) {
-    const int64_t at = b * 3 * C + c;
-    const State<Real> source = load_state(static_cast<const Real*>(given) + at, C);
-    const auto [sums, max] = is_empty(source) ? empty_state<Real>() : source;
-    store_state(static_cast<Real*>(target) + at, C,
-                {{canonical_nan(sums.num), canonical_nan(sums.den)}, canonical_nan(max)});
+State<Real> first_state(const void* given, int64_t row, int64_t c, int64_t C) {
+  if (given == nullptr) return empty_state<Real>();
+  return normal_form(load_state(static_cast<const Real*>(given) + row * 3 * C + c, C));
+}
+
+template <class Real>
+void copy_first_states(const void* given, void* target, int64_t rows, int64_t C) {
+  if (given == nullptr) return fill_empty_states<Real>(target, rows, C);
+  for_each_channel(rows, C, [&](int64_t row, int64_t c) {
+    store_state(static_cast<Real*>(target) + row * 3 * C + c, C, first_state<Real>(given, row, c, C));
   });
 }
 
-// Turns `states`, each chunk's sum of its own steps, into the state before each chunk; `state_out` has the first
-// states.
+// Calls function(first chunk, number of chunks, c) for the channels of each sequence that is cut.
+template <class Function>
+void for_each_cut_channel(const Work& work, const Function& function) {
+  for (int64_t i = 0; i < work.chunks(); ++i) {
+    const Chunk chunk = work.chunk(i);
+    if (!chunk.is_cut() || chunk.t_begin > 0) continue;
+    const int64_t chunks = (chunk.sequence.steps + work.plan.chunk_steps - 1) / work.plan.chunk_steps;
+    for (int64_t c = 0; c < work.C; ++c) function(chunk, chunks, c);
+  }
+}
+
+// Turns `states`, each chunk's sum of its own steps, into the state before each chunk.
 template <class Real>
-void join_states(const ForwardParams& params, const Plan& plan) {
+void join_states(const ForwardParams& params, const Work& work) {
   const int64_t C = params.C;
   const Real* log_decay = static_cast<const Real*>(params.channels.log_decay);
-  for_each_channel(params.B, C, [&](int64_t b, int64_t c) {
-    State<Real> before = load_state(static_cast<const Real*>(params.state_out) + b * 3 * C + c, C);
-    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-      Real* const at = static_cast<Real*>(params.states) + (b * plan.chunks + chunk) * 3 * C + c;
+  for_each_cut_channel(work, [&](const Chunk& first, int64_t chunks, int64_t c) {
+    State<Real> before = first_state<Real>(params.state, first.n, c, C);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      Real* const at = static_cast<Real*>(params.states) + (first.row + chunk) * 3 * C + c;
       const State<Real> own = load_state(at, C);
       store_state(at, C, before);
-      before = join(before, Real(plan.chunk_steps) * log_decay[c], own);
+      before = join(before, Real(work.plan.chunk_steps) * log_decay[c], own);
     }
   });
 }
 
-// The gradient of (num, den) after all steps of a channel; `gstate_out` is [B, 3, C], or null for zero.
+// The gradient of (num, den) after all steps of a channel; `gstate_out` is [rows, 3, C], or null for zero.
 template <class Real>
-Sums<Real> last_adjoint(const void* gstate_out, int64_t b, int64_t c, int64_t C) {
+Sums<Real> last_adjoint(const void* gstate_out, int64_t row, int64_t c, int64_t C) {
   if (gstate_out == nullptr) return {Real(0), Real(0)};
-  const Real* at = static_cast<const Real*>(gstate_out) + b * 3 * C + c;
+  const Real* at = static_cast<const Real*>(gstate_out) + row * 3 * C + c;
   return {canonical_nan(at[0]), canonical_nan(at[C])};
 }
 
 // The adjoints for the first pass: zero after each chunk but the last.
 template <class Real>
-void first_adjoints(const BackwardParams& params, const Plan& plan, const void* gstate_out) {
+void first_adjoints(const BackwardParams& params, const Work& work) {
   const int64_t C = params.C;
   Real* adjoints = static_cast<Real*>(params.adjoints);
-  std::fill(adjoints, adjoints + params.B * plan.chunks * 2 * C, Real(0));
-  for_each_channel(params.B, C, [&](int64_t b, int64_t c) {
-    store_sums(adjoints + ((b + 1) * plan.chunks - 1) * 2 * C + c, C, last_adjoint<Real>(gstate_out, b, c, C));
+  std::fill(adjoints, adjoints + work.cut_rows * 2 * C, Real(0));
+  for_each_cut_channel(work, [&](const Chunk& first, int64_t chunks, int64_t c) {
+    store_sums(adjoints + (first.row + chunks - 1) * 2 * C + c, C,
+               last_adjoint<Real>(params.gstate_out, first.n, c, C));
   });
 }
 
 // Turns the adjoint that each chunk computes from `first_adjoints` into the one after each chunk. Scales are those of
 // the checkpoints, so that no maxima are joined.
 template <class Real>
-void join_adjoints(const BackwardParams& params, const Plan& plan, const void* gstate_out) {
-  const int64_t C = params.C;
+void join_adjoints(const BackwardParams& params, const Work& work) {
+  const int64_t C = params.C, chunk_steps = work.plan.chunk_steps;
   const Real* log_decay = static_cast<const Real*>(params.channels.log_decay);
-  for_each_channel(params.B, C, [&](int64_t b, int64_t c) {
+  for_each_cut_channel(work, [&](const Chunk& first, int64_t chunks, int64_t c) {
     const auto max_before = [&](int64_t chunk) {
-      const int64_t row = checkpoint_row(params.dtype, params.T, b, chunk * plan.chunk_steps);
+      const int64_t row = first.sequence.checkpoint_row(params.dtype, chunk * chunk_steps);
       return static_cast<const Real*>(params.checkpoints)[row * 3 * C + 2 * C + c];
     };
-    Sums<Real> after = last_adjoint<Real>(gstate_out, b, c, C);
-    for (int64_t chunk = plan.chunks - 1; chunk >= 0; --chunk) {
-      Real* const at = static_cast<Real*>(params.adjoints) + (b * plan.chunks + chunk) * 2 * C + c;
+    Sums<Real> after = last_adjoint<Real>(params.gstate_out, first.n, c, C);
+    for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
+      Real* const at = static_cast<Real*>(params.adjoints) + (first.row + chunk) * 2 * C + c;
       const Sums<Real> own = load_sums(at, C);
       store_sums(at, C, after);
       if (chunk == 0) break;
       // The last chunk's own adjoint is complete.
-      const bool last = chunk == plan.chunks - 1;
+      const bool last = chunk == chunks - 1;
       const Real decay =
-          last ? Real(0) : std::exp(Real(plan.chunk_steps) * log_decay[c] + max_before(chunk) - max_before(chunk + 1));
+          last ? Real(0) : std::exp(Real(chunk_steps) * log_decay[c] + max_before(chunk) - max_before(chunk + 1));
       after = {own.num + decay * after.num, own.den + decay * after.den};
     }
   });
 }
 
-// gw and gu, state [C], from the partials of `rows` chunks; the log-decay -exp(w) is its own derivative.
+// gw and gu, state [C], from rows of partials; the log-decay -exp(w) is its own derivative.
 template <class Real>
 void reduce_partials(const BackwardParams& params, int64_t rows, void* gw, void* gu) {
   const int64_t C = params.C;
   const Real* log_decay = static_cast<const Real*>(params.channels.log_decay);
-  for (int64_t c = 0; c < C; ++c) {
-    double total_w = 0, total_u = 0;
-    for (int64_t row = 0; row < rows; ++row) {
-      total_w += params.partials[row * 2 * C + c];
-      total_u += params.partials[row * 2 * C + C + c];
-    }
-    static_cast<Real*>(gw)[c] = static_cast<Real>(total_w * log_decay[c]);
-    static_cast<Real*>(gu)[c] = static_cast<Real>(total_u);
+  std::vector<double> totals(2 * C);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t c = 0; c < 2 * C; ++c) totals[c] += params.partials[row * 2 * C + c];
   }
-}
-
-// gstate [B, 3, C], from the adjoints before each sequence: for consumers that respect the gauge, the gradient of max
-// follows from the others.
-template <class Real>
-void state_gradients(const BackwardParams& params, const Plan& plan, void* gstate) {
-  const int64_t C = params.C;
-  for_each_channel(params.B, C, [&](int64_t b, int64_t c) {
-    const Sums<Real> state = load_sums(static_cast<const Real*>(params.state) + b * 3 * C + c, C);
-    const Sums<Real> g = load_sums(static_cast<const Real*>(params.adjoints) + b * plan.chunks * 2 * C + c, C);
-    store_state(static_cast<Real*>(gstate) + b * 3 * C + c, C, {g, state.num * g.num + state.den * g.den});
-  });
+  for (int64_t c = 0; c < C; ++c) {
+    static_cast<Real*>(gw)[c] = static_cast<Real>(totals[c] * log_decay[c]);
+    static_cast<Real*>(gu)[c] = static_cast<Real>(totals[C + c]);
+  }
 }
 
 }  // namespace wkv::cpu

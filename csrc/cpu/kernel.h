@@ -42,11 +42,16 @@ struct Kernel {
 
   // ---- memory ----
 
-  static WKV_INLINE Rows<const Element> rows_of(const Sequence& sequence, int64_t b) {
-    return {static_cast<const Element*>(sequence.data) + b * sequence.batch_stride, sequence.time_stride};
+  static WKV_INLINE Rows<const Element> rows_of(const Sequence& sequence, const SequenceView<int64_t>& view) {
+    const int64_t first = view.b * sequence.batch_stride + view.begin * sequence.time_stride;
+    return {static_cast<const Element*>(sequence.data) + first, sequence.time_stride};
   }
-  static WKV_INLINE Rows<Element> rows_of(void* contiguous, int64_t b, int64_t T, int64_t C) {
-    return {static_cast<Element*>(contiguous) + b * T * C, C};
+  static WKV_INLINE Rows<Element> rows_of(void* contiguous, const SequenceView<int64_t>& view, const Params& params) {
+    return {static_cast<Element*>(contiguous) + (view.b * params.T + view.begin) * params.C, params.C};
+  }
+  // Row n of states, or null where there are none.
+  static WKV_INLINE const Real* row_of(const void* states, int64_t n, int64_t C) {
+    return states == nullptr ? nullptr : static_cast<const Real*>(states) + n * 3 * C;
   }
 
   struct VectorChannels {
@@ -67,11 +72,14 @@ struct Kernel {
     store_some(state + 2 * C + c, value.max, count);
   }
 
-  // Prefetches a subchunk's rows of one line, into the second-level cache: rows whose distance is a multiple of a power
-  // of two would evict one another from the first.
-  static WKV_INLINE void prefetch(Rows<const Element> rows) {
-    for (int step = 0; step < kSubchunk; ++step) __builtin_prefetch(rows.row(step), 0, 2);
+  // The state before all steps.
+  static WKV_INLINE State<Vec> first_state(const Real* given, int64_t C, int64_t c, int count) {
+    return given == nullptr ? empty_state<Vec>() : normal_form(load_state(given, C, c, count));
   }
+
+  // Prefetches into the second-level cache: rows whose distance is a multiple of a power of two would evict one another
+  // from the first. A row at a time among the steps, because a processor waits for more than a few dozen at once.
+  static WKV_INLINE void prefetch(const Element* row) { __builtin_prefetch(row, 0, 2); }
 
   // One vector's rows as they are or, where they end within the vector, as a copy filled up with zeros.
   static WKV_INLINE Rows<const Element> whole(Rows<const Element> rows, int steps, int count, Element* copy) {
@@ -80,6 +88,30 @@ struct Kernel {
     for (int step = 0; step < steps; ++step) std::memcpy(copy + step * kLanes, rows.row(step), count * sizeof(Element));
     return {copy, kLanes};
   }
+
+  // The gates of steps: r from one time and one channel on, or nothing.
+  struct Gated {
+    static constexpr bool kExist = true;
+    Rows<const Element> r;
+
+    explicit WKV_INLINE Gated(Rows<const Element> r) : r(r) {}
+    WKV_INLINE Gated(const Params& params, const SequenceView<int64_t>& view) : r(rows_of(params.r, view)) {}
+    WKV_INLINE Gated from(int64_t t, int64_t c) const { return Gated(r.from(t, c)); }
+    WKV_INLINE Gated whole(int steps, int count, Element* copy) const {
+      return Gated(Kernel::whole(r, steps, count, copy));
+    }
+    WKV_INLINE void prefetch(int step) const { Kernel::prefetch(r.row(step)); }
+    WKV_INLINE Gate<Vec> at(int step) const { return gate_of(load(r.row(step))); }
+  };
+  struct Ungated {
+    static constexpr bool kExist = false;
+
+    WKV_INLINE Ungated(const Params&, const SequenceView<int64_t>&) {}
+    WKV_INLINE Ungated from(int64_t, int64_t) const { return *this; }
+    WKV_INLINE Ungated whole(int, int, Element*) const { return *this; }
+    WKV_INLINE void prefetch(int) const {}
+    WKV_INLINE NoGate at(int) const { return {}; }
+  };
 
   // A subchunk's keys in the type of the sums: where they are, or converted once for the passes over them.
   struct Keys {
@@ -166,13 +198,21 @@ struct Kernel {
     return {{state.sums.num * kept.leave, state.sums.den * kept.leave}, range.running};
   }
 
+  // The rows of a line to prefetch.
+  template <class Gates>
+  struct Next {
+    Rows<const Element> k, v;
+    Gates gates;
+  };
+
   // ---- forward ----
 
   enum class Output { none, stored, streamed };
 
-  template <Output output>
+  template <Output output, class Gates>
   static WKV_INLINE State<Vec> forward_subchunk(const VectorChannels& channels, Rows<const Element> k,
-                                                Rows<const Element> v, Rows<Element> y, int steps, State<Vec> state) {
+                                                Rows<const Element> v, Gates gates, Next<Gates> next, Rows<Element> y,
+                                                int steps, State<Vec> state) {
     Keys widened;
     const auto keys = widened.widen(k, steps);
     SubchunkScale unused;
@@ -181,16 +221,19 @@ struct Kernel {
       alignas(kLineBytes) Real ats[kSubchunk * kLanes];
 #pragma GCC unroll 4
       for (int step = 0; step < steps; ++step) {
+        prefetch(next.k.row(step));
         const Vec kt = scale.logit(load(keys.row(step)));
         store(ats + step * kLanes, scale.at(state.max, kt));
         state.max = scale.next_max(state.max, kt);
       }
 #pragma GCC unroll 4
       for (int step = 0; step < steps; ++step) {
+        prefetch(next.v.row(step));
+        next.gates.prefetch(step);
         const Vec vt = load(v.row(step));
         const auto weights = scale.weights(load(ats + step * kLanes));
         if constexpr (output != Output::none) {
-          const Vec yt = read(state.sums, weights.read, vt);
+          const Vec yt = read(state.sums, weights.read, vt, gates.at(step));
           if constexpr (output == Output::streamed) {
             stream_line(y.row(step), &yt);
           } else {
@@ -203,68 +246,79 @@ struct Kernel {
     });
   }
 
-  template <bool writes>
+  template <bool writes, class Gates>
   static void forward(const ForwardParams& params, const WorkItem& item) {
-    const int64_t T = params.T, C = params.C;
-    const auto k = rows_of(params.k, item.b), v = rows_of(params.v, item.b);
-    const auto y = rows_of(params.y, item.b, T, C);
-    const bool streams = writes && worth_streaming(params.y, params.B, T, C);
-    Real* const state = static_cast<Real*>(params.states) + item.row * 3 * C;
+    const int64_t T = item.sequence.steps, C = params.C;
+    const auto k = rows_of(params.k, item.sequence), v = rows_of(params.v, item.sequence);
+    const Gates gates(params, item.sequence);
+    const auto y = rows_of(params.y, item.sequence, params);
+    const bool streams = writes && worth_streaming(params.y, params.B, params.T, C);
+    const Real* const given = row_of(params.state, item.n, C);
+    Real* const state_out = static_cast<Real*>(params.state_out) + item.n * 3 * C;
+    Real* const state = item.is_cut() ? static_cast<Real*>(params.states) + item.row * 3 * C : state_out;
     Real* const checkpoints = writes ? static_cast<Real*>(params.checkpoints) : nullptr;
-    alignas(kLineBytes) Element k_copy[kSubchunk * kLanes], v_copy[kSubchunk * kLanes];
+    alignas(kLineBytes) Element k_copy[kSubchunk * kLanes], v_copy[kSubchunk * kLanes], r_copy[kSubchunk * kLanes];
     Staged y_staged;
     for (int64_t t = item.t_begin; t < item.t_end; t += kSubchunk) {
       const int steps = at_most(kSubchunk, item.t_end - t);
-      Real* const checkpoint = checkpoints != nullptr && t > 0 && t % kInterval == 0
-                                   ? checkpoints + checkpoint_row(dtype, T, item.b, t) * 3 * C
-                                   : nullptr;
+      const bool starts = t == 0 && !item.is_cut(), ends = writes && t + steps == T;
+      const auto checkpoint_after = [&](int64_t t) {
+        return checkpoints + item.sequence.checkpoint_row(dtype, t) * 3 * C;
+      };
+      Real* const checkpoint = checkpoints != nullptr && t > 0 && t % kInterval == 0 ? checkpoint_after(t) : nullptr;
+      Real* const last_checkpoint = checkpoints != nullptr && ends ? checkpoint_after(T) : nullptr;
+      Real* const after = ends ? state_out : state;
       for (int64_t line = item.c_begin; line < item.c_end; line += kLine) {
         const int width = at_most(kLine, item.c_end - line);
         // A vector that is a whole line goes to memory without being staged.
         const bool stages = kLanes < kLine || width < kLine;
-        prefetch(k.from(t + kSubchunk, line));
-        prefetch(v.from(t + kSubchunk, line));
+        const int64_t next_t = t + kSubchunk;
+        const Next<Gates> next{k.from(next_t, line), v.from(next_t, line), gates.from(next_t, line)};
         for (int first = 0; first < width; first += kLanes) {
           const int64_t c = line + first;
           const int count = at_most(kLanes, item.c_end - c);
-          State<Vec> carried = load_state(state, C, c, count);
+          State<Vec> carried = starts ? first_state(given, C, c, count) : load_state(state, C, c, count);
           if (checkpoint != nullptr) store_state(checkpoint, C, c, count, carried);
           const auto channels = channels_at(params.channels, c, count);
           const auto k_rows = whole(k.from(t, c), steps, count, k_copy);
           const auto v_rows = whole(v.from(t, c), steps, count, v_copy);
+          const auto own_gates = gates.from(t, c).whole(steps, count, r_copy);
           if constexpr (!writes) {
-            carried = forward_subchunk<Output::none>(channels, k_rows, v_rows, y, steps, carried);
+            carried = forward_subchunk<Output::none>(channels, k_rows, v_rows, own_gates, next, y, steps, carried);
           } else if (streams && !stages) {
-            carried = forward_subchunk<Output::streamed>(channels, k_rows, v_rows, y.from(t, c), steps, carried);
+            carried = forward_subchunk<Output::streamed>(channels, k_rows, v_rows, own_gates, next, y.from(t, c), steps,
+                                                         carried);
           } else {
             const auto y_rows = stages ? y_staged.rows(first) : y.from(t, c);
-            carried = forward_subchunk<Output::stored>(channels, k_rows, v_rows, y_rows, steps, carried);
+            carried =
+                forward_subchunk<Output::stored>(channels, k_rows, v_rows, own_gates, next, y_rows, steps, carried);
           }
-          store_state(state, C, c, count, carried);
+          store_state(after, C, c, count, carried);
+          if (last_checkpoint != nullptr) store_state(last_checkpoint, C, c, count, carried);
         }
         if (writes && stages) y_staged.write(y.from(t, line), steps, width, streams);
       }
     }
-    if (streams) finish_streaming();
-    if (!writes || item.t_end < T) return;
-    const auto save = [&](Real* target) {
-      const size_t bytes = (item.c_end - item.c_begin) * sizeof(Real);
-      for (int64_t c = item.c_begin; c < 3 * C; c += C) std::memcpy(target + c, state + c, bytes);
+    const auto fill = [&](Real* target, const Real* given) {
+      for (int64_t c = item.c_begin; c < item.c_end; c += kLanes) {
+        const int count = at_most(kLanes, item.c_end - c);
+        store_state(target, C, c, count, first_state(given, C, c, count));
+      }
     };
-    Real* const state_out = static_cast<Real*>(params.state_out) + item.b * 3 * C;
-    if (state_out != state) save(state_out);
-    if (checkpoints != nullptr) save(checkpoints + checkpoint_row(dtype, T, item.b, T) * 3 * C);
+    if (T == 0) fill(state_out, given);
+    if (checkpoints != nullptr && item.spare_checkpoint >= 0)
+      fill(checkpoints + item.spare_checkpoint * 3 * C, nullptr);
   }
 
   // ---- one token ----
 
   static void step(const StepParams& params, const WorkItem& item) {
     const int64_t C = params.C;
-    const Element* k = rows_of(params.k, item.b).data;
-    const Element* v = rows_of(params.v, item.b).data;
-    const Element* r = params.r.data != nullptr ? rows_of(params.r, item.b).data : nullptr;
-    Element* y = static_cast<Element*>(params.y) + item.b * C;
-    Real* state = static_cast<Real*>(params.state) + item.b * 3 * C;
+    const Element* k = rows_of(params.k, item.sequence).data;
+    const Element* v = rows_of(params.v, item.sequence).data;
+    const Element* r = params.r.data != nullptr ? rows_of(params.r, item.sequence).data : nullptr;
+    Element* y = static_cast<Element*>(params.y) + item.n * C;
+    Real* state = static_cast<Real*>(params.state) + item.n * 3 * C;
     for (int64_t c = item.c_begin; c < item.c_end; c += kLanes) {
       const int count = at_most(kLanes, item.c_end - c);
       const State<Vec> before = load_state(state, C, c, count);
@@ -282,13 +336,16 @@ struct Kernel {
   // ---- backward ----
 
   static WKV_INLINE State<Vec> replay_subchunk(const VectorChannels& channels, Rows<const Element> k,
-                                               Rows<const Element> v, int steps, State<Vec> state,
+                                               Rows<const Element> v, Rows<const Element> next_k,
+                                               Rows<const Element> next_v, int steps, State<Vec> state,
                                                SavedStep<Vec>* saved, SubchunkScale& kept) {
     Keys widened;
     const auto keys = widened.widen(k, steps);
     return in_scale(channels, keys, steps, state, kept, [=](const auto& scale, State<Vec> state) WKV_INLINE_LAMBDA {
 #pragma GCC unroll 4
       for (int step = 0; step < steps; ++step) {
+        prefetch(next_k.row(step));
+        prefetch(next_v.row(step));
         const Vec kt = scale.logit(load(keys.row(step)));
         const Vec at = scale.at(state.max, kt);
         saved[step] = {state.sums, at};
@@ -304,17 +361,23 @@ struct Kernel {
     Vec g_log_decay, gu;
   };
 
-  template <bool writes>
+  template <bool writes, class Gates>
   static WKV_INLINE Reversed reverse_subchunk(const VectorChannels& channels, const SubchunkScale& kept,
-                                              Rows<const Element> v, Rows<const Element> gy, int steps,
-                                              const SavedStep<Vec>* saved, Reversed carried, Element* gk, Element* gv) {
+                                              Rows<const Element> v, Gates gates, Rows<const Element> gy,
+                                              Gates next_gates, Rows<const Element> next_gy, int steps,
+                                              const SavedStep<Vec>* saved, Reversed carried, Element* gk, Element* gv,
+                                              Element* gr) {
     const auto reversed = [=](const auto& scale, Reversed carried) WKV_INLINE_LAMBDA {
 #pragma GCC unroll 2
       for (int step = steps - 1; step >= 0; --step) {
-        const auto gradients = step_adjoint(scale, saved[step], load(v.row(step)), load(gy.row(step)), carried.adjoint);
+        prefetch(next_gy.row(step));
+        next_gates.prefetch(step);
+        const auto gradients =
+            step_adjoint(scale, saved[step], load(v.row(step)), load(gy.row(step)), carried.adjoint, gates.at(step));
         if constexpr (writes) {
           store(gk + step * kLine, gradients.gk);
           store(gv + step * kLine, gradients.gv);
+          if constexpr (Gates::kExist) store(gr + step * kLine, gradients.gr);
           carried.g_log_decay = carried.g_log_decay + gradients.g_log_decay;
           carried.gu = carried.gu + gradients.gu;
         }
@@ -331,77 +394,115 @@ struct Kernel {
     return carried;
   }
 
+  // The adjoint after an interval: after all steps what is given, canonical, or zero.
+  static WKV_INLINE Sums<Vec> first_adjoint(bool ends, const Real* gstate_out, const Real* adjoint, int64_t C,
+                                            int64_t c, int count) {
+    if (!ends) return {load_some(adjoint + c, count), load_some(adjoint + C + c, count)};
+    if (gstate_out == nullptr) return {Vec(Real(0)), Vec(Real(0))};
+    return {canonical_nan(load_some(gstate_out + c, count)), canonical_nan(load_some(gstate_out + C + c, count))};
+  }
+
   static WKV_INLINE void add_to(double* totals, Vec values, int count) {
     Real lanes[kLanes];
     store(lanes, values);
     for (int lane = 0; lane < count; ++lane) totals[lane] += lanes[lane];
   }
 
-  template <bool writes>
+  // The gradient of the first state: for consumers that respect the gauge, that of max follows from the others.
+  static WKV_INLINE void store_gradient(Real* gstate, int64_t C, int64_t c, int count, State<Vec> state,
+                                        Sums<Vec> adjoint) {
+    const Vec of_max = rounded(state.sums.num * adjoint.num) + rounded(state.sums.den * adjoint.den);
+    store_state(gstate, C, c, count, {adjoint, of_max});
+  }
+
+  template <bool writes, class Gates>
   static void backward(const BackwardParams& params, const WorkItem& item) {
-    const int64_t T = params.T, C = params.C;
-    const auto k = rows_of(params.k, item.b), v = rows_of(params.v, item.b), gy = rows_of(params.gy, item.b);
-    const auto gk = rows_of(params.gk, item.b, T, C), gv = rows_of(params.gv, item.b, T, C);
+    const int64_t T = item.sequence.steps, C = params.C;
+    const auto k = rows_of(params.k, item.sequence), v = rows_of(params.v, item.sequence);
+    const Gates gates(params, item.sequence);
+    const auto gy = rows_of(params.gy, item.sequence);
+    const auto gk = rows_of(params.gk, item.sequence, params), gv = rows_of(params.gv, item.sequence, params);
+    const auto gr = Gates::kExist ? rows_of(params.gr, item.sequence, params) : gk;
+    const auto is_streamed = [&](void* target) { return worth_streaming(target, params.B, params.T, C); };
     const bool streams =
-        writes && worth_streaming(params.gk, params.B, T, C) && worth_streaming(params.gv, params.B, T, C);
-    const Real* const first_state = static_cast<const Real*>(params.state) + item.b * 3 * C;
+        writes && is_streamed(params.gk) && is_streamed(params.gv) && (!Gates::kExist || is_streamed(params.gr));
+    const Real* const given = row_of(params.state, item.n, C);
+    const Real* const gstate_out = row_of(params.gstate_out, item.n, C);
     const Real* const checkpoints = static_cast<const Real*>(params.checkpoints);
-    Real* const adjoint = static_cast<Real*>(params.adjoints) + item.row * 2 * C;
-    double* const partials = writes ? params.partials + item.row * 2 * C : nullptr;
+    Real* const gstate = static_cast<Real*>(params.gstate) + item.n * 3 * C;
+    Real* const adjoint = item.is_cut() ? static_cast<Real*>(params.adjoints) + item.row * 2 * C : gstate;
+    double* const partials = writes ? params.partials + item.partials * 2 * C : nullptr;
+    if (writes && item.opens_partials) {
+      for (int64_t c = item.c_begin; c < item.c_end; ++c) partials[c] = partials[C + c] = 0;
+    }
+    if (T == 0) {
+      for (int64_t row = 0; row < 3 * C; row += C) {
+        for (int64_t c = row + item.c_begin; c < row + item.c_end; ++c) {
+          gstate[c] = gstate_out == nullptr ? Real(0) : gstate_out[c];
+        }
+      }
+      return;
+    }
     // Whole lines too: written step by step among the reads, they are slower where rows evict one another.
-    Staged gk_staged, gv_staged;
-    alignas(kLineBytes) Element k_copy[kSubchunk * kLanes], v_copy[kSubchunk * kLanes], gy_copy[kSubchunk * kLanes];
+    Staged gk_staged, gv_staged, gr_staged;
+    alignas(kLineBytes) Element k_copy[kSubchunk * kLanes], v_copy[kSubchunk * kLanes], r_copy[kSubchunk * kLanes],
+        gy_copy[kSubchunk * kLanes];
     SavedStep<Vec> saved[kLine / kLanes][kInterval];
     SubchunkScale scales[kLine / kLanes][kInterval / kSubchunk];
     Reversed carried[kLine / kLanes];
     for (int64_t t = (item.t_end - 1) / kInterval * kInterval; t >= item.t_begin; t -= kInterval) {
       const int steps = at_most(kInterval, item.t_end - t);
-      const Real* const state_before = t == 0 ? first_state : checkpoints + checkpoint_row(dtype, T, item.b, t) * 3 * C;
+      const bool starts = t == 0, ends = t + steps == T && !item.is_cut();
+      const Real* const state_before = starts ? nullptr : checkpoints + item.sequence.checkpoint_row(dtype, t) * 3 * C;
       for (int64_t line = item.c_begin; line < item.c_end; line += kLine) {
         const int width = at_most(kLine, item.c_end - line);
-        // The next line is prefetched a subchunk at a time: all at once, it would delay the present one.
+        // The next line is prefetched; after the last one the first of as many rows before these, also those of another
+        // sequence.
         const bool last = line + kLine >= item.c_end;
-        const int64_t next_t = last ? t - kInterval : t;
+        const int64_t next_t = last ? t - steps : t;
         const int64_t next_line = last ? item.c_begin : line + kLine;
         for (int first = 0, i = 0; first < width; first += kLanes, ++i) {
           const int64_t c = line + first;
           const int count = at_most(kLanes, item.c_end - c);
           const auto channels = channels_at(params.channels, c, count);
-          State<Vec> state = load_state(state_before, C, c, count);
+          State<Vec> state = starts ? first_state(given, C, c, count) : load_state(state_before, C, c, count);
           for (int begin = 0; begin < steps; begin += kSubchunk) {
-            if (first == 0) {
-              prefetch(k.from(next_t + begin, next_line));
-              prefetch(v.from(next_t + begin, next_line));
-            }
             const int own_steps = at_most(kSubchunk, steps - begin);
             state = replay_subchunk(channels, whole(k.from(t + begin, c), own_steps, count, k_copy),
-                                    whole(v.from(t + begin, c), own_steps, count, v_copy), own_steps, state,
-                                    saved[i] + begin, scales[i][begin / kSubchunk]);
+                                    whole(v.from(t + begin, c), own_steps, count, v_copy),
+                                    k.from(next_t + begin, next_line), v.from(next_t + begin, next_line), own_steps,
+                                    state, saved[i] + begin, scales[i][begin / kSubchunk]);
           }
-          carried[i] = {{load_some(adjoint + c, count), load_some(adjoint + C + c, count)}, Vec(Real(0)), Vec(Real(0))};
+          carried[i] = {first_adjoint(ends, gstate_out, adjoint, C, c, count), Vec(Real(0)), Vec(Real(0))};
         }
         for (int begin = (steps - 1) / kSubchunk * kSubchunk; begin >= 0; begin -= kSubchunk) {
-          prefetch(gy.from(next_t + begin, next_line));
           const int own_steps = at_most(kSubchunk, steps - begin);
           for (int first = 0, i = 0; first < width; first += kLanes, ++i) {
             const int64_t c = line + first;
             const int count = at_most(kLanes, item.c_end - c);
-            carried[i] =
-                reverse_subchunk<writes>(channels_at(params.channels, c, count), scales[i][begin / kSubchunk],
-                                         whole(v.from(t + begin, c), own_steps, count, v_copy),
-                                         whole(gy.from(t + begin, c), own_steps, count, gy_copy), own_steps,
-                                         saved[i] + begin, carried[i], gk_staged.data + first, gv_staged.data + first);
+            const auto v_rows = whole(v.from(t + begin, c), own_steps, count, v_copy);
+            const auto own_gates = gates.from(t + begin, c).whole(own_steps, count, r_copy);
+            carried[i] = reverse_subchunk<writes>(
+                channels_at(params.channels, c, count), scales[i][begin / kSubchunk], v_rows, own_gates,
+                whole(gy.from(t + begin, c), own_steps, count, gy_copy), gates.from(next_t + begin, next_line),
+                gy.from(next_t + begin, next_line), own_steps, saved[i] + begin, carried[i], gk_staged.data + first,
+                gv_staged.data + first, gr_staged.data + first);
           }
           if constexpr (writes) {
             gk_staged.write(gk.from(t + begin, line), own_steps, width, streams);
             gv_staged.write(gv.from(t + begin, line), own_steps, width, streams);
+            if constexpr (Gates::kExist) gr_staged.write(gr.from(t + begin, line), own_steps, width, streams);
           }
         }
         for (int first = 0, i = 0; first < width; first += kLanes, ++i) {
           const int64_t c = line + first;
           const int count = at_most(kLanes, item.c_end - c);
-          store_some(adjoint + c, carried[i].adjoint.num, count);
-          store_some(adjoint + C + c, carried[i].adjoint.den, count);
+          if (starts) {
+            store_gradient(gstate, C, c, count, first_state(given, C, c, count), carried[i].adjoint);
+          } else {
+            store_some(adjoint + c, carried[i].adjoint.num, count);
+            store_some(adjoint + C + c, carried[i].adjoint.den, count);
+          }
           if constexpr (writes) {
             add_to(partials + c, carried[i].g_log_decay, count);
             add_to(partials + C + c, carried[i].gu, count);
@@ -409,7 +510,6 @@ struct Kernel {
         }
       }
     }
-    if (streams) finish_streaming();
   }
 
   static void exponentiate(int64_t C, Real* rows) {
@@ -435,7 +535,13 @@ inline void exponentiate(DType dtype, int64_t C, void* rows) {
 inline void forward(const ForwardParams& params, const WorkItem& item) {
   with_dtype(params.dtype, [&](auto type) {
     using K = Kernel<type.value>;
-    params.y != nullptr ? K::template forward<true>(params, item) : K::template forward<false>(params, item);
+    if (params.y == nullptr) {
+      K::template forward<false, typename K::Ungated>(params, item);
+    } else if (params.r.data == nullptr) {
+      K::template forward<true, typename K::Ungated>(params, item);
+    } else {
+      K::template forward<true, typename K::Gated>(params, item);
+    }
   });
 }
 
@@ -446,11 +552,18 @@ inline void step(const StepParams& params, const WorkItem& item) {
 inline void backward(const BackwardParams& params, const WorkItem& item) {
   with_dtype(params.dtype, [&](auto type) {
     using K = Kernel<type.value>;
-    params.partials != nullptr ? K::template backward<true>(params, item) : K::template backward<false>(params, item);
+    const bool writes = params.partials != nullptr;
+    if (params.r.data == nullptr) {
+      writes ? K::template backward<true, typename K::Ungated>(params, item)
+             : K::template backward<false, typename K::Ungated>(params, item);
+    } else {
+      writes ? K::template backward<true, typename K::Gated>(params, item)
+             : K::template backward<false, typename K::Gated>(params, item);
+    }
   });
 }
 
-inline constexpr Kernels kKernels = {WKV_STRING(WKV_ISA), exponentiate, forward, step, backward};
+inline constexpr Kernels kKernels = {WKV_STRING(WKV_ISA), exponentiate, forward, step, backward, finish_streaming};
 
 }  // namespace WKV_ISA
 }  // namespace wkv::cpu

@@ -14,7 +14,9 @@
 #include <cstring>
 #include <type_traits>
 
-#define WKV_INLINE inline __attribute__((always_inline))
+// `nothrow`, since GCC takes intrinsics for functions that may throw, ends a basic block at each where something would
+// be cleaned up, and fuses products with sums within a block alone.
+#define WKV_INLINE inline __attribute__((always_inline, nothrow))
 #define WKV_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace wkv::cpu {
@@ -77,18 +79,32 @@ WKV_INLINE bool all(Vec<double>::Mask mask) {
   return result;
 }
 
-// 2^x for x <= 0. The polynomial is the minimax fit of degree 6 to 2^f on [-1/2, 1/2], 2e-9 relative.
-WKV_INLINE Vec<float> exp2_clamped(Vec<float> x) {
+// The value that a register holds: a product that is rounded before it is added to anything, where compilers would fuse
+// the two.
+template <class Real>
+WKV_INLINE Vec<Real> rounded(Vec<Real> x) {
+#if defined(__x86_64__)
+  asm("" : "+x"(x.native));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x.native));
+#else
+  asm("" : "+m"(x.native));
+#endif
+  return x;
+}
+
+// 2^x for x <= 0, down to x = -127, where it is 0. The polynomial is the minimax fit of degree 6 to 2^f on [-1/2, 1/2],
+// 2e-9 relative.
+WKV_INLINE Vec<float> exp2_in_range(Vec<float> x) {
   using Native = Vec<float>::Native;
 #if WKV_SIMD_BYTES == 64
-  // These map -inf to 0 and underflow gradually, so that nothing has to be clamped.
+  // These map -inf to 0 and underflow gradually: any x is in range.
   const __m512 whole = _mm512_roundscale_ps((__m512)x.native, _MM_FROUND_TO_NEAREST_INT);
   const Native f = (Native)_mm512_reduce_ps((__m512)x.native, _MM_FROUND_TO_NEAREST_INT);
 #else
-  const Native clamped = x.native < -126.0f ? Native{} - 126.0f : x.native;
   // Adding 1.5 · 2^23 rounds to an integer and leaves it in the low bits.
-  const Native shifted = clamped + 12582912.0f;
-  const Native f = clamped - (shifted - 12582912.0f);
+  const Native shifted = x.native + 12582912.0f;
+  const Native f = x.native - (shifted - 12582912.0f);
 #endif
   Native p = 1.5353362e-4f * f + 1.3398875e-3f;
   p = p * f + 9.6184369e-3f;
@@ -104,10 +120,29 @@ WKV_INLINE Vec<float> exp2_clamped(Vec<float> x) {
 #endif
 }
 
+// x, or `least` where it is below.
+WKV_INLINE Vec<float> clamped(Vec<float> x, float least) {
+#if WKV_SIMD_BYTES == 64
+  return x;
+#else
+  return x.native < least ? Vec<float>::Native{} + least : x.native;
+#endif
+}
+
+// 2^x for x <= 0.
+WKV_INLINE Vec<float> exp2_clamped(Vec<float> x) { return exp2_in_range(clamped(x, -126.0f)); }
+
 // e^x for x <= 0; 0 where float32 would be subnormal, so that -inf gives a weight of exactly 0.
 WKV_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   const Vec<float> x_log2 = x * Vec<float>(1.44269504f);
   return select(x_log2 <= Vec<float>(-126.0f), Vec<float>(0.0f), exp2_clamped(x_log2));
+}
+
+// Fewer instructions than exp_nonpositive of -abs(x): the sign is set by its bit, and the range is that of the result.
+WKV_INLINE Vec<float> exp_minus_abs(Vec<float> x) {
+  using Integer = Vec<float>::NativeInteger;
+  const Integer bits = (Integer)(x.native * 1.44269504f) | (Integer{} + INT32_MIN);
+  return exp2_in_range(clamped((Vec<float>::Native)bits, -127.0f));
 }
 
 template <class Function>

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import native
 from . import compiled
-from .registry import Backend, constant
+from .registry import Backend, BackendUnavailable, constant
 
 __all__ = ["BACKEND"]
 
@@ -46,9 +46,28 @@ def _why_not(k: Tensor) -> str | None:
     return why_unavailable() or why_uncovered(k.device.index)
 
 
+def _forward(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None,
+    r: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The plain kernels: a gate is a pass of its own, and packed sequences are refused."""
+    if cu_seqlens is not None:
+        raise BackendUnavailable(
+            "wkv backend 'cuda' refused (cu_seqlens: it has no kernels of packed sequences). Available for this call: "
+            "triton, reference."
+        )
+    y, state_out = compiled.forward(w, u, k, v, state)
+    return (y if r is None else torch.sigmoid(r) * y), state_out
+
+
 BACKEND = Backend(
     "cuda",
-    compiled.forward,
+    _forward,
     compiled.step,
     device_types=("cuda",),
     automatic=True,

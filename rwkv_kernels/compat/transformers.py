@@ -13,6 +13,10 @@ backward and loses the gradient of a state that was passed; here the layers read
 Loading of the original's own kernel is switched off meanwhile, since it would never run. `RwkvForCausalLM.generate`
 refuses what it would silently do wrong.
 
+Both models take `cu_seq_lens_q` [N + 1], which DataCollatorWithFlattening(return_flash_attn_kwargs=True) gives:
+input_ids are then [1, total], N packed sequences, each as if it ran alone, and states are five [N, C, L]. The original
+ignores it. `position_ids` and `seq_idx` are ignored by both.
+
 Deliberate differences:
 
 - Gradients are right for every batch size, and reach a state that was passed. T is not limited.
@@ -26,6 +30,7 @@ Deliberate differences:
 - In a float64 model, keys and the WKV state stay float64; the original rounds them to float32.
 """
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -38,7 +43,8 @@ import torch
 from torch import Tensor
 
 from ..functional import wkv
-from ..nn import RWKVState
+from ..nn import Packing, RWKVState
+from .transformers_packed import PackedState, attention, feed_forward
 
 __all__ = [
     "export_model_state",
@@ -139,14 +145,47 @@ class _Columns:
         return torch.stack([self._written.get(layer, self._given[:, :, layer]) for layer in layers], 2)
 
 
-def _empty_state(model: Any, embedded: Tensor) -> list[Tensor]:
+class _WithBoundaries:
+    """A state, or None, and boundaries: RwkvForCausalLM.forward passes on the state that it is given, and no others."""
+
+    def __init__(self, state: Any, cu_seqlens: Any) -> None:
+        self.state, self.cu_seqlens = state, cu_seqlens
+
+
+def _hand_on_boundaries(forward: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(forward)
+
+    @functools.wraps(forward)
+    def replacement(self: Any, *args: Any, cu_seq_lens_q: Any = None, **kwargs: Any) -> Any:
+        if cu_seq_lens_q is None:
+            return forward(self, *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs)
+        bound.arguments["state"] = _WithBoundaries(bound.arguments.get("state"), cu_seq_lens_q)
+        return forward(*bound.args, **bound.kwargs)
+
+    return replacement
+
+
+def _packing(cu_seqlens: Any, embedded: Tensor) -> Packing:
+    """The boundaries of the call's tokens; in the words of the operator, which sees them too late."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        found = list(cu_seqlens.shape) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise ValueError(f"cu_seq_lens_q: expected a tensor [N + 1], got {found}")
+    if embedded.shape[0] != 1:
+        raise ValueError(
+            f"cu_seq_lens_q: expected input_ids [1, total] of packed sequences, got {list(embedded.shape[:2])}"
+        )
+    return Packing.of(cu_seqlens, embedded.shape[1])
+
+
+def _empty_state(model: Any, embedded: Tensor, sequences: int) -> list[Tensor]:
     """Zeros and the lowest maximum, in the places and dtypes of the original's."""
     config = model.config
     precise = torch.promote_types(embedded.dtype, torch.float32)
     widths = [config.hidden_size] * 2 + [config.attention_hidden_size] * 3
     dtypes = [embedded.dtype] * 2 + [precise] * 3
     state = [
-        torch.zeros(embedded.shape[0], width, config.num_hidden_layers, dtype=dtype, device=embedded.device)
+        torch.zeros(sequences, width, config.num_hidden_layers, dtype=dtype, device=embedded.device)
         for width, dtype in zip(widths, dtypes, strict=True)
     ]
     state[4] -= 1e30
@@ -157,19 +196,24 @@ def _keep_state_apart(forward: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(forward)
 
     @functools.wraps(forward)
-    def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def replacement(self: Any, *args: Any, cu_seq_lens_q: Any = None, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
         arguments = bound.arguments
         state, use_cache = arguments.get("state"), arguments.get("use_cache")
+        if isinstance(state, _WithBoundaries):
+            state, cu_seq_lens_q = state.state, state.cu_seqlens
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         tokens, embedded = arguments.get("input_ids"), arguments.get("inputs_embeds")
-        if (state is None and not use_cache) or (tokens is None) == (embedded is None):
+        keeps_state = state is not None or use_cache
+        if (not keeps_state and cu_seq_lens_q is None) or (tokens is None) == (embedded is None):
             return forward(self, *args, **kwargs)
         if embedded is None:
             embedded = self.embeddings(tokens)
-        given = _empty_state(self, embedded) if state is None else state
-        ends = (embedded.shape[0], self.config.num_hidden_layers)
+        packing = None if cu_seq_lens_q is None else _packing(cu_seq_lens_q, embedded)
+        sequences = embedded.shape[0] if packing is None else packing.starts.shape[0]
+        given = _empty_state(self, embedded, sequences) if state is None else state
+        ends = (sequences, self.config.num_hidden_layers)
         shapes = [list(part.shape) for part in given]
         if len(given) != 5 or any(part.dim() != 3 or part.shape[::2] != ends for part in given):
             raise ValueError(
@@ -178,16 +222,17 @@ def _keep_state_apart(forward: Callable[..., Any]) -> Callable[..., Any]:
                 "rwkv_kernels.compat.transformers.export_model_state converts an nn.RWKVState"
             )
         precise = torch.promote_types(embedded.dtype, torch.float32)
-        one_token = embedded.shape[1] == 1
+        one_token = packing is None and embedded.shape[1] == 1
         columns = [_Columns(part, keep_time=one_token) for part in given[:2]]
         columns += [_Columns(part.to(precise)) for part in given[2:]]
-        arguments |= {"input_ids": None, "inputs_embeds": embedded, "state": columns}
+        passed = columns if packing is None else PackedState(columns, packing)
+        arguments |= {"input_ids": None, "inputs_embeds": embedded, "state": passed}
         outputs = forward(*bound.args, **bound.kwargs)
-        new = [part.result() for part in columns]
+        new = [part.result() for part in columns] if keeps_state else None
         if isinstance(outputs, tuple):
-            return tuple(new if part is columns else part for part in outputs)
-        outputs.state = new
-        return outputs
+            replaced = (new if part is passed else part for part in outputs)
+            return tuple(part for part in replaced if part is not None)
+        return dataclasses.replace(outputs, state=new)
 
     return replacement
 
@@ -280,6 +325,8 @@ def _faults(modeling: ModuleType) -> list[str]:
     model_parameters = ["self", "input_ids", "attention_mask", "inputs_embeds", "state", "use_cache"]
     find("rwkv_linear_attention", wkv_parameters)
     find("RwkvModel.forward", model_parameters)
+    find("RwkvForCausalLM.forward", model_parameters[:5])
+    find("RwkvFeedForward.forward", ["self", "hidden", "state"])
     find("RwkvForCausalLM._prepare_cache_for_generation", ["self", "generation_config", "model_kwargs"])
     find("RwkvForCausalLM.prepare_inputs_for_generation", ["self", "input_ids"])
     layer = find("RwkvSelfAttention.forward", ["self", "hidden", "state", "use_cache"])
@@ -310,6 +357,9 @@ def patch() -> None:
         (modeling, "rwkv_linear_attention"): rwkv_linear_attention,
         (modeling, "load_wkv_cuda_kernel"): _load_no_kernel,
         (inner, "forward"): _keep_state_apart(inner.forward),
+        (outer, "forward"): _hand_on_boundaries(outer.forward),
+        (modeling.RwkvSelfAttention, "forward"): attention(modeling.RwkvSelfAttention.forward),
+        (modeling.RwkvFeedForward, "forward"): feed_forward(modeling.RwkvFeedForward.forward),
         (outer, "_prepare_cache_for_generation"): _refuse_what_goes_wrong(outer._prepare_cache_for_generation),
     }
     if "prepare_inputs_for_generation" in vars(outer):

@@ -2,6 +2,7 @@
 
 from .layers import Block, ChannelMix, TimeMix
 from .model import RWKV
+from .packing import Packing, cu_seqlens_of
 from .state import RWKVState
 
-__all__ = ["RWKV", "Block", "ChannelMix", "RWKVState", "TimeMix"]
+__all__ = ["RWKV", "Block", "ChannelMix", "Packing", "RWKVState", "TimeMix", "cu_seqlens_of"]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import wkv, wkv_step
-from .padding import Packing, wkv_of_packed
+from .packing import Packing
 from .state import RWKVState
 
 __all__ = ["Block", "ChannelMix", "TimeMix"]
@@ -36,13 +36,14 @@ def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, before: Tensor | None, packing: Packing | None) -> tuple[Tensor, Tensor]:
-    """Every token's predecessor, [B, T, C], and the last token, [B, C], which is the next call's `before`."""
-    before = x.new_zeros(x.shape[0], x.shape[2]) if before is None else _in(x.dtype, before)
+    """Every token's predecessor, as x, and each sequence's last token, [B, C], which is the next call's `before`."""
+    sequences = x.shape[0] if packing is None else packing.starts.shape[0]
+    before = x.new_zeros(sequences, x.shape[2]) if before is None else _in(x.dtype, before)
+    if packing is not None:
+        return packing.shift(x, before)
     tokens = torch.cat((before.unsqueeze(1), x), 1)
-    if packing is None:
-        # A copy, because a view would keep all tokens for as long as the model keeps the state.
-        return tokens[:, :-1], tokens[:, -1].clone()
-    return tokens[:, :-1], tokens[torch.arange(x.shape[0], device=x.device), packing.lengths]
+    # A copy, because a view would keep all tokens for as long as the model keeps the state.
+    return tokens[:, :-1], tokens[:, -1].clone()
 
 
 def _is_eager_token(x: Tensor, packing: Packing | None) -> bool:
@@ -168,8 +169,9 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, C], shift [B, C], state [B, 3, C] -> the output [B, T, C] and the new shift and state.
 
-        None stands for an empty shift or state. With `in_place`, the state may be overwritten by the new one, as it is
-        by an eager call of one token; such a call is not differentiable.
+        None stands for an empty shift or state. With a packing of N sequences, x is [1, total, C], and shifts and
+        states are [N, ...]. With `in_place`, the state may be overwritten by the new one, as it is by an eager call of
+        one token; such a call is not differentiable.
         """
         if state is not None:
             state = _of_the_sums(state, x)
@@ -180,11 +182,9 @@ class TimeMix(nn.Module):
             return self.output(gated).unsqueeze(1), x, state
         previous, shift = _shift(x, shift, packing)
         k, v, r = self._project(x, previous)
-        if packing is None:
-            y, state = wkv(self.time_decay, self.time_first, k, v, state, return_state=True)
-        else:
-            y, state = wkv_of_packed(self.time_decay, self.time_first, k, v, state, packing)
-        return self.output(torch.sigmoid(r) * y), shift, state
+        cu_seqlens = None if packing is None else packing.cu_seqlens
+        gated, state = wkv(self.time_decay, self.time_first, k, v, state, r=r, cu_seqlens=cu_seqlens, return_state=True)
+        return self.output(gated), shift, state
 
 
 class ChannelMix(nn.Module):
@@ -221,7 +221,10 @@ class ChannelMix(nn.Module):
         return out
 
     def forward(self, x: Tensor, shift: Tensor | None = None, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
-        """x [B, T, C], shift [B, C] or None for an empty one -> the output [B, T, C] and the new shift."""
+        """x [B, T, C], shift [B, C] or None for an empty one -> the output [B, T, C] and the new shift.
+
+        With a packing as in `TimeMix`.
+        """
         if shift is not None and _is_eager_token(x, packing):
             x = x.squeeze(1)
             return self._network(x, _in(x.dtype, shift)).unsqueeze(1), x
@@ -252,8 +255,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, RWKVState]:
         """x [B, T, C] and the block's state, None for an empty one -> the same of the next layer, and the new state.
 
-        With a packing, x has the packed rows, and shifts and state are those at each row's own end. `in_place` is that
-        of `TimeMix`.
+        `packing` and `in_place` are those of `TimeMix`.
         """
         att_shift, ffn_shift, wkv_state = (None, None, None) if state is None else state
         x = self.ln0(x)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..functional import empty_state
 from . import checkpoints
 from .layers import Block, narrow_embedding, orthogonal_linear
-from .padding import Packing
+from .packing import Packing, Padding
 from .sampling import Generators, sample
 from .state import RWKVState
 
@@ -143,13 +143,12 @@ class RWKV(nn.Module):
             empty_state(layers * batch, channels, device=device, dtype=wide).view(layers, batch, 3, channels),
         )
 
-    def _layer_states(self, tokens: Tensor, state: RWKVState) -> list[RWKVState]:
+    def _check_state(self, state: RWKVState, sequences: int) -> None:
         _check_is_state(state)
-        L, B, C = len(self.blocks), tokens.shape[0], self.emb.embedding_dim
-        for name, tensor, shape in zip(state._fields, state, ((L, B, C), (L, B, C), (L, B, 3, C)), strict=True):
+        L, N, C = len(self.blocks), sequences, self.emb.embedding_dim
+        for name, tensor, shape in zip(state._fields, state, ((L, N, C), (L, N, C), (L, N, 3, C)), strict=True):
             if tensor.shape != shape:
                 raise ValueError(f"state.{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
-        return [RWKVState(*layer) for layer in zip(*(tensor.unbind() for tensor in state), strict=True)]
 
     def _checked_inputs(self, tokens: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Whichever of the two is given: tokens [B, T] or embeddings [B, T, C]."""
@@ -179,6 +178,7 @@ class RWKV(nn.Module):
         inputs_embeds: Tensor | None = None,
         last_only: bool = False,
         in_place: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, RWKVState]:
         """The logits of every next token.
 
@@ -187,46 +187,67 @@ class RWKV(nn.Module):
             state: As an earlier call returned it, of a model of any dtype, or None for an empty one. It is not
                 modified.
             attention_mask: [B, T], bool or integer: 0 for a place that is padding, left or right or between, where
-                tokens may be any number. None if every place counts. Its sums are read on the host.
+                tokens may be any number. None if every place counts.
             inputs_embeds: [B, T, C], in the dtype of `emb.weight`: what to run on in place of `emb(tokens)`, for soft
                 prompts and other modalities.
             last_only: Compute the logits after each sequence's last token alone.
             in_place: For decoding: `state.wkv` may be overwritten, and then is the one that is returned. An eager call
                 of one token does so, and is not differentiable.
+            cu_seqlens: [N + 1], int32 or int64, for N packed sequences: tokens are [1, total], and sequence n has those
+                from cu_seqlens[n] to cu_seqlens[n + 1] - 1. The state is that of N sequences, before and after the
+                call. `cu_seqlens_of` makes it from a batch.
 
         Returns:
             logits [B, T, V], or [B, 1, V] with `last_only`, and the state after the last token, which continues the
             sequences as if they had never been cut. Both are differentiable, also through the state. Every sequence
-            gives what it gives alone and without its padding; logits in the padding are zero.
+            gives what it gives alone and without its padding; logits in the padding are zero. Packed sequences have
+            logits [1, total, V], or [N, 1, V] with `last_only`. A sequence without tokens hands its state on, and its
+            logits with `last_only` are zero.
+
+        Neither mask nor cu_seqlens is read on the host where they are on a GPU: other lengths need no other graph.
 
         Raises:
-            ValueError: tokens, embeddings, mask or state have the wrong shape or type, or tokens are not int64; or both
-                or neither of tokens and embeddings are given.
-            TypeError: tokens are no tensor, or the WKV state has a 16-bit dtype.
+            ValueError: tokens, embeddings, mask, cu_seqlens or state have the wrong shape or type, or tokens are not
+                int64; both or neither of tokens and embeddings are given, or both of mask and cu_seqlens.
+            TypeError: tokens or cu_seqlens are no tensor or of another dtype, or the WKV state has a 16-bit dtype.
         """
         inputs = self._checked_inputs(tokens, inputs_embeds)
-        packing = None if attention_mask is None else Packing.of(_checked_mask(attention_mask, inputs))
-        given: Sequence[RWKVState | None] = [None] * len(self.blocks)
+        packing, padding, sequences = None, None, inputs.shape[0]
+        if cu_seqlens is not None:
+            if attention_mask is not None:
+                raise ValueError("expected either attention_mask or cu_seqlens, got both")
+            sequences = _checked_cu_seqlens(cu_seqlens, inputs).shape[0] - 1
+        elif attention_mask is not None:
+            attention_mask = _checked_mask(attention_mask, inputs)
         if state is not None:
-            given = self._layer_states(inputs, state)
-        if packing is not None:
-            inputs = packing.pack(inputs)
-            given = [None if layer is None else RWKVState(*(x[packing.rows] for x in layer)) for layer in given]
+            self._check_state(state, sequences)
+        given: Sequence[RWKVState | None] = [None] * len(self.blocks)
+        if cu_seqlens is not None:
+            packing = Packing.of(cu_seqlens, inputs.shape[1])
+        elif attention_mask is not None:
+            padding = Padding.of(attention_mask)
+            packing, inputs = padding.packing, padding.pack(inputs)
+        if state is not None:
+            whole = state if padding is None else padding.with_padding(state)
+            given = [RWKVState(*layer) for layer in zip(*(tensor.unbind() for tensor in whole), strict=True)]
         x = self.emb(inputs) if inputs_embeds is None else inputs
         new: list[RWKVState] = []
         for block, layer_state in zip(self.blocks, given, strict=True):
             x, layer_state = block(x, layer_state, packing, in_place)
             new.append(layer_state)
         x = self.ln_out(x)
+        if packing is not None and last_only:
+            x = packing.last(x)[:sequences]
+        elif padding is not None:
+            x = padding.unpack(x)
+        elif last_only:
+            x = x[:, -1:]
+        if padding is not None:
+            new = [RWKVState(*(tensor[:sequences] for tensor in layer)) for layer in new]
         att_shift, ffn_shift, wkv = zip(*new, strict=True)
         moved = in_place and all(layer and x is layer.wkv for x, layer in zip(wkv, given, strict=True))
         wkv_state = state.wkv if moved and state is not None else torch.stack(wkv)
-        after = RWKVState(torch.stack(att_shift), torch.stack(ffn_shift), wkv_state)
-        if packing is not None:
-            x, after = packing.last(x) if last_only else packing.unpack(x), after.take(packing.rows.argsort())
-        elif last_only:
-            x = x[:, -1:]
-        return self.head(x), after
+        return self.head(x), RWKVState(torch.stack(att_shift), torch.stack(ffn_shift), wkv_state)
 
     def step(self, tokens: Tensor, state: RWKVState) -> Tensor:
         """One token of each sequence, for decoding: the state moves on in place.
@@ -407,3 +428,17 @@ def _checked_mask(mask: Tensor, inputs: Tensor) -> Tensor:
     if mask.is_floating_point() or mask.is_complex():
         raise ValueError(f"attention_mask: expected booleans or integers, 0 for padding, got {mask.dtype}")
     return mask.bool()
+
+
+def _checked_cu_seqlens(cu_seqlens: object, inputs: Tensor) -> Tensor:
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens: expected a torch.Tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"cu_seqlens: expected shape [N + 1], got {list(cu_seqlens.shape)}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.device != inputs.device:
+        raise ValueError(f"cu_seqlens: expected device {inputs.device} as tokens, got {cu_seqlens.device}")
+    if inputs.shape[0] != 1:
+        raise ValueError(f"cu_seqlens: expected tokens [1, total] of packed sequences, got {list(inputs.shape)}")
+    return cu_seqlens

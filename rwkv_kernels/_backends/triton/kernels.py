@@ -7,6 +7,10 @@ docs/triton.md leads through this file and has the counts behind its choices.
 A state is the tuple (num, den, max), its adjoint (gnum, gden): the gradients of num and den relative to that max, which
 whoever passes an adjoint on passes as well. A sequence is the tuple of the address of its step 0 and the stride of a
 step.
+
+Tensors that a call may lack are None, a constant to Triton: kernels without a gate or without cu_seqlens have no code
+for them. With cu_seqlens, k is one row of steps, and the chunks of its sequences lie one after the other: sequence n
+has those from cu_seqlens[n] // chunk_len + n on, which never overlap. T and chunks are first those of the row.
 """
 
 import inspect
@@ -98,6 +102,14 @@ def reciprocal(x):
 
 
 @triton.jit
+def gate_of(r):
+    """s and e of sigmoid(r) = s / (1 + e), which has the derivative e / (1 + e)²; neither is larger than 1."""
+    r = r.to(tl.float32)
+    e = tl.exp2(-tl.abs(r) * LOG2E)
+    return tl.where(r >= 0, 1.0, e), e
+
+
+@triton.jit
 def join(state, decay, own):
     past, present = weigh(state[2] + decay, own[2])
     joined_max = tl.maximum(state[2] + decay, own[2])
@@ -123,14 +135,69 @@ def locate(C_aligned, per_sequence, CHANNELS: tl.constexpr, ALIGNMENT: tl.conste
 
 
 @triton.jit
+def boundary(cu_seqlens, n, T):
+    # Within k whatever cu_seqlens has, so that no address is outside of any tensor.
+    return tl.minimum(tl.maximum(tl.load(cu_seqlens + n), 0), T).to(tl.int32)
+
+
+@triton.jit
+def steps_of(cu_seqlens, n, T):
+    """The first step of sequence n in k's row, and the number of its steps."""
+    first = boundary(cu_seqlens, n, T)
+    return first.to(tl.int64), tl.maximum(boundary(cu_seqlens, n + 1, T) - first, 0)
+
+
+@triton.jit
+def owner(cu_seqlens, i, T, chunk_len, chunks, EACH: tl.constexpr):
+    """The last sequence n with cu_seqlens[n] // chunk_len + n * EACH <= i, and i relative to that."""
+    n = tl.full([], 0, tl.int32)
+    beyond = chunks - T // chunk_len  # the number of sequences: chunks are T // chunk_len and one for each
+    while beyond - n > 1:
+        middle = (n + beyond) // 2
+        is_before = boundary(cu_seqlens, middle, T) // chunk_len + middle * EACH <= i
+        n = tl.where(is_before, middle, n)
+        beyond = tl.where(is_before, beyond, middle)
+    return n, i - (boundary(cu_seqlens, n, T) // chunk_len + n * EACH)
+
+
+@triton.jit
+def place(cu_seqlens, b, chunk, T, chunk_len, chunks, EACH: tl.constexpr):
+    """The sequence's number, where it starts in k's batch and in a contiguous tensor's steps, its T, chunk and chunks.
+
+    A chunk index that no sequence has becomes `chunks`. Sequences have EACH more indices than whole chunks fit: 1 for
+    all their chunks, of which a sequence without steps has one, 0 for all but one of them.
+    """
+    if cu_seqlens is None:
+        found = (b, b, b * T, T, chunk, chunks)
+    else:
+        n, chunk = owner(cu_seqlens, chunk, T, chunk_len, chunks, EACH)
+        first, steps = steps_of(cu_seqlens, n, T)
+        chunks = tl.maximum(tl.cdiv(steps, chunk_len), 1)
+        chunk = tl.where((chunk >= 0) & (chunk < chunks - 1 + EACH), chunk, chunks)
+        found = (n.to(tl.int64), first, first, steps, chunk, chunks)
+    return found
+
+
+@triton.jit
+def cuts_of(cu_seqlens, T, chunk_len, chunks):
+    """The indices of a row's chunks that are not their sequence's last."""
+    if cu_seqlens is None:  # noqa: SIM108 - a ternary is typed otherwise
+        cuts = chunks - 1
+    else:
+        cuts = T // chunk_len
+    return cuts
+
+
+@triton.jit
 def columns(row, c, ALIGNMENT: tl.constexpr):
     # The host has looked at the addresses; Triton would look again, and compile again, at every call.
     return tl.max_contiguous(tl.multiple_of(row + c, ALIGNMENT), ALIGNMENT)
 
 
 @triton.jit
-def sequence(x, b, batch_stride, time_stride, c, ALIGNMENT: tl.constexpr):
-    return columns(x + b * batch_stride * ALIGNMENT, c, ALIGNMENT), time_stride * ALIGNMENT
+def sequence(x, start, start_stride, time_stride, c, ALIGNMENT: tl.constexpr):
+    # Sequences start at an element of the batch, packed ones at a step.
+    return columns(x + start * start_stride * ALIGNMENT, c, ALIGNMENT), time_stride * ALIGNMENT
 
 
 @triton.jit
@@ -190,8 +257,33 @@ def load_first_state(state, b, C, c, ALIGNMENT: tl.constexpr):
 
 
 @triton.jit
-def checkpoints_of(checkpoints, b, T, C, c, ALIGNMENT: tl.constexpr):
-    return columns(checkpoints + b * tl.cdiv(T, INTERVAL) * 3 * C, c, ALIGNMENT)
+def checkpoints_of(checkpoints, cu_seqlens, n, first, T, C, c, ALIGNMENT: tl.constexpr):
+    """The checkpoints of sequence n, which starts at step `first` of k's row if it is packed."""
+    if cu_seqlens is None:  # noqa: SIM108 - a ternary is typed otherwise
+        row = n * tl.cdiv(T, INTERVAL)
+    else:
+        row = first // INTERVAL + n
+    return columns(checkpoints + row * 3 * C, c, ALIGNMENT)
+
+
+@triton.jit
+def states_of(cu_seqlens, n, first, chunk_len, rows, rows_per_chunk):
+    """The row of sequence n in `states`, of `rows` for an element of the batch and rows_per_chunk for a chunk."""
+    if cu_seqlens is None:  # noqa: SIM108 - a ternary is typed otherwise
+        row = n * rows
+    else:
+        row = first // (chunk_len // rows_per_chunk) + n
+    return row
+
+
+@triton.jit
+def adjoints_of(cu_seqlens, n, first, chunk_len, chunks):
+    """The row of sequence n in the adjoints between chunks."""
+    if cu_seqlens is None:  # noqa: SIM108 - a ternary is typed otherwise
+        row = n * (chunks - 1)
+    else:
+        row = first // chunk_len
+    return row
 
 
 # ---- forward ----
@@ -207,39 +299,51 @@ def advance_steps(k, v, t, log_decay, state, STEPS: tl.constexpr):
 
 
 @triton.jit
-def forward_steps(k, v, y, checkpoints, t, begin, C, log_decay, u, state, exists, STEPS: tl.constexpr):
+def forward_steps(k, v, r, y, checkpoints, t, begin, C, log_decay, u, state, exists, STEPS: tl.constexpr):
     if checkpoints is not None:
         if (t % INTERVAL == 0) & (t > begin):
             store_state(checkpoints + (t // INTERVAL - 1) * 3 * C, C, state, exists)
     ks = load_rows(k, t, STEPS)
     vs = load_rows(v, t, STEPS)
+    if r is not None:
+        rs = load_rows(r, t, STEPS)
     y += t * C
     for i in tl.static_range(STEPS):
         kt, vt = key_logit(ks[i]), vs[i].to(tl.float32)
         y_num, y_den = mix(state, weigh(state[2], u + kt), vt)
-        tl.store(y + i * C, (y_num * reciprocal(y_den)).to(y.dtype.element_ty), mask=exists)
+        if r is None:
+            yt = y_num * reciprocal(y_den)
+        else:
+            s, e = gate_of(rs[i])
+            yt = y_num * reciprocal(y_den * (1 + e)) * s
+        tl.store(y + i * C, yt.to(y.dtype.element_ty), mask=exists)
         state = advance(state, log_decay, kt, vt)
     return state
 
 
 @kernel
 def summarise_states(
-    w, k, v, state, states,
-    k_batch_stride: tl.int64, k_time_stride: tl.int64, v_batch_stride: tl.int64, v_time_stride: tl.int64,
-    C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32, rows: tl.int32, rows_per_chunk: tl.int32,
+    w, k, v, state, cu_seqlens, states,
+    k_start_stride: tl.int64, k_time_stride: tl.int64, v_start_stride: tl.int64, v_time_stride: tl.int64,
+    C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32, rows: tl.int32, rows_per_chunk: tl.int32, T: tl.int32,
     CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """The state after every chunk but the last, each from empty, the first one from the given state."""
-    b, chunk, C, c, exists = locate(C_aligned, chunks - 1, CHANNELS, ALIGNMENT)
+    """The state after every chunk but a sequence's last, each from empty, the first one from the given state."""
+    cuts = cuts_of(cu_seqlens, T, chunk_len, chunks)
+    b, chunk, C, c, exists = locate(C_aligned, cuts, CHANNELS, ALIGNMENT)
+    n, start, first, _, chunk, chunks = place(cu_seqlens, b, chunk, T, chunk_len, chunks, 0)
+    if cu_seqlens is not None:
+        if chunk == chunks:
+            return
     log_decay = log_decay_of(load_parameter(w, c, ALIGNMENT))
-    own = load_first_state(None, b, C, c, ALIGNMENT)
+    own = load_first_state(None, n, C, c, ALIGNMENT)
     if chunk == 0:
-        own = load_first_state(state, b, C, c, ALIGNMENT)
-    k = sequence(k, b, k_batch_stride, k_time_stride, c, ALIGNMENT)
-    v = sequence(v, b, v_batch_stride, v_time_stride, c, ALIGNMENT)
+        own = load_first_state(state, n, C, c, ALIGNMENT)
+    k = sequence(k, start, k_start_stride, k_time_stride, c, ALIGNMENT)
+    v = sequence(v, start, v_start_stride, v_time_stride, c, ALIGNMENT)
     for i in range(0, chunk_len, LOADED):
         own = advance_steps(k, v, chunk * chunk_len + i, log_decay, own, LOADED)
-    after = b * rows + (chunk + 1) * rows_per_chunk - 1
+    after = states_of(cu_seqlens, n, first, chunk_len, rows, rows_per_chunk) + (chunk + 1) * rows_per_chunk - 1
     store_state(columns(states + after * 3 * C, c, ALIGNMENT), C, own, exists)
 
 
@@ -256,74 +360,99 @@ def carry_state(slots, stride, C, decay, state, exists, SLOTS: tl.constexpr):
 
 @kernel
 def carry_states(
-    w, states, C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32, rows: tl.int32, rows_per_chunk: tl.int32,
+    w, cu_seqlens, states,
+    C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32, rows: tl.int32, rows_per_chunk: tl.int32, T: tl.int32,
     CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """Joins the states of the chunks in order, in place: each becomes the true state after its chunk."""
-    b, _, C, c, exists = locate(C_aligned, 1, CHANNELS, ALIGNMENT)
+    """Joins the states of a sequence's chunks in order, in place: each becomes the true state after its chunk."""
+    n, _, C, c, exists = locate(C_aligned, 1, CHANNELS, ALIGNMENT)
+    first = n
+    if cu_seqlens is not None:
+        first, T = steps_of(cu_seqlens, n, T)
+        chunks = tl.cdiv(T, chunk_len)
+        if chunks < 3:
+            return
     decay = chunk_len * log_decay_of(load_parameter(w, c, ALIGNMENT))
     stride = rows_per_chunk * 3 * C
-    first = columns(states + (b * rows + rows_per_chunk - 1) * 3 * C, c, ALIGNMENT)
-    state = load_state(first, C)
+    after_first = states_of(cu_seqlens, n, first, chunk_len, rows, rows_per_chunk) + rows_per_chunk - 1
+    slots = columns(states + after_first * 3 * C, c, ALIGNMENT)
+    state = load_state(slots, C)
     whole = chunks - 1 - (chunks - 2) % LOADED
     for chunk in range(1, whole, LOADED):
-        state = carry_state(first + chunk * stride, stride, C, decay, state, exists, LOADED)
+        state = carry_state(slots + chunk * stride, stride, C, decay, state, exists, LOADED)
     for chunk in range(whole, chunks - 1):
-        state = carry_state(first + chunk * stride, stride, C, decay, state, exists, 1)
+        state = carry_state(slots + chunk * stride, stride, C, decay, state, exists, 1)
 
 
 @kernel
 def forward(
-    w, u, k, v, state, states, y, state_out, checkpoints,
-    k_batch_stride: tl.int64, k_time_stride: tl.int64, v_batch_stride: tl.int64, v_time_stride: tl.int64,
+    w, u, k, v, state, r, cu_seqlens, states, y, state_out, checkpoints,
+    k_start_stride: tl.int64, k_time_stride: tl.int64, v_start_stride: tl.int64, v_time_stride: tl.int64,
+    r_start_stride: tl.int64, r_time_stride: tl.int64,
     T: tl.int32, C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32, rows: tl.int32, rows_per_chunk: tl.int32,
     CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """y, the checkpoints within every chunk, and the state after the last one."""
+    """y, gated where there is an r, the checkpoints within every chunk, and the state after a sequence's last one."""
     b, chunk, C, c, exists = locate(C_aligned, chunks, CHANNELS, ALIGNMENT)
+    n, start, first, T, chunk, chunks = place(cu_seqlens, b, chunk, T, chunk_len, chunks, 1)
+    if cu_seqlens is not None:
+        if chunk == chunks:
+            return
     log_decay = log_decay_of(load_parameter(w, c, ALIGNMENT))
     u = load_parameter(u, c, ALIGNMENT)
-    running = load_first_state(state, b, C, c, ALIGNMENT)
+    running = load_first_state(state, n, C, c, ALIGNMENT)
     if chunk > 0:
-        before = b * rows + chunk * rows_per_chunk - 1
+        before = states_of(cu_seqlens, n, first, chunk_len, rows, rows_per_chunk) + chunk * rows_per_chunk - 1
         running = load_state(columns(states + before * 3 * C, c, ALIGNMENT), C)
-    k = sequence(k, b, k_batch_stride, k_time_stride, c, ALIGNMENT)
-    v = sequence(v, b, v_batch_stride, v_time_stride, c, ALIGNMENT)
-    y = columns(y + b * T * C, c, ALIGNMENT)
+    k = sequence(k, start, k_start_stride, k_time_stride, c, ALIGNMENT)
+    v = sequence(v, start, v_start_stride, v_time_stride, c, ALIGNMENT)
+    if r is not None:
+        r = sequence(r, start, r_start_stride, r_time_stride, c, ALIGNMENT)
+    y = columns(y + first * C, c, ALIGNMENT)
     if checkpoints is not None:
-        checkpoints = checkpoints_of(checkpoints, b, T, C, c, ALIGNMENT)
+        checkpoints = checkpoints_of(checkpoints, cu_seqlens, n, first, T, C, c, ALIGNMENT)
     begin = chunk * chunk_len
     end = tl.minimum(begin + chunk_len, T)
     whole = end - (end - begin) % LOADED
     for t in range(begin, whole, LOADED):
-        running = forward_steps(k, v, y, checkpoints, t, begin, C, log_decay, u, running, exists, LOADED)
+        running = forward_steps(k, v, r, y, checkpoints, t, begin, C, log_decay, u, running, exists, LOADED)
     for t in range(whole, end):
-        running = forward_steps(k, v, y, checkpoints, t, begin, C, log_decay, u, running, exists, 1)
+        running = forward_steps(k, v, r, y, checkpoints, t, begin, C, log_decay, u, running, exists, 1)
     if chunk == chunks - 1:
-        store_state(columns(state_out + b * 3 * C, c, ALIGNMENT), C, running, exists)
+        store_state(columns(state_out + n * 3 * C, c, ALIGNMENT), C, running, exists)
         if checkpoints is not None:
-            store_state(checkpoints + (tl.cdiv(T, INTERVAL) - 1) * 3 * C, C, running, exists)
+            if cu_seqlens is None or T > 0:
+                store_state(checkpoints + (tl.cdiv(T, INTERVAL) - 1) * 3 * C, C, running, exists)
 
 
 # ---- backward ----
 
 
 @triton.jit
-def summarise_adjoint_steps(k, v, gy, t, log_decay, u, state, passed, adjoint, STEPS: tl.constexpr):
+def summarise_adjoint_steps(k, v, r, gy, t, log_decay, u, state, passed, adjoint, STEPS: tl.constexpr):
     # The adjoint's recurrence runs backward, but as a sum it can be taken forward: the share of a step in the adjoint
     # before the chunk is its share in the one before itself times all weights of the past up to there, `passed`.
     ks = load_rows(k, t, STEPS)
     vs = load_rows(v, t, STEPS)
     gs = load_rows(gy, t, STEPS)
+    if r is not None:
+        rs = load_rows(r, t, STEPS)
     gnum, gden = adjoint
     for i in tl.static_range(STEPS):
         kt, vt = key_logit(ks[i]), vs[i].to(tl.float32)
         reads = weigh(state[2], u + kt)
         y_num, y_den = mix(state, reads, vt)
-        inverse = reciprocal(y_den)
-        h = passed * reads[0] * (gs[i].to(tl.float32) * inverse)
+        if r is None:
+            inverse = reciprocal(y_den)
+            h = passed * reads[0] * (gs[i].to(tl.float32) * inverse)
+            y = y_num * inverse
+        else:
+            s, e = gate_of(rs[i])
+            inverse = reciprocal(y_den * (1 + e))
+            h = passed * reads[0] * (gs[i].to(tl.float32) * inverse * s)
+            y = y_num * inverse * (1 + e)
         gnum += h
-        gden -= h * (y_num * inverse)
+        gden -= h * y
         advances = weigh(state[2] + log_decay, kt)
         passed *= advances[0]
         num, den = mix(state, advances, vt)
@@ -332,13 +461,16 @@ def summarise_adjoint_steps(k, v, gy, t, log_decay, u, state, passed, adjoint, S
 
 
 @triton.jit
-def backward_steps(k, v, gy, gk, gv, t, C, log_decay, u, state, adjoint, sums, exists, STEPS: tl.constexpr):
+def backward_steps(k, v, r, gy, gk, gv, gr, t, C, log_decay, u, state, adjoint, sums, exists, STEPS: tl.constexpr):
     """Forward from the state before some steps, and back from the adjoint after them; sums are of log_decay and u."""
     ks = load_rows(k, t, STEPS)
     vs = load_rows(v, t, STEPS)
     gs = load_rows(gy, t, STEPS)
     gk += t * C
     gv += t * C
+    if r is not None:
+        rs = load_rows(r, t, STEPS)
+        gr += t * C
     replayed = ()
     for i in tl.static_range(STEPS):
         kt, vt = key_logit(ks[i]), vs[i].to(tl.float32)
@@ -354,9 +486,18 @@ def backward_steps(k, v, gy, gk, gv, t, C, log_decay, u, state, adjoint, sums, e
         vt = vs[i].to(tl.float32)
 
         y_num, y_den = mix(state, reads, vt)
-        inverse = reciprocal(y_den)
-        y = y_num * inverse
-        h = gs[i].to(tl.float32) * inverse
+        if r is None:
+            inverse = reciprocal(y_den)
+            y = y_num * inverse
+            h = gs[i].to(tl.float32) * inverse
+        else:
+            s, e = gate_of(rs[i])
+            inverse = reciprocal(y_den * (1 + e))
+            y = y_num * inverse * (1 + e)
+            h = gs[i].to(tl.float32) * inverse * s
+            larger_gate = inverse * y_den
+            gr_t = gs[i].to(tl.float32) * y * (e * larger_gate * larger_gate)
+            tl.store(gr + i * C, gr_t.to(gr.dtype.element_ty), mask=exists)
         h_present = reads[1] * h
         gu_t = h_present * (vt - y)
         gu += gu_t
@@ -379,19 +520,25 @@ def backward_steps(k, v, gy, gk, gv, t, C, log_decay, u, state, adjoint, sums, e
 
 @kernel
 def summarise_adjoints(
-    w, u, k, v, gy, checkpoints, gstate_out, chunk_adjoints,
-    k_batch_stride: tl.int64, k_time_stride: tl.int64, v_batch_stride: tl.int64, v_time_stride: tl.int64,
-    gy_batch_stride: tl.int64, gy_time_stride: tl.int64,
+    w, u, k, v, r, cu_seqlens, gy, checkpoints, gstate_out, chunk_adjoints,
+    k_start_stride: tl.int64, k_time_stride: tl.int64, v_start_stride: tl.int64, v_time_stride: tl.int64,
+    r_start_stride: tl.int64, r_time_stride: tl.int64, gy_start_stride: tl.int64, gy_time_stride: tl.int64,
     T: tl.int32, C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32,
     CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint before every chunk but the first, each of that chunk alone, the last one with gstate_out."""
-    b, slot, C, c, exists = locate(C_aligned, chunks - 1, CHANNELS, ALIGNMENT)
+    """The adjoint before every chunk but a sequence's first, each of that chunk alone, the last one with gstate_out."""
+    cuts = cuts_of(cu_seqlens, T, chunk_len, chunks)
+    b, slot, C, c, exists = locate(C_aligned, cuts, CHANNELS, ALIGNMENT)
+    row = b * cuts + slot
+    n, start, first, T, slot, chunks = place(cu_seqlens, b, slot, T, chunk_len, chunks, 0)
+    if cu_seqlens is not None:
+        if slot == chunks:
+            return
     begin = (slot + 1) * chunk_len
     end = tl.minimum(begin + chunk_len, T)
     log_decay = log_decay_of(load_parameter(w, c, ALIGNMENT))
     u = load_parameter(u, c, ALIGNMENT)
-    checkpoints = checkpoints_of(checkpoints, b, T, C, c, ALIGNMENT)
+    checkpoints = checkpoints_of(checkpoints, cu_seqlens, n, first, T, C, c, ALIGNMENT)
     state = load_state(checkpoints + (begin // INTERVAL - 1) * 3 * C, C)
     gnum = tl.zeros(c.shape, tl.float32)
     gden = gnum
@@ -399,20 +546,26 @@ def summarise_adjoints(
         if slot == chunks - 2:
             last_max = tl.load(checkpoints + ((tl.cdiv(T, INTERVAL) - 1) * 3 + 2) * C)
             factor = tl.exp2((state[2] + (end - begin) * log_decay - last_max) * LOG2E)
-            gnum, gden = load_adjoint(gstate_out + b * 3 * C, C, c, ALIGNMENT)
+            gnum, gden = load_adjoint(gstate_out + n * 3 * C, C, c, ALIGNMENT)
             gnum *= factor
             gden *= factor
-    k = sequence(k, b, k_batch_stride, k_time_stride, c, ALIGNMENT)
-    v = sequence(v, b, v_batch_stride, v_time_stride, c, ALIGNMENT)
-    gy = sequence(gy, b, gy_batch_stride, gy_time_stride, c, ALIGNMENT)
+    k = sequence(k, start, k_start_stride, k_time_stride, c, ALIGNMENT)
+    v = sequence(v, start, v_start_stride, v_time_stride, c, ALIGNMENT)
+    if r is not None:
+        r = sequence(r, start, r_start_stride, r_time_stride, c, ALIGNMENT)
+    gy = sequence(gy, start, gy_start_stride, gy_time_stride, c, ALIGNMENT)
     passed = tl.full(c.shape, 1.0, tl.float32)
     adjoint = (gnum, gden)
-    whole = end - (end - begin) % LOADED
-    for t in range(begin, whole, LOADED):
-        state, passed, adjoint = summarise_adjoint_steps(k, v, gy, t, log_decay, u, state, passed, adjoint, LOADED)
+    # Rows of r are a fourth load for every step, and AMD's scalar registers hold the masks of no more gates.
+    LOADED_HERE: tl.constexpr = LOADED if r is None else REPLAYED
+    whole = end - (end - begin) % LOADED_HERE
+    for t in range(begin, whole, LOADED_HERE):
+        state, passed, adjoint = summarise_adjoint_steps(
+            k, v, r, gy, t, log_decay, u, state, passed, adjoint, LOADED_HERE
+        )
     for t in range(whole, end):
-        state, passed, adjoint = summarise_adjoint_steps(k, v, gy, t, log_decay, u, state, passed, adjoint, 1)
-    store_pair(chunk_adjoints + (b * (chunks - 1) + slot) * 2 * C, C, c, adjoint, exists, ALIGNMENT)
+        state, passed, adjoint = summarise_adjoint_steps(k, v, r, gy, t, log_decay, u, state, passed, adjoint, 1)
+    store_pair(chunk_adjoints + row * 2 * C, C, c, adjoint, exists, ALIGNMENT)
 
 
 @triton.jit
@@ -435,18 +588,26 @@ def carry_adjoint(slots, maxes, last, C, stride, decay, adjoint, exists, SLOTS: 
 
 @kernel
 def carry_adjoints(
-    w, checkpoints, chunk_adjoints, T: tl.int32, C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32,
+    w, cu_seqlens, checkpoints, chunk_adjoints,
+    T: tl.int32, C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32,
     CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """Joins the adjoints of the chunks from the last to the first, in place: slot i becomes that after chunk i."""
-    b, _, C, c, exists = locate(C_aligned, 1, CHANNELS, ALIGNMENT)
+    """Joins the adjoints of a sequence's chunks from the last to the first, in place: slot i is that after chunk i."""
+    n, _, C, c, exists = locate(C_aligned, 1, CHANNELS, ALIGNMENT)
+    first = n
+    if cu_seqlens is not None:
+        first, T = steps_of(cu_seqlens, n, T)
+        chunks = tl.cdiv(T, chunk_len)
+        if chunks < 3:
+            return
     decay = chunk_len * log_decay_of(load_parameter(w, c, ALIGNMENT))
     # The max of the state after chunk i lies at maxes + i * stride.
     stride = chunk_len // INTERVAL * 3 * C
-    maxes = checkpoints_of(checkpoints, b, T, C, c, ALIGNMENT) + stride - C
-    slots = columns(chunk_adjoints + b * (chunks - 1) * 2 * C, c, ALIGNMENT)
+    maxes = checkpoints_of(checkpoints, cu_seqlens, n, first, T, C, c, ALIGNMENT) + stride - C
+    row = adjoints_of(cu_seqlens, n, first, chunk_len, chunks)
+    slots = columns(chunk_adjoints + row * 2 * C, c, ALIGNMENT)
     # The last slot is true already.
-    adjoint = load_adjoint(chunk_adjoints + ((b + 1) * (chunks - 1) - 1) * 2 * C, C, c, ALIGNMENT)
+    adjoint = load_adjoint(chunk_adjoints + (row + chunks - 2) * 2 * C, C, c, ALIGNMENT)
     left_over = (chunks - 2) % LOADED
     for passed in range(0, chunks - 2 - left_over, LOADED):
         adjoint = carry_adjoint(slots, maxes, chunks - 3 - passed, C, stride, decay, adjoint, exists, LOADED)
@@ -456,37 +617,48 @@ def carry_adjoints(
 
 @kernel
 def backward(
-    w, u, k, v, gy, state, checkpoints, gstate_out, chunk_adjoints, parked, gk, gv, gstate, partials,
-    k_batch_stride: tl.int64, k_time_stride: tl.int64, v_batch_stride: tl.int64, v_time_stride: tl.int64,
-    gy_batch_stride: tl.int64, gy_time_stride: tl.int64,
+    w, u, k, v, state, r, cu_seqlens, gy, checkpoints, gstate_out, chunk_adjoints, parked, gk, gv, gstate, gr, partials,
+    k_start_stride: tl.int64, k_time_stride: tl.int64, v_start_stride: tl.int64, v_time_stride: tl.int64,
+    r_start_stride: tl.int64, r_time_stride: tl.int64, gy_start_stride: tl.int64, gy_time_stride: tl.int64,
     T: tl.int32, C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32,
     CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """gk, gv, the gradient of the first state, and each chunk's part of the gradients of log_decay and u.
+    """gk, gv, gr if there is an r, the gradient of the first state, and each chunk's part of those of log_decay and u.
 
     Takes the chunk interval by interval, from the last to the first. It advances from the interval's checkpoint and
     parks the state before every few steps in memory of its own; then it takes these few steps, from the last to the
     first, forward once more and back.
     """
     b, chunk, C, c, exists = locate(C_aligned, chunks, CHANNELS, ALIGNMENT)
+    index, indices = chunk, chunks
+    zero = tl.zeros(c.shape, tl.float32)
+    n, start, first, T, chunk, chunks = place(cu_seqlens, b, index, T, chunk_len, indices, 1)
+    if cu_seqlens is not None:
+        if chunk == chunks:
+            store_pair(partials + (b * indices + index) * 2 * C, C, c, (zero, zero), exists, ALIGNMENT)
+            return
     log_decay = log_decay_of(load_parameter(w, c, ALIGNMENT))
     u = load_parameter(u, c, ALIGNMENT)
     begin = chunk * chunk_len
     end = tl.minimum(begin + chunk_len, T)
-    checkpoints = checkpoints_of(checkpoints, b, T, C, c, ALIGNMENT)
-    zero = tl.zeros(c.shape, tl.float32)
+    checkpoints = checkpoints_of(checkpoints, cu_seqlens, n, first, T, C, c, ALIGNMENT)
     adjoint = (zero, zero)
     if chunk < chunks - 1:
-        adjoint = load_adjoint(chunk_adjoints + (b * (chunks - 1) + chunk) * 2 * C, C, c, ALIGNMENT)
+        row = adjoints_of(cu_seqlens, n, first, chunk_len, chunks) + chunk
+        adjoint = load_adjoint(chunk_adjoints + row * 2 * C, C, c, ALIGNMENT)
     elif gstate_out is not None:
-        adjoint = load_adjoint(gstate_out + b * 3 * C, C, c, ALIGNMENT)
+        adjoint = load_adjoint(gstate_out + n * 3 * C, C, c, ALIGNMENT)
     sums = (zero, zero)
 
-    k = sequence(k, b, k_batch_stride, k_time_stride, c, ALIGNMENT)
-    v = sequence(v, b, v_batch_stride, v_time_stride, c, ALIGNMENT)
-    gy = sequence(gy, b, gy_batch_stride, gy_time_stride, c, ALIGNMENT)
-    gk = columns(gk + b * T * C, c, ALIGNMENT)
-    gv = columns(gv + b * T * C, c, ALIGNMENT)
+    k = sequence(k, start, k_start_stride, k_time_stride, c, ALIGNMENT)
+    v = sequence(v, start, v_start_stride, v_time_stride, c, ALIGNMENT)
+    if r is not None:
+        r = sequence(r, start, r_start_stride, r_time_stride, c, ALIGNMENT)
+    gy = sequence(gy, start, gy_start_stride, gy_time_stride, c, ALIGNMENT)
+    gk = columns(gk + first * C, c, ALIGNMENT)
+    gv = columns(gv + first * C, c, ALIGNMENT)
+    if r is not None:
+        gr = columns(gr + first * C, c, ALIGNMENT)
     parked += tl.program_id(0).to(tl.int64) * (PARKED * 3 * CHANNELS)
     parked = tl.max_contiguous(tl.multiple_of(parked + tl.arange(0, CHANNELS), 16), 16)
     all_channels = tl.full(c.shape, 1, tl.int1)
@@ -497,7 +669,7 @@ def backward(
         steps = tl.minimum(end - t_first, INTERVAL)
         left_over = steps % LOADED
         whole = t_first + steps - left_over
-        running = load_first_state(state, b, C, c, ALIGNMENT)
+        running = load_first_state(state, n, C, c, ALIGNMENT)
         if t_first > 0:
             running = load_state(checkpoints + (t_first // INTERVAL - 1) * 3 * C, C)
 
@@ -522,22 +694,30 @@ def backward(
             slot -= 3 * CHANNELS
             before = load_state(slot, CHANNELS)
             t = whole + left_over - 1 - i
-            adjoint, sums = backward_steps(k, v, gy, gk, gv, t, C, log_decay, u, before, adjoint, sums, exists, 1)
+            adjoint, sums = backward_steps(
+                k, v, r, gy, gk, gv, gr, t, C, log_decay, u, before, adjoint, sums, exists, 1
+            )
         for i in range(REPLAYED, whole - t_first + 1, REPLAYED):
             slot -= 3 * CHANNELS
             before = load_state(slot, CHANNELS)
             adjoint, sums = backward_steps(
-                k, v, gy, gk, gv, whole - i, C, log_decay, u, before, adjoint, sums, exists, REPLAYED
+                k, v, r, gy, gk, gv, gr, whole - i, C, log_decay, u, before, adjoint, sums, exists, REPLAYED
             )
         tl.debug_barrier()
 
-    store_pair(partials + (b * chunks + chunk) * 2 * C, C, c, sums, exists, ALIGNMENT)
+    store_pair(partials + (b * indices + index) * 2 * C, C, c, sums, exists, ALIGNMENT)
     if chunk == 0:
         # The gradient of max follows from the others for consumers that respect the state's gauge.
-        num, den, _ = load_first_state(state, b, C, c, ALIGNMENT)
+        num, den, _ = load_first_state(state, n, C, c, ALIGNMENT)
         gnum, gden = adjoint
-        gradient = (gnum, gden, num * gnum + den * gden)
-        store_state(columns(gstate + b * 3 * C, c, ALIGNMENT), C, gradient, exists)
+        gmax = num * gnum + den * gden
+        if cu_seqlens is not None:
+            # Without steps, the gradient is what arrived.
+            arrived = zero
+            if gstate_out is not None:
+                arrived = tl.load(columns(gstate_out + (n * 3 + 2) * C, c, ALIGNMENT))
+            gmax = tl.where(T > 0, gmax, arrived)
+        store_state(columns(gstate + n * 3 * C, c, ALIGNMENT), C, (gnum, gden, gmax), exists)
 
 
 @kernel

@@ -18,7 +18,7 @@ from ... import autograd, native
 from ...inputs import SEQUENCE, STATE, TOKEN, Inputs, Row, check, check_like
 from ...reference import empty_state
 from ..registry import Backend, constant
-from .plan import CHECKPOINT_INTERVAL, PARKED_STATES, Plan, ceil_div, make_plan, widths
+from .plan import CHECKPOINT_INTERVAL, PARKED_STATES, Plan, ceil_div, make_packed_plan, make_plan, widths
 
 __all__ = [
     "BACKEND",
@@ -84,8 +84,10 @@ def _with_contiguous_channels(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def _strides(alignment: int, *sequences: Tensor) -> tuple[int, ...]:
-    return tuple(stride // alignment for x in sequences for stride in x.stride()[:2])
+def _strides(alignment: int, is_packed: bool, *sequences: Tensor | None) -> tuple[int, ...]:
+    """From the start of a sequence to the next start that there may be, and from step to step."""
+    strides = ((0, 0) if x is None else x.stride()[is_packed:2] for x in sequences)
+    return tuple(s[i] // alignment for s in strides for i in (0, -1))
 
 
 @functools.cache
@@ -97,81 +99,105 @@ def _device_limits(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, properties.warp_size
 
 
-def plan_for(k: Tensor) -> Plan:
-    """The plan of a call with this k, forward or backward."""
-    B, T, C = k.shape
-    return make_plan(B, T, C, *_device_limits(k.device))
+def plan_for(inputs: Inputs) -> Plan:
+    """The plan of a call with these inputs, forward or backward."""
+    B, T, C = inputs.k.shape
+    limits = _device_limits(inputs.k.device)
+    if inputs.cu_seqlens is None:
+        return make_plan(B, T, C, *limits)
+    return make_packed_plan(inputs.sequences, T, C, *limits)
 
 
 def _float32(k: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=k.device)
 
 
+def _checkpoints(inputs: Inputs, wanted: bool) -> Tensor:
+    B, rows, *state = inputs.checkpoint_shape(CHECKPOINT_INTERVAL)
+    return _float32(inputs.k, B, rows if wanted else 0, *state)
+
+
 def forward(plan: Plan, inputs: Inputs, checkpoint: bool) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
-    """The outputs of forward, and the launches that fill them; B, T and C are at least 1."""
-    w, u, k, v, state, _, _ = inputs
+    """The outputs of forward, and the launches that fill them; there is a sequence, and B, T and C are at least 1."""
+    w, u, k, v, state, r, cu_seqlens = inputs
     B, T, C = k.shape
     k, v = _with_contiguous_channels(k), _with_contiguous_channels(v)
+    r = None if r is None else _with_contiguous_channels(r)
     w, u = w.contiguous(), u.contiguous()
     state = None if state is None else state.contiguous()
     y = torch.empty((B, T, C), dtype=k.dtype, device=k.device)
-    state_out = _float32(k, B, 3, C)
-    checkpoints = _float32(k, *_checkpoint_shape(k, checkpoint))
+    state_out = _float32(k, inputs.sequences, 3, C)
+    checkpoints = _checkpoints(inputs, checkpoint)
 
+    is_packed = cu_seqlens is not None
+    cuts = _cuts(plan, inputs)
     # The state after a chunk is a checkpoint, if these are wanted.
     if checkpoint:
         states, rows_per_chunk = checkpoints, plan.chunk_len // CHECKPOINT_INTERVAL
     else:
-        states, rows_per_chunk = _float32(k, B, plan.chunks - 1, 3, C), 1
-    alignment = _alignment(w, u, k, v, state)
-    strides = _strides(alignment, k, v)
+        states, rows_per_chunk = _float32(k, B, plan.chunks if is_packed else cuts, 3, C), 1
+    alignment = _alignment(w, u, k, v, state, r)
+    strides = _strides(alignment, is_packed, k, v)
     chunks = (plan.chunk_len, plan.chunks, states.shape[1], rows_per_chunk)
     constants = {"CHANNELS": plan.channels, "ALIGNMENT": alignment}
-    C_aligned, programs = C // alignment, B * ceil_div(C, plan.channels)
+    C_aligned, tiles = C // alignment, ceil_div(C, plan.channels)
 
     launches = []
-    if plan.chunks > 1:
-        arguments: tuple[Any, ...] = (w, k, v, state, states, *strides, C_aligned, *chunks)
-        launches.append(Launch("summarise_states", programs * (plan.chunks - 1), arguments, constants))
-    if plan.chunks > 2:
-        launches.append(Launch("carry_states", programs, (w, states, C_aligned, *chunks), constants))
+    if plan.chunk_len < T:
+        arguments: tuple[Any, ...] = (w, k, v, state, cu_seqlens, states, *strides, C_aligned, *chunks, T)
+        launches.append(Launch("summarise_states", tiles * B * cuts, arguments, constants))
+    if 2 * plan.chunk_len < T:
+        arguments = (w, cu_seqlens, states, C_aligned, *chunks, T)
+        launches.append(Launch("carry_states", tiles * len(state_out), arguments, constants))
+    strides += _strides(alignment, is_packed, r)
     saved = checkpoints if checkpoint else None
-    arguments = (w, u, k, v, state, states, y, state_out, saved, *strides, T, C_aligned, *chunks)
-    launches.append(Launch("forward", programs * plan.chunks, arguments, constants))
+    arguments = (w, u, k, v, state, r, cu_seqlens, states, y, state_out, saved, *strides, T, C_aligned, *chunks)
+    launches.append(Launch("forward", tiles * B * plan.chunks, arguments, constants))
     return (y, state_out, checkpoints), launches
 
 
 def backward(
     plan: Plan, inputs: Inputs, checkpoints: Tensor, gy: Tensor, gstate_out: Tensor | None
 ) -> tuple[tuple[Tensor, ...], list[Launch]]:
-    """The gradients of the inputs, and the launches that fill them; B, T and C are at least 1."""
-    w, u, k, v, state, _, _ = inputs
+    """The gradients of all inputs but cu_seqlens, and the launches that fill them; sizes are as for forward."""
+    w, u, k, v, state, r, cu_seqlens = inputs
     B, T, C = k.shape
     k, v, gy = (_with_contiguous_channels(x) for x in (k, v, gy))
+    r = None if r is None else _with_contiguous_channels(r)
     w, u, checkpoints = w.contiguous(), u.contiguous(), checkpoints.contiguous()
     state = None if state is None else state.contiguous()
     gstate_out = None if gstate_out is None else gstate_out.contiguous()
-    gk, gv = (torch.empty((B, T, C), dtype=k.dtype, device=k.device) for _ in range(2))
-    gw, gu, gstate = torch.empty_like(w), torch.empty_like(u), _float32(k, B, 3, C)
-    adjoints, partials = _float32(k, B, plan.chunks - 1, 2, C), _float32(k, B, plan.chunks, 2, C)
+    gk, gv, gr = (torch.empty((B, steps, C), dtype=k.dtype, device=k.device) for steps in (T, T, 0 if r is None else T))
+    gw, gu, gstate = torch.empty_like(w), torch.empty_like(u), _float32(k, inputs.sequences, 3, C)
+    cuts = _cuts(plan, inputs)
+    adjoints, partials = _float32(k, B, cuts, 2, C), _float32(k, B, plan.chunks, 2, C)
 
-    alignment = _alignment(w, u, k, v, gy, state, checkpoints, gstate_out)
-    strides = _strides(alignment, k, v, gy)
+    alignment = _alignment(w, u, k, v, gy, state, r, checkpoints, gstate_out)
+    strides = _strides(alignment, cu_seqlens is not None, k, v, r, gy)
     constants = {"CHANNELS": plan.channels, "ALIGNMENT": alignment}
     sizes = (T, C // alignment, plan.chunk_len, plan.chunks)
-    programs = B * ceil_div(C, plan.channels)
-    parked = _float32(k, programs * plan.chunks, PARKED_STATES, 3, plan.channels)
+    tiles = ceil_div(C, plan.channels)
+    parked = _float32(k, tiles * B * plan.chunks, PARKED_STATES, 3, plan.channels)
 
     launches = []
-    if plan.chunks > 1:
-        arguments: tuple[Any, ...] = (w, u, k, v, gy, checkpoints, gstate_out, adjoints, *strides, *sizes)
-        launches.append(Launch("summarise_adjoints", programs * (plan.chunks - 1), arguments, constants))
-    if plan.chunks > 2:
-        launches.append(Launch("carry_adjoints", programs, (w, checkpoints, adjoints, *sizes), constants))
-    arguments = (w, u, k, v, gy, state, checkpoints, gstate_out, adjoints, parked, gk, gv, gstate, partials)
-    launches.append(Launch("backward", programs * plan.chunks, (*arguments, *strides, *sizes), constants))
+    given = (w, u, k, v)
+    saved = (cu_seqlens, gy, checkpoints, gstate_out, adjoints)
+    if plan.chunk_len < T:
+        arguments: tuple[Any, ...] = (*given, r, *saved, *strides, *sizes)
+        launches.append(Launch("summarise_adjoints", tiles * B * cuts, arguments, constants))
+    if 2 * plan.chunk_len < T:
+        arguments = (w, cu_seqlens, checkpoints, adjoints, *sizes)
+        launches.append(Launch("carry_adjoints", tiles * len(gstate), arguments, constants))
+    results = (gk, gv, gstate, None if r is None else gr)
+    arguments = (*given, state, r, *saved, parked, *results, partials, *strides, *sizes)
+    launches.append(Launch("backward", tiles * B * plan.chunks, arguments, constants))
     launches.append(_reduction(w, partials, gw, gu))
-    return (gw, gu, gk, gv, gstate), launches
+    return (gw, gu, gk, gv, gstate, gr), launches
+
+
+def _cuts(plan: Plan, inputs: Inputs) -> int:
+    """The chunks of an element of the batch that may have one after them in their sequence."""
+    return plan.chunks - (1 if inputs.cu_seqlens is None else inputs.sequences)
 
 
 def _reduction(w: Tensor, partials: Tensor, gw: Tensor, gu: Tensor) -> Launch:
@@ -218,23 +244,18 @@ def _check(axes: tuple[str, ...], w: Tensor, u: Tensor, k: Tensor, v: Tensor, *o
     check(axes, w, u, k, v, *others)
 
 
-def _checkpoint_shape(k: Tensor, checkpoint: bool) -> tuple[int, ...]:
-    B, T, C = k.shape
-    return (B, ceil_div(T, CHECKPOINT_INTERVAL) if checkpoint else 0, 3, C)
-
-
 def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *given, checkpoint = arguments
     inputs = Inputs(*given)
     _check(SEQUENCE, *inputs)
     k, state = inputs.k, inputs.state
-    if k.numel() == 0:
+    if k.numel() == 0 or inputs.sequences == 0:
         # No steps leave the state as it is, an empty one in its normal form.
         after = empty_state(k, inputs.sequences)
         if state is not None:
             after = torch.where(state[:, 1:2] == 0, after, state)
-        return k.new_empty(k.shape), after, _float32(k, *_checkpoint_shape(k, checkpoint))
-    results, launches = forward(plan_for(k), inputs, checkpoint)
+        return k.new_empty(k.shape), after, _checkpoints(inputs, checkpoint)
+    results, launches = forward(plan_for(inputs), inputs, checkpoint)
     _run(launches, k.device)
     return results
 
@@ -243,21 +264,24 @@ def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
     *given, checkpoints, gy, gstate_out = arguments
     inputs = Inputs(*given)
     _check(SEQUENCE, *inputs)
-    k, (B, _, C) = inputs.k, inputs.k.shape
+    k, state_shape = inputs.k, (inputs.sequences, 3, inputs.k.shape[2])
     float32 = (torch.float32,)
     rows: list[Row] = [
         ("gy", gy, SEQUENCE, k.shape, (k.dtype,)),
-        ("checkpoints", checkpoints, ("B", "n", 3, "C"), _checkpoint_shape(k, True), float32),
+        ("checkpoints", checkpoints, ("B", "n", 3, "C"), inputs.checkpoint_shape(CHECKPOINT_INTERVAL), float32),
     ]
     if gstate_out is not None:
-        rows.append(("gstate_out", gstate_out, STATE, (B, 3, C), float32))
+        rows.append(("gstate_out", gstate_out, STATE, state_shape, float32))
     check_like(k, rows)
-    if k.numel() == 0:
-        gstate = _float32(k, B, 3, C).zero_() if gstate_out is None else gstate_out.clone()
-        return (*(torch.zeros_like(x) for x in (inputs.w, inputs.u, k, inputs.v)), gstate)
-    results, launches = backward(plan_for(k), inputs, checkpoints, gy, gstate_out)
-    _run(launches, k.device)
-    return results
+    if k.numel() == 0 or inputs.sequences == 0:
+        gstate = _float32(k, *state_shape).zero_() if gstate_out is None else gstate_out.clone()
+        gw, gu, gk, gv, _, gr = (torch.zeros_like(x) for x in inputs.gradients(checkpoints))
+        results: tuple[Tensor, ...] = (gw, gu, gk, gv, gstate, gr)
+    else:
+        results, launches = backward(plan_for(inputs), inputs, checkpoints, gy, gstate_out)
+        _run(launches, k.device)
+    # The plain operator has five inputs and as many gradients; of seven inputs, cu_seqlens has none.
+    return results[: len(given)]
 
 
 def _step_operator(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ __all__ = [
     "REPLAYED_STEPS",
     "Plan",
     "ceil_div",
+    "make_packed_plan",
     "make_plan",
     "widths",
 ]
@@ -38,6 +39,9 @@ SERIAL_PROGRAMS = 3
 LEAST_CHUNKED_STEPS = 256
 MOST_CHUNKS = 256
 
+# Packed sequences as long as this many mean ones are not cut where there are enough of them for the GPU.
+UNCUT_MEANS = 2
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -45,7 +49,7 @@ class Plan:
 
     channels: int
     chunk_len: int  # a multiple of CHECKPOINT_INTERVAL
-    chunks: int
+    chunks: int  # of an element of the batch
 
 
 def widths(warp: int) -> tuple[int, int]:
@@ -71,3 +75,17 @@ def make_plan(B: int, T: int, C: int, multiprocessors: int, warp: int) -> Plan:
         chunks = min(ceil_div(enough, B * ceil_div(C, channels)), MOST_CHUNKS)
     chunk_len = ceil_div(intervals, chunks) * CHECKPOINT_INTERVAL
     return Plan(channels, chunk_len, ceil_div(T, chunk_len))
+
+
+def make_packed_plan(sequences: int, total: int, C: int, multiprocessors: int, warp: int) -> Plan:
+    """The plan for so many sequences with `total` steps together, each at least 1; it does not know their lengths.
+
+    Chunks as for one sequence of all the steps are enough programs, whatever the lengths are. Only a sequence that is
+    longer than a chunk is read twice.
+    """
+    plan = make_plan(1, total, C, multiprocessors, warp)
+    chunk_len = plan.chunk_len
+    if sequences * ceil_div(C, widths(warp)[1]) >= SERIAL_PROGRAMS * multiprocessors:
+        uncut = ceil_div(UNCUT_MEANS * total, sequences)
+        chunk_len = max(chunk_len, ceil_div(uncut, CHECKPOINT_INTERVAL) * CHECKPOINT_INTERVAL)
+    return Plan(plan.channels, chunk_len, total // chunk_len + sequences)
