@@ -74,7 +74,8 @@ struct LogitRange {
   WKV_HD static LogitRange from(Real max) { return {max, max, Real(-kEmptyMax)}; }
   WKV_HD void add(Channel<Real> channel, Real k) {
     running = larger(k, running + channel.log_decay);
-    highest = larger(k, highest);
+    // Not the key: where the log-decay is positive, the maximum grows beyond all of them.
+    highest = larger(running, highest);
     lowest = smaller(running, lowest);
   }
   // Above every logit of the subchunk, u + k included.

@@ -1,0 +1,94 @@
+// A step of the bidirectional operator: what stands before it and what stands after it are causal states, each by the
+// recurrence of recurrence.h from its own end, and a read joins them with the step.
+//
+//   y_t = (before.num + after.num + e^{u+k_t} v_t) / (before.den + after.den + e^{u+k_t})
+//
+// The log-decay may have either sign. docs/wkv.md derives all of this.
+#pragma once
+
+#include "recurrence.h"
+
+namespace wkv {
+
+// Beyond, every weight but the largest is zero for any keys; up to it, multiples over any number of steps are finite.
+inline constexpr double kLargestLogDecay = 6.235149080811617e27;  // e^64
+
+// Within the bounds; NaN stays.
+template <class Real>
+WKV_HD Real bounded_log_decay(Real log_decay) {
+  const Real bound = Real(kLargestLogDecay);
+  return select(log_decay > bound, bound, select(log_decay < -bound, -bound, log_decay));
+}
+
+// Of a read: the weights of the sums on either side, and of the step.
+template <class Real>
+struct SideWeights {
+  Real before, after, present;
+};
+
+// The two scales of a subchunk have the same members. `at` is what is kept of a step and a side beside the sums there.
+
+// Both sides and the step's own weight in one scale: one exponential a step.
+template <class Real>
+struct SharedSides {
+  SharedScale<Real> scale;
+
+  WKV_HD Real logit(Real k) const { return scale.logit(k); }
+  WKV_HD Real at(Real, Real logit) const { return scale.weight(logit); }
+  // The other side's, for one that is known: the key has the same weight in both.
+  WKV_HD Real other_at(Real at, Real) const { return at; }
+  WKV_HD Weights<Real> advance(Real at, Real) const { return scale.weights(at).advance; }
+  WKV_HD SideWeights<Real> read(Real at, Real, Real) const { return {Real(1), Real(1), scale.weights(at).read.present}; }
+  WKV_HD Real next_max(Real max, Real logit) const { return scale.next_max(max, logit); }
+};
+
+// Every side relative to its own maximum, a read to the largest of all: right for any input.
+template <class Real>
+struct RunningSides {
+  RunningScale<Real> scale;
+
+  WKV_HD Real logit(Real k) const { return scale.logit(k); }
+  WKV_HD Real at(Real max, Real) const { return max; }
+  WKV_HD Real other_at(Real, Real max) const { return max; }
+  WKV_HD Weights<Real> advance(Real at, Real logit) const { return scale.weights(scale.at(at, logit)).advance; }
+  WKV_HD SideWeights<Real> read(Real at_before, Real at_after, Real logit) const {
+    const Weights<Real> sides = weigh(at_before, at_after);
+    const Weights<Real> step = weigh(larger(at_before, at_after), logit + scale.channel.u);
+    return {sides.past * step.past, sides.present * step.past, step.present};
+  }
+  WKV_HD Real next_max(Real max, Real logit) const { return scale.next_max(max, logit); }
+};
+
+// The logits of a subchunk of both sides.
+template <class Real>
+WKV_HD LogitRange<Real> join_ranges(Channel<Real> channel, LogitRange<Real> before, LogitRange<Real> after) {
+  // A state that is read may be lower than the one after the step where weights grow with the distance.
+  const Real growth = larger(channel.log_decay, Real(0));
+  return {larger(before.highest, after.highest), before.running, smaller(before.lowest, after.lowest) - growth};
+}
+
+// ---- a read ----
+
+template <class Real>
+WKV_HD Sums<Real> both_sides(Sums<Real> before, Sums<Real> after, SideWeights<Real> weights) {
+  return {weights.before * before.num + weights.after * after.num,
+          weights.before * before.den + weights.after * after.den};
+}
+
+template <class Real, class Gating>
+WKV_HD Real read_sides(Sums<Real> before, Sums<Real> after, SideWeights<Real> weights, Real v, Gating gate) {
+  return read(both_sides(before, after, weights), Weights<Real>{Real(1), weights.present}, v, gate);
+}
+
+// Adds to the adjoint of the sums after the step, and returns what the read adds to that of the sums before it.
+template <class Real, class Gating>
+WKV_HD Sums<Real> read_sides_adjoint(Sums<Real> before, Sums<Real> after, SideWeights<Real> weights, Real v, Real gy,
+                                     Sums<Real>& adjoint_after, StepGradients<Real>& gradients, Gating gate) {
+  Sums<Real> adjoint = {Real(0), Real(0)};
+  read_adjoint(both_sides(before, after, weights), Weights<Real>{Real(1), weights.present}, v, gy, adjoint, gradients,
+               gate);
+  adjoint_after = {adjoint_after.num + weights.after * adjoint.num, adjoint_after.den + weights.after * adjoint.den};
+  return {weights.before * adjoint.num, weights.before * adjoint.den};
+}
+
+}  // namespace wkv
