@@ -50,7 +50,14 @@ struct RunningSides {
   WKV_HD Real logit(Real k) const { return scale.logit(k); }
   WKV_HD Real at(Real max, Real) const { return max; }
   WKV_HD Real other_at(Real, Real max) const { return max; }
-  WKV_HD Weights<Real> advance(Real at, Real logit) const { return scale.weights(scale.at(at, logit)).advance; }
+  // Relative to the maximum as it is rounded: where weights grow with the distance it grows with every step, and what is
+  // lost each time would add up. One more exponential than `weigh` takes. Where a rounding is more than 1, the logits
+  // say nothing any more, and the past that is the larger one stays about as it is.
+  WKV_HD Weights<Real> advance(Real at, Real logit) const {
+    const Real next = next_max(at, logit);
+    const Real past = smaller(Real(1), at - next + scale.channel.log_decay);
+    return {exp_nonpositive(select(logit < next, larger(Real(-1), past), past)), exp_nonpositive(logit - next)};
+  }
   WKV_HD SideWeights<Real> read(Real at_before, Real at_after, Real logit) const {
     const Weights<Real> sides = weigh(at_before, at_after);
     const Weights<Real> step = weigh(larger(at_before, at_after), logit + scale.channel.u);
@@ -58,6 +65,15 @@ struct RunningSides {
   }
   WKV_HD Real next_max(Real max, Real logit) const { return scale.next_max(max, logit); }
 };
+
+template <class Real>
+WKV_HD SharedSides<Real> sides_of(SharedScale<Real> scale) {
+  return {scale};
+}
+template <class Real>
+WKV_HD RunningSides<Real> sides_of(RunningScale<Real> scale) {
+  return {scale};
+}
 
 // The logits of a subchunk of both sides.
 template <class Real>

@@ -37,7 +37,7 @@ struct BiKernel : Kernel<dtype> {
     WKV_INLINE Real* before(int64_t t) const { return data + t / kInterval * 6 * C; }
     WKV_INLINE Real* after(int64_t t) const { return before(t) + 3 * C; }
   };
-  static WKV_INLINE Sides sides_of(const void* table, const WorkItem& item, int64_t C) {
+  static WKV_INLINE Sides table_of(const void* table, const WorkItem& item, int64_t C) {
     // Backward has the table from forward, and does not write to it.
     Real* const data = const_cast<Real*>(static_cast<const Real*>(table));
     return {data + item.sequence.checkpoints * 6 * C, C};
@@ -63,6 +63,7 @@ struct BiKernel : Kernel<dtype> {
     }
   };
 
+  // The rows from the last to the first.
   template <class Row>
   static WKV_INLINE Rows<Row> reversed(Rows<Row> rows, int steps) {
     return {rows.row(steps - 1), -rows.stride};
@@ -101,11 +102,10 @@ struct BiKernel : Kernel<dtype> {
     bool is_shared;
     Vec reference_log2, enter_before, leave_before, enter_after, leave_after;
 
-    WKV_INLINE SharedSides<Vec> shared(const VectorChannels& channels) const {
-      return {{reference_log2, channels.decay, channels.bonus}};
+    WKV_INLINE SharedScale<Vec> shared(const VectorChannels& channels) const {
+      return {reference_log2, channels.decay, channels.bonus};
     }
   };
-  static WKV_INLINE RunningSides<Vec> running(const VectorChannels& channels) { return {{channels.channel}}; }
 
   static WKV_INLINE Sums<Vec> scaled(Sums<Vec> sums, Vec factor) { return {sums.num * factor, sums.den * factor}; }
 
@@ -114,10 +114,10 @@ struct BiKernel : Kernel<dtype> {
   static WKV_INLINE auto in_scale_of(const SubchunkSides& sides, const VectorChannels& channels,
                                      const Function& function) {
     if (__builtin_expect(!sides.is_shared, 0)) {
-      const auto scale = running(channels);
+      const auto scale = sides_of(Base::running_scale(channels));
       return Base::cold([=] { return function(scale); });
     }
-    return function(sides.shared(channels));
+    return function(sides_of(sides.shared(channels)));
   }
 
   // The maximum is that of the state before the interval; ranges are of the steps before, which need no sums.
@@ -150,7 +150,7 @@ struct BiKernel : Kernel<dtype> {
     sides.is_shared = steps > 1 && all(range.fits(channels.channel));
     if (__builtin_expect(!sides.is_shared, 0)) return;
     sides.reference_log2 = range.reference(channels.channel) * Vec(Real(kLog2E));
-    const SharedScale<Vec> scale = sides.shared(channels).scale;
+    const SharedScale<Vec> scale = sides.shared(channels);
     sides.enter_before = scale.weight(sides.max_before);
     sides.leave_before = Vec(Real(1)) / scale.weight(sides.before.running);
     sides.enter_after = scale.weight(max);
@@ -218,11 +218,33 @@ struct BiKernel : Kernel<dtype> {
     return before;
   }
 
+  // The state before a subchunk's steps, taken in reverse, from the one after them.
+  static WKV_INLINE State<Vec> sum_up_subchunk(const VectorChannels& channels, Rows<const Element> k,
+                                               Rows<const Element> v, Rows<const Element> next_k,
+                                               Rows<const Element> next_v, int steps, State<Vec> state) {
+    typename Base::Keys widened;
+    const auto keys = reversed(widened.widen(k, steps), steps);
+    const auto values = reversed(v, steps);
+    typename Base::SubchunkScale unused;
+    const auto steps_in = [=](const auto& scale, State<Vec> state) WKV_INLINE_LAMBDA {
+      const auto sides = sides_of(scale);
+#pragma GCC unroll 4
+      for (int step = 0; step < steps; ++step) {
+        Base::prefetch(next_k.row(step));
+        Base::prefetch(next_v.row(step));
+        const Vec logit = sides.logit(load(keys.row(step)));
+        const auto weights = sides.advance(sides.at(state.max, logit), logit);
+        state = {mix(state.sums, weights, load(values.row(step))), sides.next_max(state.max, logit)};
+      }
+      return state;
+    };
+    return Base::in_scale(channels, keys, steps, state, unused, steps_in);
+  }
+
   // Sums up the intervals from the last to the first, into the state after each.
-  static WKV_INLINE void sum_up(const BiForwardParams& params, const WorkItem& item, const Sides& sides) {
+  static WKV_INLINE void sum_up(const BiForwardParams& params, const WorkItem& item, const Sides& table) {
     const int64_t C = params.C;
     const auto k = Base::rows_of(params.k, item.sequence), v = Base::rows_of(params.v, item.sequence);
-    const Ungated ungated(params, item.sequence);
     alignas(kLineBytes) Element k_copy[kSubchunk * kLanes], v_copy[kSubchunk * kLanes];
     for (int64_t t = (item.sequence.steps - 1) / kInterval * kInterval; t > 0; t -= kInterval) {
       const int steps = Base::at_most(kInterval, item.sequence.steps - t);
@@ -233,17 +255,15 @@ struct BiKernel : Kernel<dtype> {
         for (int64_t c = line; c < std::min(line + kLine, item.c_end); c += kLanes) {
           const int count = Base::at_most(kLanes, item.c_end - c);
           const auto channels = Base::channels_at(params.channels, c, count);
-          State<Vec> state = Base::load_state(sides.after(t), C, c, count);
+          State<Vec> state = Base::load_state(table.after(t), C, c, count);
           for (int begin = (steps - 1) / kSubchunk * kSubchunk; begin >= 0; begin -= kSubchunk) {
             const int own_steps = Base::at_most(kSubchunk, steps - begin);
-            const auto k_rows = Base::whole(k.from(t + begin, c), own_steps, count, k_copy);
-            const auto v_rows = Base::whole(v.from(t + begin, c), own_steps, count, v_copy);
-            const Next<Ungated> next{k.from(next_t + begin, next_line), v.from(next_t + begin, next_line), ungated};
-            state = Base::template forward_subchunk<Base::Output::none>(channels, reversed(k_rows, own_steps),
-                                                                        reversed(v_rows, own_steps), ungated, next,
-                                                                        Rows<Element>{}, own_steps, state);
+            state = sum_up_subchunk(channels, Base::whole(k.from(t + begin, c), own_steps, count, k_copy),
+                                    Base::whole(v.from(t + begin, c), own_steps, count, v_copy),
+                                    k.from(next_t + begin, next_line), v.from(next_t + begin, next_line), own_steps,
+                                    state);
           }
-          Base::store_state(sides.after(t - kInterval), C, c, count, state);
+          Base::store_state(table.after(t - kInterval), C, c, count, state);
         }
       }
     }
@@ -252,7 +272,7 @@ struct BiKernel : Kernel<dtype> {
   template <class Gates>
   static void forward(const BiForwardParams& params, const WorkItem& item) {
     const int64_t T = item.sequence.steps, C = params.C;
-    const Sides table = sides_of(params.sides, item, C);
+    const Sides table = table_of(params.sides, item, C);
     if (item.spare_checkpoint >= 0) {
       Real* const spare = static_cast<Real*>(params.sides) + item.spare_checkpoint * 6 * C;
       store_empty(spare, C, item);
@@ -403,7 +423,7 @@ struct BiKernel : Kernel<dtype> {
       for (int64_t c = item.c_begin; c < item.c_end; ++c) partials[c] = partials[C + c] = 0;
     }
     if (T == 0) return;
-    const Sides table = sides_of(params.sides, item, C);
+    const Sides table = table_of(params.sides, item, C);
     Real* const adjoints = static_cast<Real*>(params.adjoints) + item.sequence.checkpoints * 2 * C;
     const auto adjoint = [=](int64_t t) { return adjoints + t / kInterval * 2 * C; };
     const auto load_adjoint = [=](int64_t t, int64_t c, int count) WKV_INLINE_LAMBDA {
