@@ -32,8 +32,8 @@ WKV_LIBRARY(WKV_NAMESPACE, m) {
       "Tensor checkpoints, Tensor gy, Tensor? gstate_out) "
       "-> (Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate, Tensor gr)");
 
-  // Bidirectional, with the same gate and packing. log_decay [C] is the log-decay itself, of either sign; checkpoints are
-  // the states before and after each interval, [B, n, 6, C].
+  // Bidirectional, with the same gate and packing. log_decay [C] is the log-decay itself, of either sign; checkpoints
+  // are the states before and after each interval, [B, n, 6, C].
   m.def(
       "bi_wkv_forward(Tensor log_decay, Tensor u, Tensor k, Tensor v, Tensor? r, Tensor? cu_seqlens, bool checkpoint) "
       "-> (Tensor y, Tensor checkpoints)");

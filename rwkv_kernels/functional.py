@@ -105,7 +105,7 @@ def wkv(
         k, v, r = _promoted(k, v, r)
     check(SEQUENCE, w, u, k, v, state, r, cu_seqlens)
     _check_boundaries(cu_seqlens, k)
-    y, state_out = select(backend, k).forward(w, u, k, v, state, r, cu_seqlens)
+    y, state_out = select(backend, k, cu_seqlens is not None).forward(w, u, k, v, state, r, cu_seqlens)
     return (y, state_out) if return_state else y
 
 
@@ -157,7 +157,7 @@ def bi_wkv(
         k, v, r = _promoted(k, v, r)
     check(SEQUENCE, log_decay, u, k, v, None, r, cu_seqlens, decay="log_decay")
     _check_boundaries(cu_seqlens, k)
-    forward = select(backend, k, "bi_wkv").bi_forward
+    forward = select(backend, k, cu_seqlens is not None, "bi_wkv").bi_forward
     assert forward is not None
     return forward(log_decay, u, k, v, r, cu_seqlens)
 

@@ -20,7 +20,8 @@ ROUNDINGS = 1000
 LENGTHS = {
     "several": (4, 9, 2),
     "one": (7,),
-    "single_tokens": (1, 1, 1, 1),
+    # Single tokens alone depend neither on the bonus nor on the decay, whose gradients would be roundings of zero.
+    "single_tokens": (1, 1, 2, 1),
     "empty_between": (0, 3, 0, 0, 5, 1, 0),
     "nothing": (0, 0),
 }

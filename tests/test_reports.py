@@ -50,7 +50,7 @@ def test_the_triton_report_finds_the_counts_of_the_cuda_kernels() -> None:
     assert set(counts) == {(name, dtype) for name in ("forward", "backward") for dtype in triton_report.DTYPES.values()}
     table = (DOCS / "triton-report.md").read_text()
     for (name, dtype), count in counts.items():
-        assert re.search(rf"^\| {name} \| {dtype} \| .* \| {count} \|$", table, re.MULTILINE)
+        assert re.search(rf"^\| {name} \| plain \| {dtype} \| .* \| {count} \|$", table, re.MULTILINE)
 
 
 def test_the_reports_fit_on_two_pages() -> None:

@@ -1,5 +1,6 @@
 """The Triton backend beyond the tests of every backend: its plans, its interpreter run, and what it compiles to."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -8,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from problems import Problem, assert_close, checkpoint_interval, log_denominator, make, oracle, solve
+from torch import Tensor
 
 import rwkv_kernels
 from rwkv_kernels import native
 from rwkv_kernels._backends.triton import op
-from rwkv_kernels._backends.triton.plan import CHECKPOINT_INTERVAL, Plan, make_plan, widths
+from rwkv_kernels._backends.triton.plan import CHECKPOINT_INTERVAL, Plan, make_packed_plan, make_plan, widths
+from rwkv_kernels.inputs import Inputs
 
 HERE = Path(__file__).parent
 H100 = {"multiprocessors": 132, "warp": 32}
@@ -33,18 +36,25 @@ INTERPRETED = (
     "forward_mode"
     ")"
 )
+INTERPRETED_MIXING = (
+    "triton and ("
+    "(outputs_and_gradients and (float32 or gated_and_packed-bfloat16) and not (wide_and_long or tiny or u_of_)) or "
+    "boundaries or depend or hand_their_states_on or no_steps or at_their_ends or keeps_its_digits or refused"
+    ")"
+)
 
 
 @pytest.mark.skipif(op.INTERPRETED, reason="this is the interpreter's run")
 @pytest.mark.skipif(op.why_unavailable() is None, reason="the compiled kernels pass these tests here")
 @pytest.mark.parametrize(
-    "names", [["operator"], ["special_values"], ["state", "errors", "torch", "triton"]], ids=" ".join
+    "names", [["operator"], ["special_values"], ["mixing"], ["state", "errors", "torch", "triton"]], ids=" ".join
 )
 def test_the_interpreter_passes_the_same_tests(names: list[str]) -> None:
     pytest.importorskip("triton")
     files = [str(HERE / f"test_{name}.py") for name in names]
+    chosen = INTERPRETED_MIXING if names == ["mixing"] else INTERPRETED
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", INTERPRETED],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", chosen],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -69,7 +79,7 @@ def test_all_plans_equal_the_oracle(
     channels: int, chunk_len: int, T: int, C: int, checkpoint: bool, triton: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = Plan(channels, chunk_len, -(-T // chunk_len))
-    monkeypatch.setattr(op, "plan_for", lambda k: plan)
+    monkeypatch.setattr(op, "plan_for", lambda inputs: plan)
     tensors = make(Problem(B=1, T=T, C=C, log_decay=-0.02 if C == 3 else None, with_state=True))
     with torch.no_grad():
         y, final = rwkv_kernels.wkv(*tensors.inputs, return_state=True, backend=triton)
@@ -80,6 +90,37 @@ def test_all_plans_equal_the_oracle(
         expected = oracle(tensors)
         found = {"y": y, "state_mean": final[:, 0] / final[:, 1], "state_log_den": log_denominator(final)}
         assert_close(found, {name: expected[name] for name in found}, tensors)
+
+
+# Sequences of no steps, one chunk, several, and enough to carry eight at a time, which begin anywhere in a chunk.
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_packed_plans_equal_calls_of_each_sequence(checkpoint: bool, triton: str) -> None:
+    lengths = (0, 3, 64 * 9 + 1, 0, 70, 0)
+    tensors = make(Problem(C=6, lengths=lengths, gated=True, with_state=True))
+    r, cu_seqlens, state = tensors.r, tensors.cu_seqlens, tensors.state
+    assert r is not None and cu_seqlens is not None and state is not None
+    packed = Inputs(tensors.w, tensors.u, tensors.k, tensors.v, state, r, cu_seqlens)
+
+    def run(plan: Plan, inputs: Inputs, gy: Tensor, gstate: Tensor) -> tuple[Tensor, ...]:
+        results, launches = op.forward(plan, inputs, checkpoint)
+        op._run(launches, inputs.k.device)
+        if not checkpoint:
+            return results[:2]
+        gradients, launches = op.backward(plan, inputs, results[2], gy, gstate)
+        op._run(launches, inputs.k.device)
+        return (*results[:2], *gradients[2:])
+
+    found = run(Plan(64, 64, sum(lengths) // 64 + len(lengths)), packed, tensors.gy, tensors.gstate)
+    for n, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        if begin == end:
+            continue  # tests/test_mixing.py has these
+        part = slice(begin, end)
+        alone = Inputs(*packed[:2], *(x[:, part] for x in packed[2:4]), state[n : n + 1], r[:, part])
+        expected = run(Plan(64, 64, -(-(end - begin) // 64)), alone, tensors.gy[:, part], tensors.gstate[n : n + 1])
+        own = (slice(None), part)
+        places = (own, n, own, own, n, own)  # y, state_out, gk, gv, gstate, gr
+        for place, x, exact in zip(places, found, expected, strict=False):
+            assert torch.equal(x[place].reshape(exact.shape), exact)
 
 
 # ---- torch ----
@@ -122,6 +163,30 @@ def test_a_plan_covers_every_step_and_has_few_chunks(T: int, C: int) -> None:
 def test_the_plan_of_an_h100(B: int, T: int, C: int, channels: int, chunks: int) -> None:
     plan = make_plan(B, T, C, **H100)
     assert (plan.channels, plan.chunks) == (channels, chunks)
+
+
+@pytest.mark.parametrize("total", [1, 63, 64, 255, 256, 1000, 65536, 10**6])
+@pytest.mark.parametrize("N", [1, 2, 100, 5000])
+def test_a_packed_plan_has_a_chunk_for_every_sequence(total: int, N: int) -> None:
+    for C in (1, 64, 768, 4096):
+        plan = make_packed_plan(N, total, C, **H100)
+        assert plan.channels in widths(32) and plan.chunk_len % CHECKPOINT_INTERVAL == 0
+        assert plan.chunks == total // plan.chunk_len + N
+        assert plan.chunks - N <= 256
+
+
+@pytest.mark.parametrize(
+    ("N", "total", "C", "chunk_len"),
+    [
+        (64, 65536, 2560, 2048),  # twice the mean length: most sequences are read once
+        (512, 65536, 2560, 832),  # as for one sequence: enough programs, whoever has the steps
+        (8, 8192, 768, 64),
+        (1, 65536, 2560, 832),
+        (3, 100, 768, 128),
+    ],
+)
+def test_the_packed_plan_of_an_h100(N: int, total: int, C: int, chunk_len: int) -> None:
+    assert make_packed_plan(N, total, C, **H100).chunk_len == chunk_len
 
 
 def test_the_checkpoints_are_those_of_the_compiled_operators() -> None:

@@ -13,10 +13,8 @@ LEAST = -1e300  # finite, because a difference of infinities is NaN
 
 
 def _forward(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, r: Tensor | None, cu_seqlens: Tensor | None
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, r: Tensor | None, cu_seqlens: None
 ) -> tuple[Tensor, Tensor]:
-    if cu_seqlens is not None:
-        raise NotImplementedError("toy: cu_seqlens")
     decay, bonus = w.double().exp(), u.double()
     if state is None:
         state = rwkv_kernels.empty_state(k.shape[0], k.shape[2])
@@ -38,4 +36,12 @@ def _forward(
     return y.to(k.dtype), after.to(torch.promote_types(k.dtype, torch.float32))
 
 
-register(Backend("toy", _forward, device_types=("cpu",), why_not=lambda k: None if k.shape[1] else "k has no steps"))
+register(
+    Backend(
+        "toy",
+        _forward,
+        device_types=("cpu",),
+        packs=False,
+        why_not=lambda k: None if k.shape[1] else "k has no steps",
+    )
+)

@@ -38,7 +38,9 @@ struct SharedSides {
   // The other side's, for one that is known: the key has the same weight in both.
   WKV_HD Real other_at(Real at, Real) const { return at; }
   WKV_HD Weights<Real> advance(Real at, Real) const { return scale.weights(at).advance; }
-  WKV_HD SideWeights<Real> read(Real at, Real, Real) const { return {Real(1), Real(1), scale.weights(at).read.present}; }
+  WKV_HD SideWeights<Real> read(Real at, Real, Real) const {
+    return {Real(1), Real(1), scale.weights(at).read.present};
+  }
   WKV_HD Real next_max(Real max, Real logit) const { return scale.next_max(max, logit); }
 };
 
@@ -50,9 +52,9 @@ struct RunningSides {
   WKV_HD Real logit(Real k) const { return scale.logit(k); }
   WKV_HD Real at(Real max, Real) const { return max; }
   WKV_HD Real other_at(Real, Real max) const { return max; }
-  // Relative to the maximum as it is rounded: where weights grow with the distance it grows with every step, and what is
-  // lost each time would add up. One more exponential than `weigh` takes. Where a rounding is more than 1, the logits
-  // say nothing any more, and the past that is the larger one stays about as it is.
+  // Relative to the maximum as it is rounded: where weights grow with the distance it grows with every step, and what
+  // is lost each time would add up. One more exponential than `weigh` takes. Where a rounding is more than 1, the
+  // logits say nothing any more, and the past that is the larger one stays about as it is.
   WKV_HD Weights<Real> advance(Real at, Real logit) const {
     const Real next = next_max(at, logit);
     const Real past = smaller(Real(1), at - next + scale.channel.log_decay);

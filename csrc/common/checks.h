@@ -26,7 +26,7 @@ struct Arguments {
   Tensor w, u, k, v;
   std::optional<Tensor> state, r, cu_seqlens;
   int64_t B, T, C;
-  int64_t sequences;  // B, or those that are packed into B = 1
+  int64_t sequences;              // B, or those that are packed into B = 1
   int64_t checkpoint_height = 3;  // a state of three numbers
 
   // `dimensions` of k, v and r: 3, or 2 for the one token of a step. `decay` is the name of w.
@@ -134,8 +134,8 @@ struct GradientArguments {
       : checkpoints(checkpoints_), gy(gy_) {
     const auto& [dtype, B, T, C] = std::tie(arguments.dtype, arguments.B, arguments.T, arguments.C);
     check_like("gy", gy, sizes_of({B, T, C}), dtype, arguments.device);
-    check_like("checkpoints", checkpoints, sizes_of({B, arguments.checkpoint_rows(), arguments.checkpoint_height, C}), state_type(dtype),
-               arguments.device);
+    check_like("checkpoints", checkpoints, sizes_of({B, arguments.checkpoint_rows(), arguments.checkpoint_height, C}),
+               state_type(dtype), arguments.device);
     checkpoints = as_contiguous(checkpoints);
     make_channels_contiguous(gy);
     if (gstate_out_.has_value()) gstate_out = arguments.checked_state("gstate_out", *gstate_out_);

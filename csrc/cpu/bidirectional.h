@@ -14,17 +14,15 @@ namespace WKV_ISA {
 template <DType dtype>
 struct BiKernel : Kernel<dtype> {
   using Base = Kernel<dtype>;
+  using Base::kInterval;
+  using Base::kLanes;
+  using Base::kLine;
   using typename Base::Element;
   using typename Base::Gated;
   using typename Base::Real;
   using typename Base::Ungated;
   using typename Base::Vec;
   using typename Base::VectorChannels;
-  using Base::kInterval;
-  using Base::kLanes;
-  using Base::kLine;
-  template <class Gates>
-  using Next = typename Base::template Next<Gates>;
   static constexpr int kSubchunks = kInterval / kSubchunk;
 
   // ---- memory ----
@@ -98,7 +96,8 @@ struct BiKernel : Kernel<dtype> {
 
   struct SubchunkSides {
     LogitRange<Vec> before;
-    Vec max_before, max_after;  // of the state before the subchunk, and of the one that includes it and what comes after
+    Vec max_before,
+        max_after;  // of the state before the subchunk, and of the one that includes it and what comes after
     bool is_shared;
     Vec reference_log2, enter_before, leave_before, enter_after, leave_after;
 
@@ -158,9 +157,9 @@ struct BiKernel : Kernel<dtype> {
   }
 
   // Finds the scales of all subchunks, and keeps the sums after each step, from the state after the interval.
-  template <class Gates>
+  template <class Gates, class Next>
   static WKV_INLINE void replay_after(const VectorChannels& channels, const Interval<Gates>& interval, Vec max_before,
-                                      State<Vec> after, Next<Gates> next, SubchunkSides* sides, SavedStep<Vec>* saved) {
+                                      State<Vec> after, Next next, SubchunkSides* sides, SavedStep<Vec>* saved) {
     find_ranges_before(channels, interval, max_before, sides);
     for (int begin = interval.last_begin(); begin >= 0; begin -= kSubchunk) {
       SubchunkSides& own = sides[begin / kSubchunk];
@@ -171,8 +170,7 @@ struct BiKernel : Kernel<dtype> {
         State<Vec> state = after;
 #pragma GCC unroll 4
         for (int step = end - 1; step >= begin; --step) {
-          Base::prefetch(next.k.row(step));
-          Base::prefetch(next.v.row(step));
+          next.prefetch(step);
           const Vec logit = scale.logit(load(interval.keys.row(step)));
           const Vec at = scale.at(state.max, logit);
           saved[step] = {state.sums, at};
@@ -191,8 +189,8 @@ struct BiKernel : Kernel<dtype> {
   // Takes the steps before along over the interval, and reads at each step.
   template <class Gates>
   static WKV_INLINE State<Vec> read_interval(const VectorChannels& channels, const Interval<Gates>& interval,
-                                             State<Vec> before, Next<Gates> next, const SubchunkSides* sides,
-                                             const SavedStep<Vec>* saved, Rows<Element> y) {
+                                             State<Vec> before, const SubchunkSides* sides, const SavedStep<Vec>* saved,
+                                             Rows<Element> y) {
     for (int begin = 0; begin < interval.steps; begin += kSubchunk) {
       const SubchunkSides& own = sides[begin / kSubchunk];
       if (own.is_shared) before.sums = scaled(before.sums, own.enter_before);
@@ -201,12 +199,11 @@ struct BiKernel : Kernel<dtype> {
         State<Vec> state = before;
 #pragma GCC unroll 4
         for (int step = begin; step < end; ++step) {
-          next.gates.prefetch(step);
           const SavedStep<Vec> after = saved[step];
           const Vec logit = scale.logit(load(interval.keys.row(step))), vt = load(interval.v.row(step));
           const Vec at = scale.other_at(after.at, state.max);
-          const Vec yt = read_sides(state.sums, after.sums, scale.read(at, after.at, logit), vt,
-                                    interval.gates.at(step));
+          const Vec yt =
+              read_sides(state.sums, after.sums, scale.read(at, after.at, logit), vt, interval.gates.at(step));
           store(y.row(step), yt);
           state = {mix(state.sums, scale.advance(at, logit), vt), scale.next_max(state.max, logit)};
         }
@@ -219,9 +216,9 @@ struct BiKernel : Kernel<dtype> {
   }
 
   // The state before a subchunk's steps, taken in reverse, from the one after them.
+  template <class Next>
   static WKV_INLINE State<Vec> sum_up_subchunk(const VectorChannels& channels, Rows<const Element> k,
-                                               Rows<const Element> v, Rows<const Element> next_k,
-                                               Rows<const Element> next_v, int steps, State<Vec> state) {
+                                               Rows<const Element> v, Next next, int steps, State<Vec> state) {
     typename Base::Keys widened;
     const auto keys = reversed(widened.widen(k, steps), steps);
     const auto values = reversed(v, steps);
@@ -230,8 +227,7 @@ struct BiKernel : Kernel<dtype> {
       const auto sides = sides_of(scale);
 #pragma GCC unroll 4
       for (int step = 0; step < steps; ++step) {
-        Base::prefetch(next_k.row(step));
-        Base::prefetch(next_v.row(step));
+        next.prefetch(step);
         const Vec logit = sides.logit(load(keys.row(step)));
         const auto weights = sides.advance(sides.at(state.max, logit), logit);
         state = {mix(state.sums, weights, load(values.row(step))), sides.next_max(state.max, logit)};
@@ -252,16 +248,17 @@ struct BiKernel : Kernel<dtype> {
         // The next line; after the last one, the first of the interval before.
         const bool last = line + kLine >= item.c_end;
         const int64_t next_t = last ? t - kInterval : t, next_line = last ? item.c_begin : line + kLine;
-        for (int64_t c = line; c < std::min(line + kLine, item.c_end); c += kLanes) {
+        for (int64_t c = line, i = 0; c < std::min(line + kLine, item.c_end); c += kLanes, ++i) {
           const int count = Base::at_most(kLanes, item.c_end - c);
           const auto channels = Base::channels_at(params.channels, c, count);
           State<Vec> state = Base::load_state(table.after(t), C, c, count);
           for (int begin = (steps - 1) / kSubchunk * kSubchunk; begin >= 0; begin -= kSubchunk) {
             const int own_steps = Base::at_most(kSubchunk, steps - begin);
-            state = sum_up_subchunk(channels, Base::whole(k.from(t + begin, c), own_steps, count, k_copy),
-                                    Base::whole(v.from(t + begin, c), own_steps, count, v_copy),
-                                    k.from(next_t + begin, next_line), v.from(next_t + begin, next_line), own_steps,
-                                    state);
+            state = sum_up_subchunk(
+                channels, Base::whole(k.from(t + begin, c), own_steps, count, k_copy),
+                Base::whole(v.from(t + begin, c), own_steps, count, v_copy),
+                Base::next_of(i, Ungated(), k.from(next_t + begin, next_line), v.from(next_t + begin, next_line)),
+                own_steps, state);
           }
           Base::store_state(table.after(t - kInterval), C, c, count, state);
         }
@@ -295,9 +292,10 @@ struct BiKernel : Kernel<dtype> {
       for (int64_t line = item.c_begin; line < item.c_end; line += kLine) {
         const bool last = line + kLine >= item.c_end;
         const int64_t next_t = last ? t + steps : t, next_line = last ? item.c_begin : line + kLine;
-        const Next<Gates> next{k.from(next_t, next_line), v.from(next_t, next_line), gates.from(next_t, next_line)};
         const int width = Base::at_most(kLine, item.c_end - line);
         for (int first = 0; first < width; first += kLanes) {
+          const auto next = Base::next_of(first / kLanes, gates.from(next_t, next_line), k.from(next_t, next_line),
+                                          v.from(next_t, next_line));
           const int64_t c = line + first;
           const int count = Base::at_most(kLanes, item.c_end - c);
           const auto channels = Base::channels_at(params.channels, c, count);
@@ -305,8 +303,7 @@ struct BiKernel : Kernel<dtype> {
           const State<Vec> before = Base::load_state(table.before(t), C, c, count);
           replay_after(channels, interval, before.max, Base::load_state(table.after(t), C, c, count), next, sides,
                        saved);
-          const State<Vec> moved =
-              read_interval(channels, interval, before, next, sides, saved, y_staged.rows(first));
+          const State<Vec> moved = read_interval(channels, interval, before, sides, saved, y_staged.rows(first));
           if (t + steps < T) Base::store_state(table.before(t + steps), C, c, count, moved);
         }
         y_staged.write(y.from(t, line), steps, width, streams);
@@ -329,13 +326,13 @@ struct BiKernel : Kernel<dtype> {
   };
 
   // Takes the adjoint of the states after along over the interval, in the usual direction. Where it `writes`, it adds
-  // the gradients that belong to these states and to the reads; `saved` then has what the read adds to the adjoint of the
-  // states before, in their scale.
-  template <bool writes, class Gates>
+  // the gradients that belong to these states and to the reads; `saved` then has what the read adds to the adjoint of
+  // the states before, in their scale.
+  template <bool writes, class Gates, class Next>
   static WKV_INLINE Carried adjoints_after(const VectorChannels& channels, const Interval<Gates>& interval,
-                                           Rows<const Element> gy, State<Vec> before, Carried carried,
-                                           Rows<const Element> next_gy, Gates next_gates, const SubchunkSides* sides,
-                                           SavedStep<Vec>* saved, Partial* partial, Rows<Element> gr) {
+                                           Rows<const Element> gy, State<Vec> before, Carried carried, Next next,
+                                           const SubchunkSides* sides, SavedStep<Vec>* saved, Partial* partial,
+                                           Rows<Element> gr) {
     for (int begin = 0; begin < interval.steps; begin += kSubchunk) {
       const SubchunkSides& own = sides[begin / kSubchunk];
       if (own.is_shared) {
@@ -351,8 +348,7 @@ struct BiKernel : Kernel<dtype> {
         Moved moved = {before, carried};
 #pragma GCC unroll 2
         for (int step = begin; step < end; ++step) {
-          Base::prefetch(next_gy.row(step));
-          next_gates.prefetch(step);
+          next.prefetch(step);
           const SavedStep<Vec> after = saved[step];
           State<Vec>& state = moved.before;
           const Vec logit = scale.logit(load(interval.keys.row(step))), vt = load(interval.v.row(step));
@@ -365,7 +361,7 @@ struct BiKernel : Kernel<dtype> {
           if constexpr (writes) {
             saved[step] = {to_before, at};
             partial[step] = {state.sums, gradients.gk, gradients.gv};
-            if constexpr (Gates::kExist) store(gr.row(step), gradients.gr);
+            if constexpr (Gates::kInputs > 0) store(gr.row(step), gradients.gr);
             moved.carried.g_log_decay = moved.carried.g_log_decay + gradients.g_log_decay;
             moved.carried.gu = moved.carried.gu + gradients.gu;
           }
@@ -439,10 +435,10 @@ struct BiKernel : Kernel<dtype> {
     const auto gy = Base::rows_of(params.gy, item.sequence);
     const auto gk = Base::rows_of(params.gk, item.sequence, params);
     const auto gv = Base::rows_of(params.gv, item.sequence, params);
-    const auto gr = Gates::kExist ? Base::rows_of(params.gr, item.sequence, params) : gk;
+    const auto gr = Gates::kInputs > 0 ? Base::rows_of(params.gr, item.sequence, params) : gk;
     const auto is_streamed = [&](void* target) { return Base::worth_streaming(target, params.B, params.T, C); };
     const bool streams =
-        is_streamed(params.gk) && is_streamed(params.gv) && (!Gates::kExist || is_streamed(params.gr));
+        is_streamed(params.gk) && is_streamed(params.gv) && (Gates::kInputs == 0 || is_streamed(params.gr));
     Buffers<Gates> buffers;
     SubchunkSides sides[kSubchunks];
     SavedStep<Vec> saved[kInterval];
@@ -455,20 +451,19 @@ struct BiKernel : Kernel<dtype> {
       for (int64_t line = item.c_begin; line < item.c_end; line += kLine) {
         const bool last = line + kLine >= item.c_end;
         const int64_t next_t = last ? t + kInterval : t, next_line = last ? item.c_begin : line + kLine;
-        const Next<Gates> next{k.from(next_t, next_line), v.from(next_t, next_line), gates.from(next_t, next_line)};
-        for (int64_t c = line; c < std::min(line + kLine, item.c_end); c += kLanes) {
+        for (int64_t c = line, i = 0; c < std::min(line + kLine, item.c_end); c += kLanes, ++i) {
           const int count = Base::at_most(kLanes, item.c_end - c);
           const auto channels = Base::channels_at(params.channels, c, count);
           const auto interval = buffers.interval(k.from(t, c), v.from(t, c), gates.from(t, c), kInterval, count);
           const State<Vec> before = Base::load_state(table.before(t), C, c, count);
-          replay_after(channels, interval, before.max, Base::load_state(table.after(t), C, c, count), next, sides,
-                       saved);
+          replay_after(channels, interval, before.max, Base::load_state(table.after(t), C, c, count),
+                       Base::next_of(i, Ungated(), k.from(next_t, next_line), v.from(next_t, next_line)), sides, saved);
           Carried carried = nothing;
           if (t > 0) carried.adjoint = load_adjoint(t, c, count);
-          carried = adjoints_after<false>(channels, interval,
-                                          Base::whole(gy.from(t, c), kInterval, count, buffers.gy), before, carried,
-                                          gy.from(next_t, next_line), next.gates, sides, saved, partial,
-                                          Rows<Element>{});
+          carried = adjoints_after<false>(channels, interval, Base::whole(gy.from(t, c), kInterval, count, buffers.gy),
+                                          before, carried,
+                                          Base::next_of(i, gates.from(next_t, next_line), gy.from(next_t, next_line)),
+                                          sides, saved, partial, Rows<Element>{});
           store_adjoint(t + kInterval, c, count, carried.adjoint);
         }
       }
@@ -480,21 +475,21 @@ struct BiKernel : Kernel<dtype> {
       for (int64_t line = item.c_begin; line < item.c_end; line += kLine) {
         const bool last = line + kLine >= item.c_end;
         const int64_t next_t = last ? t - steps : t, next_line = last ? item.c_begin : line + kLine;
-        const Next<Gates> next{k.from(next_t, next_line), v.from(next_t, next_line), gates.from(next_t, next_line)};
         const int width = Base::at_most(kLine, item.c_end - line);
-        for (int first = 0; first < width; first += kLanes) {
+        for (int first = 0, i = 0; first < width; first += kLanes, ++i) {
           const int64_t c = line + first;
           const int count = Base::at_most(kLanes, item.c_end - c);
           const auto channels = Base::channels_at(params.channels, c, count);
           const auto interval = buffers.interval(k.from(t, c), v.from(t, c), gates.from(t, c), steps, count);
           const State<Vec> before = Base::load_state(table.before(t), C, c, count);
-          replay_after(channels, interval, before.max, Base::load_state(table.after(t), C, c, count), next, sides,
-                       saved);
+          replay_after(channels, interval, before.max, Base::load_state(table.after(t), C, c, count),
+                       Base::next_of(i, Ungated(), k.from(next_t, next_line), v.from(next_t, next_line)), sides, saved);
           Carried carried = nothing;
           if (t > 0) carried.adjoint = load_adjoint(t, c, count);
-          carried = adjoints_after<true>(channels, interval, Base::whole(gy.from(t, c), steps, count, buffers.gy),
-                                         before, carried, gy.from(next_t, next_line), next.gates, sides, saved, partial,
-                                         gr_staged.rows(first));
+          carried =
+              adjoints_after<true>(channels, interval, Base::whole(gy.from(t, c), steps, count, buffers.gy), before,
+                                   carried, Base::next_of(i, gates.from(next_t, next_line), gy.from(next_t, next_line)),
+                                   sides, saved, partial, gr_staged.rows(first));
           carried.adjoint = t < last_t ? load_adjoint(t + kInterval, c, count) : nothing.adjoint;
           carried = adjoints_before(channels, interval, carried, sides, saved, partial, gk_staged.rows(first),
                                     gv_staged.rows(first));
@@ -504,7 +499,7 @@ struct BiKernel : Kernel<dtype> {
         }
         gk_staged.write(gk.from(t, line), steps, width, streams);
         gv_staged.write(gv.from(t, line), steps, width, streams);
-        if constexpr (Gates::kExist) gr_staged.write(gr.from(t, line), steps, width, streams);
+        if constexpr (Gates::kInputs > 0) gr_staged.write(gr.from(t, line), steps, width, streams);
       }
     }
   }

@@ -142,8 +142,8 @@ void join_adjoints(const BackwardParams& params, const Work& work) {
   });
 }
 
-// The gradients of the decay parameter and of u, state [C], from rows of partials; factor(log_decay) is the derivative of
-// the log-decay by the parameter.
+// The gradients of the decay parameter and of u, state [C], from rows of partials; factor(log_decay) is the derivative
+// of the log-decay by the parameter.
 template <class Real, class Factor>
 void reduce_partials(const double* partials, int64_t rows, int64_t C, const Channels& channels, const Factor& factor,
                      void* g_decay, void* gu) {

@@ -77,10 +77,6 @@ struct Kernel {
     return given == nullptr ? empty_state<Vec>() : normal_form(load_state(given, C, c, count));
   }
 
-  // Prefetches into the second-level cache: rows whose distance is a multiple of a power of two would evict one another
-  // from the first. A row at a time among the steps, because a processor waits for more than a few dozen at once.
-  static WKV_INLINE void prefetch(const Element* row) { __builtin_prefetch(row, 0, 2); }
-
   // One vector's rows as they are or, where they end within the vector, as a copy filled up with zeros.
   static WKV_INLINE Rows<const Element> whole(Rows<const Element> rows, int steps, int count, Element* copy) {
     if (__builtin_expect(count == kLanes, 1)) return rows;
@@ -91,26 +87,49 @@ struct Kernel {
 
   // The gates of steps: r from one time and one channel on, or nothing.
   struct Gated {
-    static constexpr bool kExist = true;
+    static constexpr int kInputs = 1;
     Rows<const Element> r;
 
     explicit WKV_INLINE Gated(Rows<const Element> r) : r(r) {}
     WKV_INLINE Gated(const Params& params, const SequenceView<int64_t>& view) : r(rows_of(params.r, view)) {}
     WKV_INLINE Gated from(int64_t t, int64_t c) const { return Gated(r.from(t, c)); }
+    WKV_INLINE Rows<const Element> rows_or(Rows<const Element>) const { return r; }
     WKV_INLINE Gated whole(int steps, int count, Element* copy) const {
       return Gated(Kernel::whole(r, steps, count, copy));
     }
-    WKV_INLINE void prefetch(int step) const { Kernel::prefetch(r.row(step)); }
+
     WKV_INLINE Gate<Vec> at(int step) const { return gate_of(load(r.row(step))); }
+
+    // A subchunk's gates, all computed before they are used: their exponentials are independent of everything else, and
+    // among the steps they would only lengthen what the processor has to look ahead over.
+    struct Computed {
+      alignas(kLineBytes) Real shares[kSubchunk * kLanes], lessers[kSubchunk * kLanes];
+
+      WKV_INLINE Computed(const Gated& gates, int steps) {
+#pragma GCC unroll 4
+        for (int step = 0; step < steps; ++step) {
+          const Gate<Vec> gate = gates.at(step);
+          store(shares + step * kLanes, gate.share);
+          store(lessers + step * kLanes, gate.lesser);
+        }
+      }
+      WKV_INLINE Gate<Vec> at(int step) const { return {load(shares + step * kLanes), load(lessers + step * kLanes)}; }
+    };
   };
   struct Ungated {
-    static constexpr bool kExist = false;
+    static constexpr int kInputs = 0;
 
+    Ungated() = default;
     WKV_INLINE Ungated(const Params&, const SequenceView<int64_t>&) {}
     WKV_INLINE Ungated from(int64_t, int64_t) const { return *this; }
+    WKV_INLINE Rows<const Element> rows_or(Rows<const Element> others) const { return others; }
     WKV_INLINE Ungated whole(int, int, Element*) const { return *this; }
-    WKV_INLINE void prefetch(int) const {}
+
     WKV_INLINE NoGate at(int) const { return {}; }
+    struct Computed {
+      WKV_INLINE Computed(const Ungated&, int) {}
+      WKV_INLINE NoGate at(int) const { return {}; }
+    };
   };
 
   // A subchunk's keys in the type of the sums: where they are, or converted once for the passes over them.
@@ -201,20 +220,36 @@ struct Kernel {
     return {{state.sums.num * kept.leave, state.sums.den * kept.leave}, range.running};
   }
 
-  // The rows of a line to prefetch.
-  template <class Gates>
+  // The prefetches of a vector's steps: its share of a line's inputs, where a line has several vectors. It comes a row
+  // at a time, because a processor waits for more than a few dozen rows at once, and into the second-level cache,
+  // because rows whose distance is a multiple of a power of two would evict one another from the first.
+  template <int inputs>
   struct Next {
-    Rows<const Element> k, v;
-    Gates gates;
+    static constexpr int kVectors = kLine / kLanes, kStreams = (inputs + kVectors - 1) / kVectors;
+    Rows<const Element> streams[kStreams];
+
+    WKV_INLINE void prefetch(int step) const {
+      for (const auto& stream : streams) __builtin_prefetch(stream.row(step), 0, 2);
+    }
   };
+
+  // Of the i-th vector.
+  template <class Gates, class... Others>
+  static WKV_INLINE auto next_of(int i, Gates gates, Rows<const Element> first, Others... others) {
+    constexpr int kInputs = 1 + sizeof...(Others) + Gates::kInputs;
+    const Rows<const Element> inputs[] = {first, others..., gates.rows_or(first)};
+    Next<kInputs> next;
+    for (int j = 0; j < next.kStreams; ++j) next.streams[j] = inputs[at_most(kInputs - 1, j * next.kVectors + i)];
+    return next;
+  }
 
   // ---- forward ----
 
   enum class Output { none, stored, streamed };
 
-  template <Output output, class Gates>
+  template <Output output, class Gates, class Next>
   static WKV_INLINE State<Vec> forward_subchunk(const VectorChannels& channels, Rows<const Element> k,
-                                                Rows<const Element> v, Gates gates, Next<Gates> next, Rows<Element> y,
+                                                Rows<const Element> v, Gates gates, Next next, Rows<Element> y,
                                                 int steps, State<Vec> state) {
     Keys widened;
     const auto keys = widened.widen(k, steps);
@@ -224,15 +259,13 @@ struct Kernel {
       alignas(kLineBytes) Real ats[kSubchunk * kLanes];
 #pragma GCC unroll 4
       for (int step = 0; step < steps; ++step) {
-        prefetch(next.k.row(step));
         const Vec kt = scale.logit(load(keys.row(step)));
         store(ats + step * kLanes, scale.at(state.max, kt));
         state.max = scale.next_max(state.max, kt);
       }
 #pragma GCC unroll 4
       for (int step = 0; step < steps; ++step) {
-        prefetch(next.v.row(step));
-        next.gates.prefetch(step);
+        next.prefetch(step);
         const Vec vt = load(v.row(step));
         const auto weights = scale.weights(load(ats + step * kLanes));
         if constexpr (output != Output::none) {
@@ -276,10 +309,11 @@ struct Kernel {
         // A vector that is a whole line goes to memory without being staged.
         const bool stages = kLanes < kLine || width < kLine;
         const int64_t next_t = t + kSubchunk;
-        const Next<Gates> next{k.from(next_t, line), v.from(next_t, line), gates.from(next_t, line)};
         for (int first = 0; first < width; first += kLanes) {
           const int64_t c = line + first;
           const int count = at_most(kLanes, item.c_end - c);
+          const auto next =
+              next_of(first / kLanes, gates.from(next_t, line), k.from(next_t, line), v.from(next_t, line));
           State<Vec> carried = starts ? first_state(given, C, c, count) : load_state(state, C, c, count);
           if (checkpoint != nullptr) store_state(checkpoint, C, c, count, carried);
           const auto channels = channels_at(params.channels, c, count);
@@ -338,17 +372,16 @@ struct Kernel {
 
   // ---- backward ----
 
+  template <class Next>
   static WKV_INLINE State<Vec> replay_subchunk(const VectorChannels& channels, Rows<const Element> k,
-                                               Rows<const Element> v, Rows<const Element> next_k,
-                                               Rows<const Element> next_v, int steps, State<Vec> state,
+                                               Rows<const Element> v, Next next, int steps, State<Vec> state,
                                                SavedStep<Vec>* saved, SubchunkScale& kept) {
     Keys widened;
     const auto keys = widened.widen(k, steps);
     return in_scale(channels, keys, steps, state, kept, [=](const auto& scale, State<Vec> state) WKV_INLINE_LAMBDA {
 #pragma GCC unroll 4
       for (int step = 0; step < steps; ++step) {
-        prefetch(next_k.row(step));
-        prefetch(next_v.row(step));
+        next.prefetch(step);
         const Vec kt = scale.logit(load(keys.row(step)));
         const Vec at = scale.at(state.max, kt);
         saved[step] = {state.sums, at};
@@ -364,23 +397,23 @@ struct Kernel {
     Vec g_log_decay, gu;
   };
 
-  template <bool writes, class Gates>
+  template <bool writes, class Gates, class Next>
   static WKV_INLINE Reversed reverse_subchunk(const VectorChannels& channels, const SubchunkScale& kept,
-                                              Rows<const Element> v, Gates gates, Rows<const Element> gy,
-                                              Gates next_gates, Rows<const Element> next_gy, int steps,
-                                              const SavedStep<Vec>* saved, Reversed carried, Element* gk, Element* gv,
-                                              Element* gr) {
+                                              Rows<const Element> v, Gates gates, Rows<const Element> gy, Next next,
+                                              int steps, const SavedStep<Vec>* saved, Reversed carried, Element* gk,
+                                              Element* gv, Element* gr) {
+    const typename Gates::Computed computed(gates, steps);
+    const auto* const gate = &computed;
     const auto reversed = [=](const auto& scale, Reversed carried) WKV_INLINE_LAMBDA {
 #pragma GCC unroll 2
       for (int step = steps - 1; step >= 0; --step) {
-        prefetch(next_gy.row(step));
-        next_gates.prefetch(step);
+        next.prefetch(step);
         const auto gradients =
-            step_adjoint(scale, saved[step], load(v.row(step)), load(gy.row(step)), carried.adjoint, gates.at(step));
+            step_adjoint(scale, saved[step], load(v.row(step)), load(gy.row(step)), carried.adjoint, gate->at(step));
         if constexpr (writes) {
           store(gk + step * kLine, gradients.gk);
           store(gv + step * kLine, gradients.gv);
-          if constexpr (Gates::kExist) store(gr + step * kLine, gradients.gr);
+          if constexpr (Gates::kInputs > 0) store(gr + step * kLine, gradients.gr);
           carried.g_log_decay = carried.g_log_decay + gradients.g_log_decay;
           carried.gu = carried.gu + gradients.gu;
         }
@@ -425,10 +458,10 @@ struct Kernel {
     const Gates gates(params, item.sequence);
     const auto gy = rows_of(params.gy, item.sequence);
     const auto gk = rows_of(params.gk, item.sequence, params), gv = rows_of(params.gv, item.sequence, params);
-    const auto gr = Gates::kExist ? rows_of(params.gr, item.sequence, params) : gk;
+    const auto gr = Gates::kInputs > 0 ? rows_of(params.gr, item.sequence, params) : gk;
     const auto is_streamed = [&](void* target) { return worth_streaming(target, params.B, params.T, C); };
     const bool streams =
-        writes && is_streamed(params.gk) && is_streamed(params.gv) && (!Gates::kExist || is_streamed(params.gr));
+        writes && is_streamed(params.gk) && is_streamed(params.gv) && (Gates::kInputs == 0 || is_streamed(params.gr));
     const Real* const given = row_of(params.state, item.n, C);
     const Real* const gstate_out = row_of(params.gstate_out, item.n, C);
     const Real* const checkpoints = static_cast<const Real*>(params.checkpoints);
@@ -471,10 +504,11 @@ struct Kernel {
           State<Vec> state = starts ? first_state(given, C, c, count) : load_state(state_before, C, c, count);
           for (int begin = 0; begin < steps; begin += kSubchunk) {
             const int own_steps = at_most(kSubchunk, steps - begin);
-            state = replay_subchunk(channels, whole(k.from(t + begin, c), own_steps, count, k_copy),
-                                    whole(v.from(t + begin, c), own_steps, count, v_copy),
-                                    k.from(next_t + begin, next_line), v.from(next_t + begin, next_line), own_steps,
-                                    state, saved[i] + begin, scales[i][begin / kSubchunk]);
+            state = replay_subchunk(
+                channels, whole(k.from(t + begin, c), own_steps, count, k_copy),
+                whole(v.from(t + begin, c), own_steps, count, v_copy),
+                next_of(i, Ungated(), k.from(next_t + begin, next_line), v.from(next_t + begin, next_line)), own_steps,
+                state, saved[i] + begin, scales[i][begin / kSubchunk]);
           }
           carried[i] = {first_adjoint(ends, gstate_out, adjoint, C, c, count), Vec(Real(0)), Vec(Real(0))};
         }
@@ -487,14 +521,14 @@ struct Kernel {
             const auto own_gates = gates.from(t + begin, c).whole(own_steps, count, r_copy);
             carried[i] = reverse_subchunk<writes>(
                 channels_at(params.channels, c, count), scales[i][begin / kSubchunk], v_rows, own_gates,
-                whole(gy.from(t + begin, c), own_steps, count, gy_copy), gates.from(next_t + begin, next_line),
-                gy.from(next_t + begin, next_line), own_steps, saved[i] + begin, carried[i], gk_staged.data + first,
-                gv_staged.data + first, gr_staged.data + first);
+                whole(gy.from(t + begin, c), own_steps, count, gy_copy),
+                next_of(i, gates.from(next_t + begin, next_line), gy.from(next_t + begin, next_line)), own_steps,
+                saved[i] + begin, carried[i], gk_staged.data + first, gv_staged.data + first, gr_staged.data + first);
           }
           if constexpr (writes) {
             gk_staged.write(gk.from(t + begin, line), own_steps, width, streams);
             gv_staged.write(gv.from(t + begin, line), own_steps, width, streams);
-            if constexpr (Gates::kExist) gr_staged.write(gr.from(t + begin, line), own_steps, width, streams);
+            if constexpr (Gates::kInputs > 0) gr_staged.write(gr.from(t + begin, line), own_steps, width, streams);
           }
         }
         for (int first = 0, i = 0; first < width; first += kLanes, ++i) {

@@ -7,8 +7,8 @@
 namespace wkv::cpu {
 namespace WKV_ISA {
 
-inline constexpr Kernels kKernels = {
-    WKV_STRING(WKV_ISA), exponentiate, forward, step, backward, bi_forward, bi_backward, finish_streaming};
+inline constexpr Kernels kKernels = {WKV_STRING(WKV_ISA), exponentiate, forward,         step, backward,
+                                     bi_forward,          bi_backward,  finish_streaming};
 
 }  // namespace WKV_ISA
 }  // namespace wkv::cpu

@@ -2,9 +2,9 @@
 //
 // Where time is cut, each chunk is first summed up by itself, then the sums are joined in order, then each chunk is
 // computed from the state before it. No result depends on timing.
-#include <torch/csrc/stable/library.h>
-
 #include "op.h"
+
+#include <torch/csrc/stable/library.h>
 
 namespace wkv::cpu {
 namespace {

@@ -1,4 +1,5 @@
-// What the CPU operators have in common around their kernels: memory of a call, threads, the tables of channels, the work.
+// What the CPU operators have in common around their kernels: memory of a call, threads, the tables of channels, the
+// work.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>

@@ -182,8 +182,8 @@ Work make_packed_work(DType dtype, Boundaries boundaries, int64_t N, int64_t tot
   Work work{.plan = plan(1), .dtype = dtype, .B = 1, .T = total, .C = C};
   add_chunks(work, boundaries, N);
   const Parts parts(work.packed);
-  work.plan =
-      plan(column_width(C, cuts, [&](int64_t width) { return Shares(parts, C, width * kLeastChannels, threads).balance; }));
+  work.plan = plan(
+      column_width(C, cuts, [&](int64_t width) { return Shares(parts, C, width * kLeastChannels, threads).balance; }));
   work.shares = Shares(parts, C, work.plan.column_channels, threads).first;
   return work;
 }

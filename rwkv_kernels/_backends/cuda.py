@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import native
 from . import compiled
-from .registry import Backend, BackendUnavailable, constant
+from .registry import Backend, constant
 
 __all__ = ["BACKEND"]
 
@@ -47,20 +47,9 @@ def _why_not(k: Tensor) -> str | None:
 
 
 def _forward(
-    w: Tensor,
-    u: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor | None,
-    r: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, r: Tensor | None, cu_seqlens: None
 ) -> tuple[Tensor, Tensor]:
-    """The plain kernels: a gate is a pass of its own, and packed sequences are refused."""
-    if cu_seqlens is not None:
-        raise BackendUnavailable(
-            "wkv backend 'cuda' refused (cu_seqlens: it has no kernels of packed sequences). Available for this call: "
-            "triton, reference."
-        )
+    """The plain kernels, and the gate in a pass of its own."""
     y, state_out = compiled.forward(w, u, k, v, state)
     return (y if r is None else torch.sigmoid(r) * y), state_out
 
@@ -70,6 +59,7 @@ BACKEND = Backend(
     _forward,
     compiled.step,
     device_types=("cuda",),
+    packs=False,
     automatic=True,
     why_unavailable=why_unavailable,
     why_not=_why_not,
