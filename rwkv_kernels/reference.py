@@ -12,8 +12,8 @@ from torch import Tensor
 __all__ = ["EMPTY_MAX", "bi_wkv", "bi_wkv_direct", "empty_state", "state_dtype", "wkv", "wkv_direct"]
 
 EMPTY_MAX = -1e38
-# Of |log_decay| where it has a sign: beyond, every weight but the largest is zero whatever the keys are, and up to it the
-# multiples over any number of steps are finite.
+# Of |log_decay| where it has a sign: beyond, every weight but the largest is zero whatever the keys are, and up to it
+# the multiples over any number of steps are finite.
 LARGEST_LOG_DECAY = math.exp(64)
 
 

@@ -319,7 +319,7 @@ struct BiKernel : Kernel<dtype> {
     Vec g_log_decay, gu;
   };
 
-  // What the steps after leave to the way back: the gradients without the part of the steps before, and the sums there.
+  // A step as the way along leaves it to the way back: the gradients without the part of the steps before, and the sums there.
   struct Partial {
     Sums<Vec> before;
     Vec gk, gv;
