@@ -37,6 +37,7 @@ __all__ = ["attach", "attach_bi", "define", "refuse_onnx", "untraced"]
 Outputs = tuple[Tensor, ...]
 Differentiable = Callable[..., Any]
 Form = type[Inputs] | type[BiInputs]
+_FUNCTIONS: dict[Form, str] = {Inputs: "wkv", BiInputs: "bi_wkv"}
 
 # Of every device type that torch has autocast for.
 AUTOCAST_KEYS = [key for name, key in torch._C.DispatchKey.__members__.items() if name.startswith("Autocast")]
@@ -54,12 +55,12 @@ def refuse_onnx() -> None:
 
 
 def _refusals(function: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What raises in place of a second derivative, and of a forward-mode one."""
+    """Functions that raise in place of a second derivative, and of a forward-mode one."""
 
     def second_derivative(ctx: Any, *gradients: Tensor | None) -> Any:
         raise NotImplementedError(
-            f"{function} has no second derivative in its compiled backends; backend='reference' is differentiable to any "
-            "order"
+            f"{function} has no second derivative in its compiled backends; backend='reference' is differentiable to "
+            "any order"
         )
 
     def forward_mode(ctx: Any, *tangents: Tensor | None) -> Any:
@@ -93,7 +94,7 @@ def untraced() -> bool:
 
 def _define_functions(forward: OpOverload, backward: OpOverload, form: Form) -> tuple[Any, Any, Any]:
     """The derivative of backward, which raises; of forward; and of forward in calls that nothing traces."""
-    refuse_second_derivative, refuse_forward_mode = _refusals(form.function)
+    refuse_second_derivative, refuse_forward_mode = _refusals(_FUNCTIONS[form])
 
     class Backward(torch.autograd.Function):
         generate_vmap_rule = True
@@ -188,10 +189,8 @@ def attach(
     step, if any.
     """
     ops = getattr(torch.ops, library.ns)
-    plain, mixing = (
-        _attach_pair(library, getattr(ops, forward).default, getattr(ops, backward).default, checkpoint_interval, Inputs)
-        for forward, backward in _pairs(name)
-    )
+    pairs = ((getattr(ops, forward).default, getattr(ops, backward).default) for forward, backward in _pairs(name))
+    plain, mixing = (_attach_pair(library, *pair, checkpoint_interval, Inputs) for pair in pairs)
     step: OpOverload | None = getattr(ops, f"{name}_step").default if hasattr(ops, f"{name}_step") else None
     if step is not None:
         torch.library.register_fake(step._schema.name, _fake_step, lib=library)

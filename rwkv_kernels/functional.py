@@ -119,13 +119,13 @@ def bi_wkv(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The bidirectional WKV operator of Vision-RWKV: for each channel, a softmax-weighted mean of the values of all steps.
+    """The bidirectional WKV operator of Vision-RWKV: for each channel, a softmax-weighted mean of all steps' values.
 
     y_t = (Σ_{s≠t} e^{(|t-s|-1)·log_decay + k_s} v_s + e^{u+k_t} v_t) / (the same sum without v).
 
     Args:
-        log_decay: [C], any floating dtype, the log-decay per step itself and not the raw decay of `wkv`, of either sign:
-            where it is positive, weights grow with the distance. It counts as ±e^64 beyond.
+        log_decay: [C], any floating dtype: the log-decay per step itself, and not the raw decay of `wkv`, of either
+            sign. Where it is positive, weights grow with the distance. It counts as ±e^64 beyond.
         u: [C], any floating dtype: the bonus of the present token, a logit.
         k, v: [B, T, C], float32, float16, bfloat16 or float64, both the same: keys (logits) and values. Under
             autocast they may differ, and the wider dtype is used.
@@ -135,7 +135,7 @@ def bi_wkv(
         backend: "auto", or a name from `backends()`.
 
     Returns:
-        y [B, T, C] in k's dtype, with r sigmoid(r)·y. All sums are accumulated in float32, or float64 for float64 inputs.
+        y [B, T, C] in k's dtype, with r sigmoid(r)·y. All sums are float32, or float64 for float64 inputs.
 
     The logits are known to the rounding of their size, |k| + |u| + T·|log_decay|, and the results accordingly; nothing
     overflows. Sequences may lie in memory with any strides of B and T; channels that are not contiguous are copied.

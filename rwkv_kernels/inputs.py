@@ -55,8 +55,6 @@ class Inputs(NamedTuple):
     The plain operators take the first five, the mixing ones all.
     """
 
-    function = "wkv"
-
     w: Tensor  # [C], the raw decay
     u: Tensor  # [C]
     k: Tensor  # [B, T, C]
@@ -88,8 +86,6 @@ class Inputs(NamedTuple):
 
 class BiInputs(NamedTuple):
     """The tensors of a call of bi_wkv, as Inputs has those of wkv."""
-
-    function = "bi_wkv"
 
     log_decay: Tensor  # [C], of either sign
     u: Tensor  # [C]

@@ -12,8 +12,8 @@ from torch import Tensor
 __all__ = ["EMPTY_MAX", "bi_wkv", "bi_wkv_direct", "empty_state", "state_dtype", "wkv", "wkv_direct"]
 
 EMPTY_MAX = -1e38
-# Of |log_decay| where it has a sign: beyond, every weight but the largest is zero whatever the keys are, and up to it the
-# multiples over any number of steps are finite.
+# Of |log_decay| where it has a sign: beyond, every weight but the largest is zero whatever the keys are, and up to it
+# the multiples over any number of steps are finite.
 LARGEST_LOG_DECAY = math.exp(64)
 
 
@@ -138,7 +138,7 @@ def bi_wkv(
     """
     dtype = state_dtype(k.dtype)
     if k.shape[1] == 0:
-        return torch.zeros_like(k)
+        return k.clone()  # no element, but a place in the graph
     log_decay, u, keys, values = _bounded(log_decay.to(dtype)), u.to(dtype), k.to(dtype), v.to(dtype)
     first = last = None
     if cu_seqlens is not None:
@@ -156,7 +156,9 @@ def bi_wkv(
 
 
 def _bounded(log_decay: Tensor) -> Tensor:
-    return log_decay.clamp(-LARGEST_LOG_DECAY, LARGEST_LOG_DECAY)
+    """Not by clamp, whose gradient at NaN is zero."""
+    bound = LARGEST_LOG_DECAY
+    return log_decay.masked_fill(log_decay > bound, bound).masked_fill(log_decay < -bound, -bound)
 
 
 def _states_before(log_decay: Tensor, keys: Tensor, values: Tensor, starts: Tensor | None) -> list[Tensor]:

@@ -20,6 +20,28 @@ WKV_HD Real bounded_log_decay(Real log_decay) {
   return select(log_decay > bound, bound, select(log_decay < -bound, -bound, log_decay));
 }
 
+// A step's loss of the maximum by rounding at most, so that 64 steps move a denominator by a factor of e^8.
+inline constexpr double kLargestLoss = 0.125;
+
+// The same state in a scale that leaves its sums near 1, and the factor from the given sums to these. A maximum that
+// has grown by rounded steps, or sums of many steps without decay, would leave the range of sums in the end.
+template <class Real>
+struct Settled {
+  State<Real> state;
+  Real factor;
+};
+template <class Real>
+WKV_HD Settled<Real> settled(State<Real> given) {
+  constexpr double kFar = 65536, kLogOfFar = 11.090354888959125;
+  const Real den = given.sums.den;
+  const Real below = select(Real(0) < den, Real(-kLogOfFar), Real(0));  // an empty state stays
+  const Real max = given.max + select(Real(kFar) < den, Real(kLogOfFar), select(den < Real(1 / kFar), below, Real(0)));
+  const Real change = given.max - max;
+  const Real lesser = exp_nonpositive(-abs(change));
+  const Real factor = select(Real(0) < change, Real(1) / lesser, lesser);
+  return {{{given.sums.num * factor, given.sums.den * factor}, max}, factor};
+}
+
 // Of a read: the weights of the sums on either side, and of the step.
 template <class Real>
 struct SideWeights {
@@ -53,12 +75,13 @@ struct RunningSides {
   WKV_HD Real at(Real max, Real) const { return max; }
   WKV_HD Real other_at(Real, Real max) const { return max; }
   // Relative to the maximum as it is rounded: where weights grow with the distance it grows with every step, and what
-  // is lost each time would add up. One more exponential than `weigh` takes. Where a rounding is more than 1, the
-  // logits say nothing any more, and the past that is the larger one stays about as it is.
+  // is lost each time would add up. One more exponential than `weigh` takes. The sums follow what is lost until
+  // `settled` moves it back to the maximum, which a maximum whose roundings are large cannot take: there it is ignored.
   WKV_HD Weights<Real> advance(Real at, Real logit) const {
-    const Real next = next_max(at, logit);
-    const Real past = smaller(Real(1), at - next + scale.channel.log_decay);
-    return {exp_nonpositive(select(logit < next, larger(Real(-1), past), past)), exp_nonpositive(logit - next)};
+    const Real next = next_max(at, logit), past = at - next + scale.channel.log_decay;
+    const Real held = select(logit < next, Real(0), smaller(past, Real(0)));
+    const auto is_fine = abs(next) < abs(next) + Real(kLargestLoss);
+    return {exp_nonpositive(select(is_fine, past, held)), exp_nonpositive(logit - next)};
   }
   WKV_HD SideWeights<Real> read(Real at_before, Real at_after, Real logit) const {
     const Weights<Real> sides = weigh(at_before, at_after);

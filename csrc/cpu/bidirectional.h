@@ -251,7 +251,7 @@ struct BiKernel : Kernel<dtype> {
         for (int64_t c = line, i = 0; c < std::min(line + kLine, item.c_end); c += kLanes, ++i) {
           const int count = Base::at_most(kLanes, item.c_end - c);
           const auto channels = Base::channels_at(params.channels, c, count);
-          State<Vec> state = Base::load_state(table.after(t), C, c, count);
+          State<Vec> state = settled(Base::load_state(table.after(t), C, c, count)).state;
           for (int begin = (steps - 1) / kSubchunk * kSubchunk; begin >= 0; begin -= kSubchunk) {
             const int own_steps = Base::at_most(kSubchunk, steps - begin);
             state = sum_up_subchunk(
@@ -300,9 +300,9 @@ struct BiKernel : Kernel<dtype> {
           const int count = Base::at_most(kLanes, item.c_end - c);
           const auto channels = Base::channels_at(params.channels, c, count);
           const auto interval = buffers.interval(k.from(t, c), v.from(t, c), gates.from(t, c), steps, count);
-          const State<Vec> before = Base::load_state(table.before(t), C, c, count);
-          replay_after(channels, interval, before.max, Base::load_state(table.after(t), C, c, count), next, sides,
-                       saved);
+          const State<Vec> before = settled(Base::load_state(table.before(t), C, c, count)).state;
+          const State<Vec> after = settled(Base::load_state(table.after(t), C, c, count)).state;
+          replay_after(channels, interval, before.max, after, next, sides, saved);
           const State<Vec> moved = read_interval(channels, interval, before, sides, saved, y_staged.rows(first));
           if (t + steps < T) Base::store_state(table.before(t + steps), C, c, count, moved);
         }
@@ -319,7 +319,8 @@ struct BiKernel : Kernel<dtype> {
     Vec g_log_decay, gu;
   };
 
-  // What the steps after leave to the way back: the gradients without the part of the steps before, and the sums there.
+  // A step as the way along leaves it to the way back: the gradients without the part of the steps before, and the sums
+  // there.
   struct Partial {
     Sums<Vec> before;
     Vec gk, gv;
@@ -455,16 +456,17 @@ struct BiKernel : Kernel<dtype> {
           const int count = Base::at_most(kLanes, item.c_end - c);
           const auto channels = Base::channels_at(params.channels, c, count);
           const auto interval = buffers.interval(k.from(t, c), v.from(t, c), gates.from(t, c), kInterval, count);
-          const State<Vec> before = Base::load_state(table.before(t), C, c, count);
-          replay_after(channels, interval, before.max, Base::load_state(table.after(t), C, c, count),
+          const auto before = settled(Base::load_state(table.before(t), C, c, count));
+          const auto after = settled(Base::load_state(table.after(t), C, c, count));
+          replay_after(channels, interval, before.state.max, after.state,
                        Base::next_of(i, Ungated(), k.from(next_t, next_line), v.from(next_t, next_line)), sides, saved);
           Carried carried = nothing;
           if (t > 0) carried.adjoint = load_adjoint(t, c, count);
           carried = adjoints_after<false>(channels, interval, Base::whole(gy.from(t, c), kInterval, count, buffers.gy),
-                                          before, carried,
+                                          before.state, carried,
                                           Base::next_of(i, gates.from(next_t, next_line), gy.from(next_t, next_line)),
                                           sides, saved, partial, Rows<Element>{});
-          store_adjoint(t + kInterval, c, count, carried.adjoint);
+          store_adjoint(t + kInterval, c, count, scaled(carried.adjoint, after.factor));
         }
       }
     }
@@ -481,19 +483,20 @@ struct BiKernel : Kernel<dtype> {
           const int count = Base::at_most(kLanes, item.c_end - c);
           const auto channels = Base::channels_at(params.channels, c, count);
           const auto interval = buffers.interval(k.from(t, c), v.from(t, c), gates.from(t, c), steps, count);
-          const State<Vec> before = Base::load_state(table.before(t), C, c, count);
-          replay_after(channels, interval, before.max, Base::load_state(table.after(t), C, c, count),
+          const auto before = settled(Base::load_state(table.before(t), C, c, count));
+          const auto after = settled(Base::load_state(table.after(t), C, c, count));
+          replay_after(channels, interval, before.state.max, after.state,
                        Base::next_of(i, Ungated(), k.from(next_t, next_line), v.from(next_t, next_line)), sides, saved);
           Carried carried = nothing;
           if (t > 0) carried.adjoint = load_adjoint(t, c, count);
-          carried =
-              adjoints_after<true>(channels, interval, Base::whole(gy.from(t, c), steps, count, buffers.gy), before,
-                                   carried, Base::next_of(i, gates.from(next_t, next_line), gy.from(next_t, next_line)),
-                                   sides, saved, partial, gr_staged.rows(first));
+          carried = adjoints_after<true>(channels, interval, Base::whole(gy.from(t, c), steps, count, buffers.gy),
+                                         before.state, carried,
+                                         Base::next_of(i, gates.from(next_t, next_line), gy.from(next_t, next_line)),
+                                         sides, saved, partial, gr_staged.rows(first));
           carried.adjoint = t < last_t ? load_adjoint(t + kInterval, c, count) : nothing.adjoint;
           carried = adjoints_before(channels, interval, carried, sides, saved, partial, gk_staged.rows(first),
                                     gv_staged.rows(first));
-          store_adjoint(t, c, count, carried.adjoint);
+          store_adjoint(t, c, count, scaled(carried.adjoint, before.factor));
           Base::add_to(partials + c, carried.g_log_decay, count);
           Base::add_to(partials + C + c, carried.gu, count);
         }

@@ -1,4 +1,4 @@
-// What the CPU operators have in common around their kernels: memory of a call, threads, the tables of channels, the
+// The common part of the CPU operators around their kernels: memory of a call, threads, the tables of channels, the
 // work.
 #pragma once
 

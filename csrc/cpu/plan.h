@@ -71,7 +71,7 @@ struct Work {
   }
 };
 
-// What an operation allows.
+// The cuts that an operation allows.
 struct Cuts {
   bool time = true;                 // whether chunks may be parts of sequences
   int64_t widest_column = 1 << 30;  // channels

@@ -174,7 +174,7 @@ def select(name: str, k: Tensor, packed: bool = False, function: str = "wkv") ->
     for candidate in candidates:
         if _can(backend := BACKENDS[candidate], k, packed, function):
             return backend
-    reasons = "; ".join(f"{candidate}: {_why_not(BACKENDS[candidate], k, packed, function)}" for candidate in candidates)
+    reasons = "; ".join(f"{each}: {_why_not(BACKENDS[each], k, packed, function)}" for each in candidates)
     can = [backend.name for backend in BACKENDS.values() if _can(backend, k, packed, function)]
     raise BackendUnavailable(
         f"{function} backend {name!r} refused ({reasons}). Available for this call: {', '.join(can)}."
