@@ -7,8 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from bi_problems import EITHER_SIGN, LONG_PROBLEMS, PROBLEMS, assert_solves, direct, make, solve, solve_by
-from problems import Problem, assert_tensor_close, widest_dtype
+from bi_problems import (
+    EITHER_SIGN,
+    LONG_PROBLEMS,
+    PROBLEMS,
+    assert_solves,
+    direct,
+    largest_logit,
+    make,
+    solve,
+    solve_by,
+)
+from problems import Problem, assert_tensor_close, tolerance, widest_dtype
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -30,6 +40,22 @@ def test_outputs_and_gradients_equal_the_sum(name: str, dtype: torch.dtype, bi_b
 @pytest.mark.parametrize("name", LONG_PROBLEMS)
 def test_long_sequences_equal_the_recurrence(name: str, dtype: torch.dtype, compiled_bi_backend: str) -> None:
     assert_solves(make(LONG_PROBLEMS[name], dtype), compiled_bi_backend, reference.bi_wkv)
+
+
+def test_sums_that_outgrow_their_scale_move_it_and_their_gradients(compiled_bi_backend: str) -> None:
+    """Without decay the sums grow with the steps; the exact result needs no distances, and so no pairs."""
+    tensors = make(Problem(B=1, T=150_000, C=16, log_decay=0.0))
+    found = solve_by(tensors, compiled_bi_backend)
+
+    def exact(log_decay: Tensor, u: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        a, ahead = k.exp(), u.expm1()
+        return ((a * v).sum(1) + ahead * a * v) / (a.sum(1) + ahead * a)
+
+    on_cpu = tensors.changed(Tensor.cpu)
+    allowed = tolerance(torch.float32, tensors.steps, largest_logit(on_cpu))
+    expected = solve(on_cpu.exact(), exact)
+    for name in ("y", "gk", "gv", "gu"):
+        assert_tensor_close(name, found[name].cpu(), expected[name], allowed)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

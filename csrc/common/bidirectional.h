@@ -105,7 +105,7 @@ template <class Real>
 WKV_HD LogitRange<Real> join_ranges(Channel<Real> channel, LogitRange<Real> before, LogitRange<Real> after) {
   // A state that is read may be lower than the one after the step where weights grow with the distance.
   const Real growth = larger(channel.log_decay, Real(0));
-  return {larger(before.highest, after.highest), before.running, smaller(before.lowest, after.lowest) - growth};
+  return {larger(before.top(), after.top()), before.running, smaller(before.lowest, after.lowest) - growth};
 }
 
 // ---- a read ----

@@ -282,7 +282,7 @@ struct BiKernel : Kernel<dtype> {
     const auto k = Base::rows_of(params.k, item.sequence), v = Base::rows_of(params.v, item.sequence);
     const Gates gates(params, item.sequence);
     const auto y = Base::rows_of(params.y, item.sequence, params);
-    const bool streams = Base::worth_streaming(params.y, params.B, params.T, C);
+    const bool streams = Base::streams_sequence(params.y, params);
     Buffers<Gates> buffers;
     SubchunkSides sides[kSubchunks];
     SavedStep<Vec> saved[kInterval];
@@ -437,7 +437,7 @@ struct BiKernel : Kernel<dtype> {
     const auto gk = Base::rows_of(params.gk, item.sequence, params);
     const auto gv = Base::rows_of(params.gv, item.sequence, params);
     const auto gr = Gates::kInputs > 0 ? Base::rows_of(params.gr, item.sequence, params) : gk;
-    const auto is_streamed = [&](void* target) { return Base::worth_streaming(target, params.B, params.T, C); };
+    const auto is_streamed = [&](void* target) { return Base::streams_sequence(target, params); };
     const bool streams =
         is_streamed(params.gk) && is_streamed(params.gv) && (Gates::kInputs == 0 || is_streamed(params.gr));
     Buffers<Gates> buffers;

@@ -17,10 +17,11 @@ struct Channels {
   const void* bonus;  // exp(u)
 };
 
-// The parameters that every operation has. N sequences: B, or those that are packed into B = 1.
+// The parameters that every operation has.
 struct Params {
   DType dtype;
   int64_t B, T, C;
+  int64_t N;      // sequences: B, or those that are packed into B = 1
   Sequence k, v;  // element [B, T, C]; T is 1 in a step
   Sequence r;     // likewise, or null where nothing gates y
   Channels channels;

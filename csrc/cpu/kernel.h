@@ -72,6 +72,13 @@ struct Kernel {
     store_some(state + 2 * C + c, value.max, count);
   }
 
+  // A line of the next sequence's state, which a short sequence would have to wait for.
+  static WKV_INLINE void prefetch_state(const Real* state, int64_t C) {
+    for (int64_t row = 0; row < 3 * C; row += C) {
+      for (int i = 0; i < kLine; i += kLineBytes / sizeof(Real)) __builtin_prefetch(state + row + i, 0, 2);
+    }
+  }
+
   // The state before all steps.
   static WKV_INLINE State<Vec> first_state(const Real* given, int64_t C, int64_t c, int count) {
     return given == nullptr ? empty_state<Vec>() : normal_form(load_state(given, C, c, count));
@@ -168,11 +175,44 @@ struct Kernel {
 
   using Staged = StagedSteps<kSubchunk>;
 
-  // Streaming pays once the result would not stay in the caches anyway, whose last level holds some megabytes a core.
-  static bool worth_streaming(const void* target, int64_t B, int64_t T, int64_t C) {
+  // A line of final states, likewise.
+  struct StagedState {
+    alignas(kLineBytes) Real data[3 * kLine];
+
+    WKV_INLINE void set(int first, State<Vec> state) {
+      store(data + first, state.sums.num);
+      store(data + kLine + first, state.sums.den);
+      store(data + 2 * kLine + first, state.max);
+    }
+    WKV_INLINE void write(Real* target, int64_t C, int count, bool streams) const {
+      constexpr int kReals = kLineBytes / sizeof(Real);
+      for (int row = 0; row < 3; ++row) {
+        Real* const to = target + row * C;
+        const Real* const from = data + row * kLine;
+        if (count < kLine) {
+          std::memcpy(to, from, count * sizeof(Real));
+        } else if (streams) {
+          for (int i = 0; i < kLine; i += kReals) stream_line(to + i, from + i);
+        } else {
+          std::memcpy(to, from, kLine * sizeof(Real));
+        }
+      }
+    }
+  };
+
+  // Of rows of C values, `count` in all. Streaming pays once they would not stay in the caches anyway, whose last level
+  // holds some megabytes a core.
+  template <class Value>
+  static bool worth_streaming(const Value* target, int64_t count, int64_t C) {
     constexpr int64_t kLeastBytes = 8 << 20;
-    return B * T * C * int64_t(sizeof(Element)) >= kLeastBytes && C % kLine == 0 &&
+    return count * int64_t(sizeof(Value)) >= kLeastBytes && C % (kLineBytes / sizeof(Value)) == 0 &&
            reinterpret_cast<uintptr_t>(target) % kLineBytes == 0;
+  }
+  static bool streams_sequence(void* target, const Params& params) {
+    return worth_streaming(static_cast<Element*>(target), params.B * params.T * params.C, params.C);
+  }
+  static bool streams_states(void* target, const Params& params) {
+    return worth_streaming(static_cast<Real*>(target), params.N * 3 * params.C, params.C);
   }
 
   // ---- the scale of a subchunk ----
@@ -239,7 +279,13 @@ struct Kernel {
     constexpr int kInputs = 1 + sizeof...(Others) + Gates::kInputs;
     const Rows<const Element> inputs[] = {first, others..., gates.rows_or(first)};
     Next<kInputs> next;
-    for (int j = 0; j < next.kStreams; ++j) next.streams[j] = inputs[at_most(kInputs - 1, j * next.kVectors + i)];
+    for (int j = 0; j < next.kStreams; ++j) {
+      Rows<const Element>& stream = next.streams[j] = inputs[0];
+      for (int input = 1; input < kInputs; ++input) {
+        // No array is indexed by a variable, which would have to be in memory.
+        if (input <= j * next.kVectors + (next.kVectors > 1 ? i : 0)) stream = inputs[input];
+      }
+    }
     return next;
   }
 
@@ -253,6 +299,8 @@ struct Kernel {
                                                 int steps, State<Vec> state) {
     Keys widened;
     const auto keys = widened.widen(k, steps);
+    const typename Gates::Computed computed(gates, steps);
+    const auto* const gate = &computed;
     SubchunkScale unused;
     return in_scale(channels, keys, steps, state, unused, [=](const auto& scale, State<Vec> state) WKV_INLINE_LAMBDA {
       // The exponentials come first: they are independent, the sums are not.
@@ -269,7 +317,7 @@ struct Kernel {
         const Vec vt = load(v.row(step));
         const auto weights = scale.weights(load(ats + step * kLanes));
         if constexpr (output != Output::none) {
-          const Vec yt = read(state.sums, weights.read, vt, gates.at(step));
+          const Vec yt = read(state.sums, weights.read, vt, gate->at(step));
           if constexpr (output == Output::streamed) {
             stream_line(y.row(step), &yt);
           } else {
@@ -282,19 +330,33 @@ struct Kernel {
     });
   }
 
+  // A step that has nothing to share an exponent with.
+  template <bool writes, class Gates>
+  static WKV_INLINE State<Vec> forward_step(const VectorChannels& channels, const Element* k, const Element* v,
+                                            Gates gates, Element* y, State<Vec> state) {
+    const auto scale = running_scale(channels);
+    const Vec kt = scale.logit(load(k)), vt = load(v);
+    const auto weights = scale.weights(scale.at(state.max, kt));
+    if constexpr (writes) store(y, read(state.sums, weights.read, vt, gates.at(0)));
+    return advance(scale, state, weights.advance, kt, vt);
+  }
+
   template <bool writes, class Gates>
   static void forward(const ForwardParams& params, const WorkItem& item) {
     const int64_t T = item.sequence.steps, C = params.C;
     const auto k = rows_of(params.k, item.sequence), v = rows_of(params.v, item.sequence);
     const Gates gates(params, item.sequence);
     const auto y = rows_of(params.y, item.sequence, params);
-    const bool streams = writes && worth_streaming(params.y, params.B, params.T, C);
+    const bool streams = writes && streams_sequence(params.y, params);
+    const bool streams_state = streams_states(params.state_out, params);
+    const bool streams_checkpoint = streams_states(params.checkpoints, params);
     const Real* const given = row_of(params.state, item.n, C);
     Real* const state_out = static_cast<Real*>(params.state_out) + item.n * 3 * C;
     Real* const state = item.is_cut() ? static_cast<Real*>(params.states) + item.row * 3 * C : state_out;
     Real* const checkpoints = writes ? static_cast<Real*>(params.checkpoints) : nullptr;
     alignas(kLineBytes) Element k_copy[kSubchunk * kLanes], v_copy[kSubchunk * kLanes], r_copy[kSubchunk * kLanes];
     Staged y_staged;
+    StagedState state_staged;
     for (int64_t t = item.t_begin; t < item.t_end; t += kSubchunk) {
       const int steps = at_most(kSubchunk, item.t_end - t);
       const bool starts = t == 0 && !item.is_cut(), ends = writes && t + steps == T;
@@ -303,12 +365,13 @@ struct Kernel {
       };
       Real* const checkpoint = checkpoints != nullptr && t > 0 && t % kInterval == 0 ? checkpoint_after(t) : nullptr;
       Real* const last_checkpoint = checkpoints != nullptr && ends ? checkpoint_after(T) : nullptr;
-      Real* const after = ends ? state_out : state;
+      const Real* const next_given = starts && given != nullptr ? given + 3 * C : nullptr;
       for (int64_t line = item.c_begin; line < item.c_end; line += kLine) {
         const int width = at_most(kLine, item.c_end - line);
         // A vector that is a whole line goes to memory without being staged.
-        const bool stages = kLanes < kLine || width < kLine;
+        const bool stages = kLanes < kLine || width < kLine || steps == 1;
         const int64_t next_t = t + kSubchunk;
+        if (next_given != nullptr) prefetch_state(next_given + line, C);
         for (int first = 0; first < width; first += kLanes) {
           const int64_t c = line + first;
           const int count = at_most(kLanes, item.c_end - c);
@@ -320,7 +383,11 @@ struct Kernel {
           const auto k_rows = whole(k.from(t, c), steps, count, k_copy);
           const auto v_rows = whole(v.from(t, c), steps, count, v_copy);
           const auto own_gates = gates.from(t, c).whole(steps, count, r_copy);
-          if constexpr (!writes) {
+          if (steps == 1) {
+            next.prefetch(0);
+            carried = forward_step<writes>(channels, k_rows.row(0), v_rows.row(0), own_gates,
+                                           y_staged.rows(first).row(0), carried);
+          } else if constexpr (!writes) {
             carried = forward_subchunk<Output::none>(channels, k_rows, v_rows, own_gates, next, y, steps, carried);
           } else if (streams && !stages) {
             carried = forward_subchunk<Output::streamed>(channels, k_rows, v_rows, own_gates, next, y.from(t, c), steps,
@@ -330,8 +397,15 @@ struct Kernel {
             carried =
                 forward_subchunk<Output::stored>(channels, k_rows, v_rows, own_gates, next, y_rows, steps, carried);
           }
-          store_state(after, C, c, count, carried);
-          if (last_checkpoint != nullptr) store_state(last_checkpoint, C, c, count, carried);
+          if (ends) {
+            state_staged.set(first, carried);
+          } else {
+            store_state(state, C, c, count, carried);
+          }
+        }
+        if (ends) {
+          state_staged.write(state_out + line, C, width, streams_state);
+          if (checkpoints != nullptr) state_staged.write(last_checkpoint + line, C, width, streams_checkpoint);
         }
         if (writes && stages) y_staged.write(y.from(t, line), steps, width, streams);
       }
@@ -441,14 +515,32 @@ struct Kernel {
   static WKV_INLINE void add_to(double* totals, Vec values, int count) {
     Real lanes[kLanes];
     store(lanes, values);
-    for (int lane = 0; lane < count; ++lane) totals[lane] += lanes[lane];
+    if (__builtin_expect(count == kLanes, 1)) {
+      for (int lane = 0; lane < kLanes; ++lane) totals[lane] += lanes[lane];
+    } else {
+      for (int lane = 0; lane < count; ++lane) totals[lane] += lanes[lane];
+    }
   }
 
   // The gradient of the first state: for consumers that respect the gauge, that of max follows from the others.
-  static WKV_INLINE void store_gradient(Real* gstate, int64_t C, int64_t c, int count, State<Vec> state,
-                                        Sums<Vec> adjoint) {
-    const Vec of_max = rounded(state.sums.num * adjoint.num) + rounded(state.sums.den * adjoint.den);
-    store_state(gstate, C, c, count, {adjoint, of_max});
+  static WKV_INLINE State<Vec> state_gradient(State<Vec> state, Sums<Vec> adjoint) {
+    return {adjoint, rounded(state.sums.num * adjoint.num) + rounded(state.sums.den * adjoint.den)};
+  }
+
+  // A step that has nothing to share an exponent with.
+  template <bool writes, class Gates>
+  static WKV_INLINE Reversed backward_step(const VectorChannels& channels, State<Vec> state, const Element* k,
+                                           const Element* v, Gates gates, const Element* gy, Sums<Vec> adjoint,
+                                           Element* gk, Element* gv, Element* gr) {
+    const auto scale = running_scale(channels);
+    const SavedStep<Vec> before{state.sums, scale.at(state.max, scale.logit(load(k)))};
+    const auto gradients = step_adjoint(scale, before, load(v), load(gy), adjoint, gates.at(0));
+    if constexpr (writes) {
+      store(gk, gradients.gk);
+      store(gv, gradients.gv);
+      if constexpr (Gates::kInputs > 0) store(gr, gradients.gr);
+    }
+    return {adjoint, gradients.g_log_decay, gradients.gu};
   }
 
   template <bool writes, class Gates>
@@ -459,9 +551,10 @@ struct Kernel {
     const auto gy = rows_of(params.gy, item.sequence);
     const auto gk = rows_of(params.gk, item.sequence, params), gv = rows_of(params.gv, item.sequence, params);
     const auto gr = Gates::kInputs > 0 ? rows_of(params.gr, item.sequence, params) : gk;
-    const auto is_streamed = [&](void* target) { return worth_streaming(target, params.B, params.T, C); };
+    const auto is_streamed = [&](void* target) { return streams_sequence(target, params); };
     const bool streams =
         writes && is_streamed(params.gk) && is_streamed(params.gv) && (Gates::kInputs == 0 || is_streamed(params.gr));
+    const bool streams_state = streams_states(params.gstate, params);
     const Real* const given = row_of(params.state, item.n, C);
     const Real* const gstate_out = row_of(params.gstate_out, item.n, C);
     const Real* const checkpoints = static_cast<const Real*>(params.checkpoints);
@@ -481,6 +574,7 @@ struct Kernel {
     }
     // Whole lines too: written step by step among the reads, they are slower where rows evict one another.
     Staged gk_staged, gv_staged, gr_staged;
+    StagedState gstate_staged;
     alignas(kLineBytes) Element k_copy[kSubchunk * kLanes], v_copy[kSubchunk * kLanes], r_copy[kSubchunk * kLanes],
         gy_copy[kSubchunk * kLanes];
     SavedStep<Vec> saved[kLine / kLanes][kInterval];
@@ -497,11 +591,30 @@ struct Kernel {
         const bool last = line + kLine >= item.c_end;
         const int64_t next_t = last ? t - steps : t;
         const int64_t next_line = last ? item.c_begin : line + kLine;
+        const auto write = [&](int64_t t, int steps) {
+          gk_staged.write(gk.from(t, line), steps, width, streams);
+          gv_staged.write(gv.from(t, line), steps, width, streams);
+          if constexpr (Gates::kInputs > 0) gr_staged.write(gr.from(t, line), steps, width, streams);
+        };
+        if (starts && given != nullptr) prefetch_state(given - 3 * C + line, C);
+        if (starts && gstate_out != nullptr) prefetch_state(gstate_out - 3 * C + line, C);
         for (int first = 0, i = 0; first < width; first += kLanes, ++i) {
           const int64_t c = line + first;
           const int count = at_most(kLanes, item.c_end - c);
           const auto channels = channels_at(params.channels, c, count);
           State<Vec> state = starts ? first_state(given, C, c, count) : load_state(state_before, C, c, count);
+          carried[i] = {first_adjoint(ends, gstate_out, adjoint, C, c, count), Vec(Real(0)), Vec(Real(0))};
+          if (steps == 1) {
+            next_of(i, gates.from(next_t, next_line), k.from(next_t, next_line), v.from(next_t, next_line),
+                    gy.from(next_t, next_line))
+                .prefetch(0);
+            carried[i] = backward_step<writes>(channels, state, whole(k.from(t, c), 1, count, k_copy).row(0),
+                                               whole(v.from(t, c), 1, count, v_copy).row(0),
+                                               gates.from(t, c).whole(1, count, r_copy),
+                                               whole(gy.from(t, c), 1, count, gy_copy).row(0), carried[i].adjoint,
+                                               gk_staged.data + first, gv_staged.data + first, gr_staged.data + first);
+            continue;
+          }
           for (int begin = 0; begin < steps; begin += kSubchunk) {
             const int own_steps = at_most(kSubchunk, steps - begin);
             state = replay_subchunk(
@@ -510,9 +623,10 @@ struct Kernel {
                 next_of(i, Ungated(), k.from(next_t + begin, next_line), v.from(next_t + begin, next_line)), own_steps,
                 state, saved[i] + begin, scales[i][begin / kSubchunk]);
           }
-          carried[i] = {first_adjoint(ends, gstate_out, adjoint, C, c, count), Vec(Real(0)), Vec(Real(0))};
         }
-        for (int begin = (steps - 1) / kSubchunk * kSubchunk; begin >= 0; begin -= kSubchunk) {
+        if (writes && steps == 1) write(t, 1);
+        const int last_begin = steps == 1 ? -1 : (steps - 1) / kSubchunk * kSubchunk;
+        for (int begin = last_begin; begin >= 0; begin -= kSubchunk) {
           const int own_steps = at_most(kSubchunk, steps - begin);
           for (int first = 0, i = 0; first < width; first += kLanes, ++i) {
             const int64_t c = line + first;
@@ -525,17 +639,13 @@ struct Kernel {
                 next_of(i, gates.from(next_t + begin, next_line), gy.from(next_t + begin, next_line)), own_steps,
                 saved[i] + begin, carried[i], gk_staged.data + first, gv_staged.data + first, gr_staged.data + first);
           }
-          if constexpr (writes) {
-            gk_staged.write(gk.from(t + begin, line), own_steps, width, streams);
-            gv_staged.write(gv.from(t + begin, line), own_steps, width, streams);
-            if constexpr (Gates::kInputs > 0) gr_staged.write(gr.from(t + begin, line), own_steps, width, streams);
-          }
+          if constexpr (writes) write(t + begin, own_steps);
         }
         for (int first = 0, i = 0; first < width; first += kLanes, ++i) {
           const int64_t c = line + first;
           const int count = at_most(kLanes, item.c_end - c);
           if (starts) {
-            store_gradient(gstate, C, c, count, first_state(given, C, c, count), carried[i].adjoint);
+            gstate_staged.set(first, state_gradient(first_state(given, C, c, count), carried[i].adjoint));
           } else {
             store_some(adjoint + c, carried[i].adjoint.num, count);
             store_some(adjoint + C + c, carried[i].adjoint.den, count);
@@ -545,6 +655,7 @@ struct Kernel {
             add_to(partials + C + c, carried[i].gu, count);
           }
         }
+        if (starts) gstate_staged.write(gstate + line, C, width, streams_state);
       }
     }
   }

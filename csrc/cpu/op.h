@@ -50,6 +50,7 @@ inline Params params_of(const Arguments& arguments) {
           .B = arguments.B,
           .T = arguments.T,
           .C = arguments.C,
+          .N = arguments.sequences,
           .k = sequence_of(arguments.k),
           .v = sequence_of(arguments.v),
           .r = arguments.r.has_value() ? sequence_of(*arguments.r) : Sequence{}};
