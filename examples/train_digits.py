@@ -3,7 +3,9 @@
     pip install '.[digits]'; python examples/train_digits.py [--epochs 25]
 
 Every pixel of an image of 8 by 8 is a token. The same model is trained with attention in place of the bidirectional
-operator, and scikit-learn's logistic regression on the same split; the accuracies are of images that none has seen.
+operator, and scikit-learn's logistic regression on the same images. The learning rate of each block is the better one
+on a validation part, and the accuracies are of a test part. Width, batch and the higher rate were first chosen with an
+eye on these test images: a lead over attention is no finding.
 """
 
 import argparse
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 from rwkv_kernels import bi_wkv
 
 SIDE, CHANNELS, CLASSES = 8, 32, 10
-EPOCHS, BATCH, LEARNING_RATE = 25, 16, 1e-2
+EPOCHS, BATCH = 25, 16
+LEARNING_RATES = 3e-3, 1e-2
 
 
 def quad_shift(x: Tensor) -> Tensor:
@@ -109,17 +112,23 @@ class Classifier(nn.Module):
         return logits
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None:
-    """AdamW, the learning rate one cycle."""
+def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, learning_rate: float) -> None:
+    """AdamW, one cycle up to the learning rate and down again."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     steps = epochs * -(-len(images) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     for _ in range(epochs):
         for batch in torch.randperm(len(images)).split(BATCH):
             optimizer.zero_grad()
             F.cross_entropy(model(images[batch]), labels[batch]).backward()
             optimizer.step()
             schedule.step()
+
+
+@torch.no_grad()
+def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """The part of the images whose largest logit is that of their label."""
+    return float((model(images).argmax(1) == labels).float().mean())
 
 
 def main() -> None:
@@ -135,24 +144,30 @@ def main() -> None:
         sys.exit(f"examples/train_digits.py needs scikit-learn ({missing}): pip install '.[digits]'")
     torch.set_num_threads(1)  # the tensors are small
     digits = load_digits()
-    split = train_test_split(digits.images / 16, digits.target, test_size=0.25, random_state=0, stratify=digits.target)
-    images, unseen, labels, answers = (torch.as_tensor(x) for x in split)
-    images, unseen = images.float(), unseen.float()
-    print(f"{len(images)} images of {SIDE} x {SIDE} pixels to train on, {len(unseen)} held out")
+    images, labels = torch.as_tensor(digits.images / 16).float(), torch.as_tensor(digits.target)
+    learning, test = train_test_split(range(len(labels)), test_size=0.25, random_state=0, stratify=labels)
+    learning, validation = train_test_split(learning, test_size=0.2, random_state=0, stratify=labels[learning])
+    sizes = f"{len(learning)} to train on, {len(validation)} to validate, {len(test)} to test"
+    print(f"images of {SIDE} x {SIDE} pixels: {sizes}")
 
     accuracy = {}
     for name, look_around in {"bi_wkv": BiWkv, "attention": Attention}.items():
-        torch.manual_seed(0)
-        model = Classifier(look_around)
         start = time.perf_counter()
-        train(model, images, labels, epochs)
+        validated = {}
+        for learning_rate in LEARNING_RATES:
+            torch.manual_seed(0)
+            model = Classifier(look_around)
+            train(model, images[learning], labels[learning], epochs, learning_rate)
+            validated[accuracy_of(model, images[validation], labels[validation])] = learning_rate, model
         seconds = time.perf_counter() - start
-        with torch.no_grad():
-            accuracy[name] = float((model(unseen).argmax(1) == answers).float().mean())
+        learning_rate, model = validated[max(validated)]
+        accuracy[name] = accuracy_of(model, images[test], labels[test])
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{name:20} {accuracy[name]:.1%}, {parameters:,} parameters, {seconds:.0f} s")
-    regression = LogisticRegression(max_iter=1000).fit(images.flatten(1).numpy(), labels.numpy())
-    accuracy["regression"] = float(regression.score(unseen.flatten(1).numpy(), answers.numpy()))
+        chosen = f"learning rate {learning_rate:g} by {max(validated):.1%} in validation"
+        print(f"{name:20} {accuracy[name]:.1%}, {chosen}, {parameters:,} parameters, {seconds:.0f} s", flush=True)
+    flat = images.flatten(1).numpy()
+    regression = LogisticRegression(max_iter=1000).fit(flat[learning], labels[learning].numpy())
+    accuracy["regression"] = float(regression.score(flat[test], labels[test].numpy()))
     print(f"{'logistic regression':20} {accuracy['regression']:.1%}")
     if epochs >= EPOCHS and accuracy["bi_wkv"] <= accuracy["regression"]:
         sys.exit("The block classifies unseen digits no better than logistic regression.")
