@@ -20,6 +20,7 @@ BENCHMARKS = (
     "counters",
     "latency",
     "attention",
+    "bidirectional",
     "decode",
     "train",
     "accuracy",
