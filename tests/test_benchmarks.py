@@ -1,5 +1,6 @@
 """The benchmarks themselves: checks before the clock starts, records, and conclusions from them."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,20 @@ import torch
 from torch import Tensor
 
 import rwkv_kernels
-from benchmarks import CANNOT_RUN, ROOT, attention, footprint, latency, op, packed, peers, plots, records, small_calls
+from benchmarks import (
+    CANNOT_RUN,
+    ROOT,
+    attention,
+    bidirectional,
+    footprint,
+    latency,
+    op,
+    packed,
+    peers,
+    plots,
+    records,
+    small_calls,
+)
 from benchmarks.__main__ import main
 from benchmarks.device import Device, powers_of_two, timed
 from benchmarks.problem import Problem, function_of
@@ -233,6 +247,31 @@ def test_a_wrong_mixer_is_seen_before_it_is_timed(mixer: str, monkeypatch: pytes
     )
     with pytest.raises(AssertionError):
         attention._check_against_each_other()
+
+
+@pytest.mark.parametrize("fault", ["in_y", "in_a_gradient"])
+@pytest.mark.parametrize("who", ["_wkv", "_attention"])
+def test_a_wrong_mixing_of_images_is_not_timed(who: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(bidirectional, who)
+
+    def wrong(r: Tensor, k: Tensor, v: Tensor, *own: Tensor) -> Tensor:
+        y: Tensor = right(r, k, v, *own)
+        return 1.01 * y if fault == "in_y" else y + 0.01 * (k - k.detach())
+
+    monkeypatch.setattr(bidirectional, who, wrong)
+    record = Record("bidirectional")
+    with pytest.raises(AssertionError, match="bi_wkv" if who == "_wkv" else "attention"):
+        bidirectional.run(SMOKE, record)
+    assert not record.tables
+
+
+def test_images_of_all_sizes_have_as_many_tokens() -> None:
+    record = Record("bidirectional")
+    bidirectional.run(SMOKE, record)
+    (table,) = record.tables
+    cases = itertools.product(("5, 196, 64", "1, 1024, 64"), bidirectional.PASSES, ("bi_wkv, gated", "attention"))
+    assert [(row["B, T, C"], row["pass"], row["who"]) for row in table.rows] == list(cases)
+    assert not record.failures and all(row["of our time"] == 1 for row in table.rows[::2])
 
 
 def test_growth_and_crossover_are_read_from_times() -> None:
