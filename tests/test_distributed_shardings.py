@@ -12,7 +12,7 @@ from processes import run_python
 from ranks import error_of, on_ranks
 from torch import Tensor
 
-from rwkv_kernels import native, shardings, wkv, wkv_step
+from rwkv_kernels import bi_wkv, native, shardings, wkv, wkv_step
 from rwkv_kernels.distributed import register_shardings
 
 pytestmark = pytest.mark.skipif(
@@ -90,6 +90,36 @@ def check_layouts() -> None:
 
 def test_every_layout_gives_the_results_of_plain_tensors_and_keeps_them_where_they_are() -> None:
     on_ranks(4, check_layouts)
+
+
+def check_bidirectional() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    for layout, problem in itertools.product(shardings.LAYOUTS, (GATED, PACKED)):
+        if problem is PACKED and layout == "batch":
+            continue
+        tensors = make(problem, torch.float64)
+        given = named(tensors)
+        del given["state"]
+        given["w"] = -given["w"].exp()
+        plain = [x.clone().requires_grad_() for x in given.values()]
+        whole = [distribute_tensor(x, mesh, [placements(layout, name)]).requires_grad_() for name, x in given.items()]
+        boundaries = None
+        if tensors.cu_seqlens is not None:
+            boundaries = DTensor.from_local(tensors.cu_seqlens, mesh, [Replicate()])
+        y = bi_wkv(*whole[:4], r=whole[4], cu_seqlens=boundaries)
+        expected = bi_wkv(*plain[:4], r=plain[4], cu_seqlens=tensors.cu_seqlens)
+        assert y.placements == (placements(layout, "y"),), layout
+        torch.testing.assert_close(y.full_tensor(), expected)
+        gradients = torch.autograd.grad((y.full_tensor() * tensors.gy).sum(), whole)
+        for x, z in zip(gradients, torch.autograd.grad(expected, plain, tensors.gy), strict=True):
+            torch.testing.assert_close(x.full_tensor(), z)
+
+
+def test_the_bidirectional_operator_has_the_same_layouts() -> None:
+    on_ranks(2, check_bidirectional)
 
 
 def check_steps() -> None:
@@ -180,8 +210,10 @@ def test_every_operator_of_the_package_has_a_strategy_that_registers_once() -> N
     register_shardings()
     known = DTensor._op_dispatcher.sharding_propagator.op_strategy_funcs
     operators = getattr(torch.ops, native.NAMESPACE)
-    for name in ("wkv_forward", "_wkv_backward", "wkv_mixing_forward", "_wkv_mixing_backward", "wkv_step"):
+    for name in ("wkv_forward", "wkv_mixing_forward", "bi_wkv_forward"):
         assert getattr(operators, name).default in known
+        assert getattr(operators, f"_{name.replace('forward', 'backward')}").default in known
+    assert operators.wkv_step.default in known
 
 
 def test_nothing_is_imported_or_registered_before_a_dtensor_comes() -> None:
