@@ -40,6 +40,15 @@ WKV_LIBRARY(WKV_NAMESPACE, m) {
       "_wkv_adjoint_summary(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, Tensor? r, Tensor checkpoints, "
       "Tensor gy) -> Tensor adjoint");
 
+  // Bidirectional, with the same gate and packing. log_decay [C] is the log-decay itself, of either sign; checkpoints
+  // are the states before and after each interval, [B, n, 6, C].
+  m.def(
+      "bi_wkv_forward(Tensor log_decay, Tensor u, Tensor k, Tensor v, Tensor? r, Tensor? cu_seqlens, bool checkpoint) "
+      "-> (Tensor y, Tensor checkpoints)");
+  m.def(
+      "_bi_wkv_backward(Tensor log_decay, Tensor u, Tensor k, Tensor v, Tensor? r, Tensor? cu_seqlens, "
+      "Tensor checkpoints, Tensor gy) -> (Tensor g_log_decay, Tensor gu, Tensor gk, Tensor gv, Tensor gr)");
+
   // One token, k, v [B, C]; the state moves on in place. With r [B, C], the result is sigmoid(r) * y.
   m.def("wkv_step(Tensor w, Tensor u, Tensor k, Tensor v, Tensor(a!) state, Tensor? r=None) -> Tensor y");
 }

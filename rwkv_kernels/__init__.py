@@ -4,7 +4,7 @@ import torch  # noqa: F401 - before the package's libraries, which need those of
 
 from ._backends import BackendInfo, BackendUnavailable, backends, use_backend
 from .build import BuildInfo, build_info
-from .functional import empty_state, wkv, wkv_step
+from .functional import bi_wkv, empty_state, wkv, wkv_step
 from .version import VERSION
 
 __version__ = VERSION
@@ -14,6 +14,7 @@ __all__ = [
     "BackendUnavailable",
     "BuildInfo",
     "backends",
+    "bi_wkv",
     "build_info",
     "empty_state",
     "use_backend",

@@ -29,13 +29,15 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from .inputs import BACKWARD, BOUNDARY_DTYPES, FORWARD, MIXING_BACKWARD, MIXING_FORWARD, STEP, Inputs
+from .inputs import BACKWARD, BOUNDARY_DTYPES, FORWARD, MIXING_BACKWARD, MIXING_FORWARD, STEP, BiInputs, Inputs
 from .reference import state_dtype
 
-__all__ = ["attach", "define", "refuse_onnx", "untraced"]
+__all__ = ["attach", "attach_bi", "define", "refuse_onnx", "untraced"]
 
 Outputs = tuple[Tensor, ...]
-Differentiable = Callable[..., tuple[Tensor, Tensor]]
+Differentiable = Callable[..., Any]
+Form = type[Inputs] | type[BiInputs]
+_FUNCTIONS: dict[Form, str] = {Inputs: "wkv", BiInputs: "bi_wkv"}
 
 # Of every device type that torch has autocast for.
 AUTOCAST_KEYS = [key for name, key in torch._C.DispatchKey.__members__.items() if name.startswith("Autocast")]
@@ -52,17 +54,22 @@ def refuse_onnx() -> None:
         )
 
 
-def _refuse_second_derivative(ctx: Any, *gradients: Tensor | None) -> Any:
-    raise NotImplementedError(
-        "wkv has no second derivative in its compiled backends; backend='reference' is differentiable to any order"
-    )
+def _refusals(function: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Functions that raise in place of a second derivative, and of a forward-mode one."""
 
+    def second_derivative(ctx: Any, *gradients: Tensor | None) -> Any:
+        raise NotImplementedError(
+            f"{function} has no second derivative in its compiled backends; backend='reference' is differentiable to "
+            "any order"
+        )
 
-def _refuse_forward_mode(ctx: Any, *tangents: Tensor | None) -> Any:
-    raise NotImplementedError(
-        "wkv has no forward-mode derivative (jvp) in its compiled backends; backend='reference' is differentiable in "
-        "either mode"
-    )
+    def forward_mode(ctx: Any, *tangents: Tensor | None) -> Any:
+        raise NotImplementedError(
+            f"{function} has no forward-mode derivative (jvp) in its compiled backends; backend='reference' is "
+            "differentiable in either mode"
+        )
+
+    return second_derivative, forward_mode
 
 
 def _needs_derivative(arguments: Iterable[Tensor | None]) -> bool:
@@ -85,8 +92,9 @@ def untraced() -> bool:
     return not (is_compiling() or _is_tracing() or _are_functorch_transforms_active() or _len_torch_dispatch_stack())
 
 
-def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, Any, Any]:
+def _define_functions(forward: OpOverload, backward: OpOverload, form: Form) -> tuple[Any, Any, Any]:
     """The derivative of backward, which raises; of forward; and of forward in calls that nothing traces."""
+    refuse_second_derivative, refuse_forward_mode = _refusals(_FUNCTIONS[form])
 
     class Backward(torch.autograd.Function):
         generate_vmap_rule = True
@@ -99,8 +107,8 @@ def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, A
         def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Outputs) -> None:
             pass
 
-        backward = staticmethod(_refuse_second_derivative)
-        jvp = staticmethod(_refuse_forward_mode)
+        backward = staticmethod(refuse_second_derivative)
+        jvp = staticmethod(refuse_forward_mode)
 
     class Forward(torch.autograd.Function):
         generate_vmap_rule = True
@@ -111,25 +119,26 @@ def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, A
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Outputs) -> None:
-            checkpoints = output[2]
+            checkpoints = output[-1]
             ctx.mark_non_differentiable(checkpoints)
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*inputs, checkpoints)
 
         @staticmethod
-        def backward(ctx: Any, gy: Tensor | None, gstate_out: Tensor | None, _: None) -> Any:
+        def backward(ctx: Any, gy: Tensor | None, *others: Tensor | None) -> Any:
+            """`others` is the gradient of the state, if any, and None for the checkpoints."""
             *inputs, checkpoints = ctx.saved_tensors
             if gy is None:
-                gy = torch.zeros_like(Inputs(*inputs).k)
+                gy = torch.zeros_like(form(*inputs).k)
             call: Any = backward  # in general: its Autograd key refuses a second derivative
             if _are_functorch_transforms_active():
                 call = Backward.apply
             elif untraced() and not torch.is_grad_enabled():
                 call = functools.partial(_below_autograd, backward)
-            gradients = (*call(*inputs, checkpoints, gy, gstate_out), None)[: len(inputs)]  # None is of cu_seqlens
+            gradients = (*call(*inputs, checkpoints, gy, *others[:-1]), None)[: len(inputs)]  # None is of cu_seqlens
             return tuple([None if x is None else gradient for x, gradient in zip(inputs, gradients, strict=True)])
 
-        jvp = staticmethod(_refuse_forward_mode)
+        jvp = staticmethod(refuse_forward_mode)
 
     class Untraced(torch.autograd.Function):
         @staticmethod
@@ -139,7 +148,7 @@ def _define_functions(forward: OpOverload, backward: OpOverload) -> tuple[Any, A
             return outputs
 
         backward = staticmethod(Forward.backward)
-        jvp = staticmethod(_refuse_forward_mode)
+        jvp = staticmethod(refuse_forward_mode)
 
     return Backward, Forward, Untraced
 
@@ -180,10 +189,8 @@ def attach(
     step, if any.
     """
     ops = getattr(torch.ops, library.ns)
-    plain, mixing = (
-        _attach_pair(library, getattr(ops, forward).default, getattr(ops, backward).default, checkpoint_interval)
-        for forward, backward in _pairs(name)
-    )
+    pairs = ((getattr(ops, forward).default, getattr(ops, backward).default) for forward, backward in _pairs(name))
+    plain, mixing = (_attach_pair(library, *pair, checkpoint_interval, Inputs) for pair in pairs)
     step: OpOverload | None = getattr(ops, f"{name}_step").default if hasattr(ops, f"{name}_step") else None
     if step is not None:
         torch.library.register_fake(step._schema.name, _fake_step, lib=library)
@@ -196,7 +203,7 @@ def attach(
         state: Tensor | None,
         r: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Any:
         if r is None and cu_seqlens is None:
             return plain(w, u, k, v, state)
         return mixing(w, u, k, v, state, r, cu_seqlens)
@@ -204,15 +211,37 @@ def attach(
     return differentiable, step
 
 
+def attach_bi(
+    library: torch.library.Library, name: str, checkpoint_interval: Callable[[torch.dtype], int]
+) -> Differentiable:
+    """Does as much for the bidirectional operators of that name.
+
+    Returns the differentiable function (log_decay, u, k, v, r, cu_seqlens) -> y.
+    """
+    ops = getattr(torch.ops, library.ns)
+    forward, backward = getattr(ops, f"{name}_forward").default, getattr(ops, f"_{name}_backward").default
+    pair = _attach_pair(library, forward, backward, checkpoint_interval, BiInputs)
+
+    def differentiable(*inputs: Tensor | None) -> Tensor:
+        (y,) = pair(*inputs)
+        return y  # type: ignore[no-any-return]
+
+    return differentiable
+
+
 def _attach_pair(
     library: torch.library.Library,
     forward: OpOverload,
     backward: OpOverload,
     checkpoint_interval: Callable[[torch.dtype], int],
+    form: Form,
 ) -> Differentiable:
-    """Does so for one pair of operators, whose inputs are the arguments of the function that it returns."""
+    """Does so for one pair of operators, whose inputs are the arguments of the function that it returns.
+
+    The function returns the outputs of forward but for the checkpoints.
+    """
     forward_name, backward_name = forward._schema.name, backward._schema.name
-    BackwardFunction, ForwardFunction, UntracedFunction = _define_functions(forward, backward)
+    BackwardFunction, ForwardFunction, UntracedFunction = _define_functions(forward, backward, form)
 
     # ---- shapes ----
 
@@ -220,20 +249,15 @@ def _attach_pair(
     def fake_forward(*arguments: Any) -> Outputs:
         refuse_onnx()  # here for torch.export, which compiles the question away where the backend is chosen
         *inputs, checkpoint = arguments
-        given = Inputs(*inputs)
-        k, dtype = given.k, state_dtype(given.k.dtype)
-        saved = k.new_empty(given.checkpoint_shape(checkpoint_interval(k.dtype)), dtype=dtype)
-        return (
-            k.new_empty(k.shape),
-            k.new_empty((given.sequences, 3, k.shape[2]), dtype=dtype),
-            saved if checkpoint else saved.new_empty((k.shape[0], 0, 3, k.shape[2])),
-        )
+        given = form(*inputs)
+        B, rows, *state = given.checkpoint_shape(checkpoint_interval(given.k.dtype))
+        saved = given.k.new_empty((B, rows if checkpoint else 0, *state), dtype=state_dtype(given.k.dtype))
+        return (*(x.new_empty(x.shape) for x in given.results(saved)), saved)
 
     @torch.library.register_fake(backward_name, lib=library)
     def fake_backward(*arguments: Any) -> Outputs:
-        *inputs, checkpoints, _, _ = arguments
-        given = Inputs(*inputs)
-        gradients = given.gradients(checkpoints)
+        given = len(forward._schema.arguments) - 1
+        gradients = form(*arguments[:given]).gradients(arguments[given])
         return tuple(x.new_empty(x.shape) for x in gradients[: len(backward._schema.returns)])
 
     # ---- derivatives ----
@@ -246,8 +270,8 @@ def _attach_pair(
         # torch.func follows an autograd.Function from outside, but not from inside an operator.
         if _are_functorch_transforms_active():
             raise NotImplementedError(f"torch.func transforms do not reach inside {forward_name}: use rwkv_kernels.wkv")
-        y, state_out, checkpoints = ForwardFunction.apply(*inputs)
-        return y, state_out, checkpoints if checkpoint else checkpoints[:, :0].clone()
+        *results, checkpoints = ForwardFunction.apply(*inputs)
+        return *results, checkpoints if checkpoint else checkpoints[:, :0].clone()
 
     def backward_autograd(*arguments: Tensor | None) -> Outputs:
         if not _needs_derivative(arguments):
@@ -282,7 +306,7 @@ def _attach_pair(
 
     def forward_autocast(*arguments: Any) -> Outputs:
         *inputs, checkpoint = arguments
-        given = Inputs(*inputs)
+        given = form(*inputs)
         r, dtype = given.r, torch.promote_types(given.k.dtype, given.v.dtype)
         if r is not None:
             dtype = torch.promote_types(dtype, r.dtype)
@@ -293,19 +317,19 @@ def _attach_pair(
     for key in AUTOCAST_KEYS:
         library.impl(forward, forward_autocast, key.name)
 
-    def differentiable(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    def differentiable(*inputs: Tensor | None) -> Outputs:
         refuse_onnx()
         if untraced():
             if _needs_derivative(inputs):
-                y, state_out, _ = UntracedFunction.apply(*inputs)
+                outputs = UntracedFunction.apply(*inputs)
             else:
                 with _AutoDispatchBelowAutograd():
-                    y, state_out, _ = forward(*inputs, False)
+                    outputs = forward(*inputs, False)
         elif _are_functorch_transforms_active():
-            y, state_out, _ = ForwardFunction.apply(*inputs)
+            outputs = ForwardFunction.apply(*inputs)
         else:
-            y, state_out, _ = forward(*inputs, False)
-        return y, state_out
+            outputs = forward(*inputs, False)
+        return outputs[:-1]  # type: ignore[no-any-return]
 
     return differentiable
 

@@ -15,7 +15,7 @@ from ._backends.registry import Forward, select
 from .autograd import refuse_onnx, untraced
 from .inputs import SEQUENCE, TOKEN, check, check_boundaries
 
-__all__ = ["empty_state", "wkv", "wkv_step"]
+__all__ = ["bi_wkv", "empty_state", "wkv", "wkv_step"]
 
 
 @overload
@@ -106,10 +106,70 @@ def wkv(
         if type(k) is not Tensor:
             shardings.prepare(k)
     check(SEQUENCE, w, u, k, v, state, r, cu_seqlens)
-    if cu_seqlens is not None and untraced() and type(cu_seqlens) is Tensor and cu_seqlens.device.type == "cpu":
-        check_boundaries(cu_seqlens, k.shape[1])
+    _check_boundaries(cu_seqlens, k)
     y, state_out = select(backend, k).forward(w, u, k, v, state, r, cu_seqlens)
     return (y, state_out) if return_state else y
+
+
+def bi_wkv(
+    log_decay: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    r: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The bidirectional WKV operator of Vision-RWKV: for each channel, a softmax-weighted mean of all steps' values.
+
+    y_t = (Σ_{s≠t} e^{(|t-s|-1)·log_decay + k_s} v_s + e^{u+k_t} v_t) / (the same sum without v).
+
+    Args:
+        log_decay: [C], any floating dtype: the log-decay per step itself, and not the raw decay of `wkv`, of either
+            sign. Where it is positive, weights grow with the distance. It counts as ±e^64 beyond.
+        u: [C], any floating dtype: the bonus of the present token, a logit.
+        k, v: [B, T, C], float32, float16, bfloat16 or float64, both the same: keys (logits) and values. Under
+            autocast they may differ, and the wider dtype is used.
+        r: [B, T, C] in k's dtype, the receptance before its sigmoid, which gates y, or None.
+        cu_seqlens: [N + 1], int32 or int64, on k's device, or None: N sequences that are packed into one row, as for
+            `wkv`.
+        backend: "auto", or a name from `backends()`.
+
+    Returns:
+        y [B, T, C] in k's dtype, with r sigmoid(r)·y. All sums are float32, or float64 for float64 inputs.
+
+    The logits are known to the rounding of their size, |k| + |u| + T·|log_decay|, and the results accordingly; nothing
+    overflows. Sequences may lie in memory with any strides of B and T; channels that are not contiguous are copied.
+
+    Differentiable in log_decay, u, k, v and r.
+
+    Raises:
+        As `wkv`.
+
+    Source: Vision-RWKV: Efficient and Scalable Visual Perception with RWKV-Like Architectures (arXiv 2403.02308).
+    """
+    if not isinstance(k, Tensor) or not isinstance(v, Tensor):
+        if has_torch_function((log_decay, u, k, v, r, cu_seqlens)):
+            arguments = (log_decay, u, k, v)
+            return handle_torch_function(
+                bi_wkv, (*arguments, r, cu_seqlens), *arguments, r=r, cu_seqlens=cu_seqlens, backend=backend
+            )
+    else:
+        k, v, r = promoted(k, v, r)
+        if type(k) is not Tensor:
+            shardings.prepare(k)
+    check(SEQUENCE, log_decay, u, k, v, None, r, cu_seqlens, decay="log_decay")
+    _check_boundaries(cu_seqlens, k)
+    forward = select(backend, k, "bi_wkv").bi_forward
+    assert forward is not None
+    return forward(log_decay, u, k, v, r, cu_seqlens)
+
+
+def _check_boundaries(cu_seqlens: Tensor | None, k: Tensor) -> None:
+    """Where they can be read without a wait."""
+    if cu_seqlens is not None and untraced() and type(cu_seqlens) is Tensor and cu_seqlens.device.type == "cpu":
+        check_boundaries(cu_seqlens, k.shape[1])
 
 
 def promoted(k: Tensor, v: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

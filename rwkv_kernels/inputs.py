@@ -13,6 +13,8 @@ from .reference import state_dtype
 
 __all__ = [
     "BACKWARD",
+    "BI_BACKWARD",
+    "BI_FORWARD",
     "BOUNDARY_DTYPES",
     "DTYPES",
     "FORWARD",
@@ -22,6 +24,7 @@ __all__ = [
     "STATE",
     "STEP",
     "TOKEN",
+    "BiInputs",
     "Inputs",
     "check",
     "check_boundaries",
@@ -32,8 +35,22 @@ __all__ = [
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+def _sequences(k: Tensor, cu_seqlens: Tensor | None) -> int:
+    """N."""
+    return k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _checkpoints(k: Tensor, cu_seqlens: Tensor | None, interval: int) -> int:
+    """The checkpoints of a row of k.
+
+    A packed sequence n has those from cu_seqlens[n] // interval + n on, as many as it would have alone.
+    """
+    T = k.shape[1]
+    return (T + interval - 1) // interval if cu_seqlens is None else T // interval + _sequences(k, cu_seqlens)
+
+
 class Inputs(NamedTuple):
-    """The tensors of a call, in the order of every function and operator that takes them.
+    """The tensors of a call of wkv, in the order of every function and operator that takes them.
 
     The plain operators take the first five, the mixing ones all.
     """
@@ -49,22 +66,47 @@ class Inputs(NamedTuple):
     @property
     def sequences(self) -> int:
         """N."""
-        return self.k.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        return _sequences(self.k, self.cu_seqlens)
 
     def checkpoint_shape(self, interval: int) -> tuple[int, ...]:
-        """Of the states that backward replays from.
+        """Of the states that backward replays from, each after an interval."""
+        B, _, C = self.k.shape
+        return B, _checkpoints(self.k, self.cu_seqlens, interval), 3, C
 
-        A packed sequence n has the rows from cu_seqlens[n] // interval + n on, as many as it would have alone.
-        """
-        B, T, C = self.k.shape
-        rows = (T + interval - 1) // interval if self.cu_seqlens is None else T // interval + self.sequences
-        return B, rows, 3, C
+    def results(self, sums: Tensor) -> Sequence[Tensor]:
+        """Tensors of the shapes of forward's results; `sums` has the dtype of sums."""
+        return self.k, sums.new_empty((self.sequences, 3, self.k.shape[-1]))
 
     def gradients(self, sums: Tensor) -> Sequence[Tensor]:
         """Tensors of the shapes of backward's results, of absent inputs too; `sums` has the dtype of sums."""
         k, C = self.k, self.k.shape[-1]
         gr = k[:, :0] if self.r is None else k
         return self.w, self.u, k, self.v, sums.new_empty((self.sequences, 3, C)), gr
+
+
+class BiInputs(NamedTuple):
+    """The tensors of a call of bi_wkv, as Inputs has those of wkv."""
+
+    log_decay: Tensor  # [C], of either sign
+    u: Tensor  # [C]
+    k: Tensor  # [B, T, C]
+    v: Tensor
+    r: Tensor | None = None  # [B, T, C]: y is gated by its sigmoid
+    cu_seqlens: Tensor | None = None  # [N + 1], of sequences packed into B = 1
+
+    def checkpoint_shape(self, interval: int) -> tuple[int, ...]:
+        """Of the states that backward replays from, those before and after each interval."""
+        B, _, C = self.k.shape
+        return B, _checkpoints(self.k, self.cu_seqlens, interval), 6, C
+
+    def results(self, sums: Tensor) -> Sequence[Tensor]:
+        """Tensors of the shapes of forward's results."""
+        return (self.k,)
+
+    def gradients(self, sums: Tensor) -> Sequence[Tensor]:
+        """Tensors of the shapes of backward's results, of absent inputs too."""
+        k = self.k
+        return self.log_decay, self.u, k, self.v, k[:, :0] if self.r is None else k
 
 
 _INPUTS = "Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state"
@@ -80,6 +122,12 @@ MIXING_FORWARD = f"({_MIXING}, bool checkpoint) -> (Tensor y, Tensor state_out, 
 MIXING_BACKWARD = (
     f"({_MIXING}, Tensor checkpoints, Tensor gy, Tensor? gstate_out) "
     "-> (Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate, Tensor gr)"
+)
+# Bidirectional, with the same gate and packing; checkpoints [B, n, 6, C] are the states before and after each interval.
+_BI = "Tensor log_decay, Tensor u, Tensor k, Tensor v, Tensor? r, Tensor? cu_seqlens"
+BI_FORWARD = f"({_BI}, bool checkpoint) -> (Tensor y, Tensor checkpoints)"
+BI_BACKWARD = (
+    f"({_BI}, Tensor checkpoints, Tensor gy) -> (Tensor g_log_decay, Tensor gu, Tensor gk, Tensor gv, Tensor gr)"
 )
 # One token, k, v and r [B, C]; the state moves on in place.
 STEP = "(Tensor w, Tensor u, Tensor k, Tensor v, Tensor(a!) state, Tensor? r=None) -> Tensor y"
@@ -101,10 +149,12 @@ def check(
     state: Tensor | None,
     r: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    *,
+    decay: str = "w",
 ) -> None:
     """Raises ValueError or TypeError for the first argument that does not fit; k has `axes`, SEQUENCE or TOKEN.
 
-    Of cu_seqlens it reads no element: `check_boundaries` does.
+    Of cu_seqlens it reads no element: `check_boundaries` does. `decay` is the name of the first argument.
     """
     try:
         size, dtype = k.shape, k.dtype
@@ -113,7 +163,7 @@ def check(
     if len(size) != len(axes) or dtype not in DTYPES:
         raise _misfit_of_k(k, axes)
     of_k, C = (dtype,), size[-1:]
-    rows: tuple[Row, ...] = ("v", v, axes, size, of_k), ("w", w, PARAMETER, C, DTYPES), ("u", u, PARAMETER, C, DTYPES)
+    rows: tuple[Row, ...] = ("v", v, axes, size, of_k), (decay, w, PARAMETER, C, DTYPES), ("u", u, PARAMETER, C, DTYPES)
     if r is not None:
         rows += (("r", r, axes, size, of_k),)
     of_state: tuple[str | int, ...] = STATE

@@ -4,12 +4,17 @@ Every test compares with this file. It shares no code with the kernels, imports 
 its own: gradients, of any order and in either mode, are torch's.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-__all__ = ["EMPTY_MAX", "empty_state", "state_dtype", "wkv", "wkv_direct"]
+__all__ = ["EMPTY_MAX", "bi_wkv", "bi_wkv_direct", "empty_state", "state_dtype", "wkv", "wkv_direct"]
 
 EMPTY_MAX = -1e38
+# Of |log_decay| where it has a sign: beyond, every weight but the largest is zero whatever the keys are, and up to it
+# the multiples over any number of steps are finite.
+LARGEST_LOG_DECAY = math.exp(64)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -111,3 +116,76 @@ def wkv_direct(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     logits = torch.where((t[None, :] == t[:, None])[None, :, :, None], (u + keys)[:, None], past)
     logits = logits.masked_fill((t[None, :] > t[:, None])[None, :, :, None], -torch.inf)
     return torch.einsum("btsc,bsc->btc", torch.softmax(logits, 2), v.to(dtype)).to(k.dtype)
+
+
+def bi_wkv(
+    log_decay: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    r: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The bidirectional operator by two recurrences in log space, one from either end (arXiv 2403.02308, equation 3).
+
+    Args:
+        log_decay: [C], of either sign, the factor of a weight for every step of distance.
+        u: [C], the bonus of the present token.
+        k, v, r, cu_seqlens: As for `wkv`.
+
+    Returns:
+        y [B, T, C] in k's dtype, sigmoid(r)·y with r. All sums are float32, for float64 inputs float64.
+    """
+    dtype = state_dtype(k.dtype)
+    if k.shape[1] == 0:
+        return k.clone()  # no element, but a place in the graph
+    log_decay, u, keys, values = _bounded(log_decay.to(dtype)), u.to(dtype), k.to(dtype), v.to(dtype)
+    first = last = None
+    if cu_seqlens is not None:
+        t = torch.arange(k.shape[1], device=k.device)
+        first, last = torch.isin(t, cu_seqlens), torch.isin(t + 1, cu_seqlens)
+    before = _states_before(log_decay, keys, values, first)
+    after = _states_before(log_decay, keys.flip(1), values.flip(1), None if last is None else last.flip(0))
+    (num, den, top), (num_after, den_after, top_after) = before, (x.flip(1) for x in after)
+    scale = torch.maximum(torch.maximum(top, top_after), u + keys).detach()
+    past, future, present = torch.exp(top - scale), torch.exp(top_after - scale), torch.exp(u + keys - scale)
+    y = (past * num + future * num_after + present * values) / (past * den + future * den_after + present)
+    if r is not None:
+        y = torch.sigmoid(r.to(dtype)) * y
+    return y.to(k.dtype)
+
+
+def _bounded(log_decay: Tensor) -> Tensor:
+    """Not by clamp, whose gradient at NaN is zero."""
+    bound = LARGEST_LOG_DECAY
+    return log_decay.masked_fill(log_decay > bound, bound).masked_fill(log_decay < -bound, -bound)
+
+
+def _states_before(log_decay: Tensor, keys: Tensor, values: Tensor, starts: Tensor | None) -> list[Tensor]:
+    """(num, den, max) before each step, [B, T, C] each; a step in `starts` [T] has nothing before it."""
+    num = den = torch.zeros_like(keys[:, 0])
+    empty = top = torch.full_like(num, EMPTY_MAX)
+    states = []
+    for t, (kt, vt) in enumerate(zip(keys.unbind(1), values.unbind(1), strict=True)):
+        if starts is not None:
+            num, den, top = (torch.where(starts[t], a, b) for a, b in ((0, num), (0, den), (empty, top)))
+        states.append((num, den, top))
+        scale = torch.maximum(top + log_decay, kt).detach()
+        past, present = torch.exp(top + log_decay - scale), torch.exp(kt - scale)
+        num, den, top = past * num + present * vt, past * den + present, scale
+    return [torch.stack(x, 1) for x in zip(*states, strict=True)]
+
+
+def bi_wkv_direct(log_decay: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor | None = None) -> Tensor:
+    """The definition as a softmax over all steps: O(T²) time and memory.
+
+    The logit of step s seen from t is k_s + (|t - s| - 1)·log_decay for s ≠ t, and u + k_t for s = t. Arguments and
+    result are those of `bi_wkv`.
+    """
+    dtype = state_dtype(k.dtype)
+    t = torch.arange(k.shape[1], device=k.device)
+    distance = (t[:, None] - t[None, :]).abs()[None, :, :, None]  # [1, t, s, 1]
+    log_decay, u, keys = _bounded(log_decay.to(dtype)), u.to(dtype), k.to(dtype)[:, None]
+    logits = torch.where(distance == 0, u + keys, keys + (distance - 1).to(dtype) * log_decay)
+    y = torch.einsum("btsc,bsc->btc", torch.softmax(logits, 2), v.to(dtype))
+    return (y if r is None else torch.sigmoid(r.to(dtype)) * y).to(k.dtype)

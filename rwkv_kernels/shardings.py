@@ -19,8 +19,8 @@ __all__ = ["prepare", "register"]
 
 # The kinds of tensors by their names in the schemas.
 KINDS = {
-    **dict.fromkeys(("w", "u"), "parameter"),
-    **dict.fromkeys(("gw", "gu"), "parameter's gradient"),
+    **dict.fromkeys(("w", "log_decay", "u"), "parameter"),
+    **dict.fromkeys(("gw", "g_log_decay", "gu"), "parameter's gradient"),
     **dict.fromkeys(("k", "v", "r", "y", "gk", "gv", "gr", "gy"), "sequence"),
     **dict.fromkeys(("state", "state_out", "gstate", "gstate_out"), "state"),
     "checkpoints": "checkpoints",
@@ -53,7 +53,7 @@ def register() -> None:
     from torch.distributed.tensor.experimental import register_sharding
 
     namespace = getattr(torch.ops, native.NAMESPACE)
-    for prefix in ("wkv", "triton"):
+    for prefix in ("wkv", "triton", "bi_wkv"):
         for name in ("_forward", "_mixing_forward", "_backward", "_mixing_backward", "_step"):
             full = f"{'_' * name.endswith('backward')}{prefix}{name}"
             if hasattr(namespace, full):

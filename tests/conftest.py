@@ -63,6 +63,18 @@ def compiled_backend(request: pytest.FixtureRequest) -> str:
     return _start(request.param, request)
 
 
+@pytest.fixture(params=[name for name in NAMES if BACKENDS[name].bi_forward is not None])
+def bi_backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that has the bidirectional operator."""
+    return _start(request.param, request)
+
+
+@pytest.fixture(params=[name for name in NAMES if BACKENDS[name].bi_forward is not None and name != "reference"])
+def compiled_bi_backend(request: pytest.FixtureRequest) -> str:
+    """Those of them but the oracle in plain torch."""
+    return _start(request.param, request)
+
+
 @pytest.fixture(params=[name for name in NAMES if name in ("cpu", "cuda")])
 def native_backend(request: pytest.FixtureRequest) -> str:
     """Every backend behind the operators of torch.ops.rwkv_kernels."""

@@ -1,4 +1,4 @@
-"""The code of README.md, docs/wkv.md and docs/recipes.md does what they say."""
+"""The code of README.md, docs/wkv.md, docs/bidirectional.md and docs/recipes.md does what they say."""
 
 import functools
 import re
@@ -16,7 +16,7 @@ from rwkv_kernels import native, wkv
 from rwkv_kernels.nn import RWKV
 
 ROOT = Path(__file__).parents[1]
-README, WKV, RECIPES = ((ROOT / name).read_text() for name in ("README.md", "docs/wkv.md", "docs/recipes.md"))
+README, RECIPES = ((ROOT / name).read_text() for name in ("README.md", "docs/recipes.md"))
 
 
 def _run(heading: str) -> dict[str, Any]:
@@ -27,13 +27,14 @@ def _run(heading: str) -> dict[str, Any]:
     return names
 
 
-def test_the_snippets_of_the_derivation_run_as_they_stand() -> None:
+@pytest.mark.parametrize(("document", "least"), [("docs/wkv.md", 11), ("docs/bidirectional.md", 2)])
+def test_the_snippets_of_the_derivation_run_as_they_stand(document: str, least: int) -> None:
     if native.operators.why_missing is not None:
         pytest.skip(native.operators.why_missing)
-    snippets = re.findall(r"```python\n(.*?)```", WKV, re.DOTALL)
-    assert len(snippets) > 10
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    assert len(snippets) >= least
     for code in snippets:
-        exec(compile(code, "docs/wkv.md", "exec"), {})
+        exec(compile(code, document, "exec"), {})
 
 
 def test_the_readme_runs_and_its_few_lines_of_torch_are_the_operator() -> None:

@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from rwkv_kernels import native
-from rwkv_kernels.inputs import BACKWARD, FORWARD, MIXING_BACKWARD, MIXING_FORWARD, STEP, Inputs
+from rwkv_kernels.inputs import (
+    BACKWARD,
+    BI_BACKWARD,
+    BI_FORWARD,
+    FORWARD,
+    MIXING_BACKWARD,
+    MIXING_FORWARD,
+    STEP,
+    BiInputs,
+    Inputs,
+)
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
@@ -38,7 +48,7 @@ def test_torch_is_used_by_its_stable_interface_alone_and_in_the_glue_alone() -> 
         str(path.relative_to(CSRC)): TORCH_HEADERS.findall(path.read_text())
         for path in _sources("*.h", "*.cpp", "*.cu*")
     }
-    glue = {"ops.cpp", "common/tensor.h", "cpu/op.cpp", "cuda/op.cpp"}
+    glue = {"ops.cpp", "common/tensor.h", "cpu/op.h", "cpu/op.cpp", "cpu/bidirectional.cpp", "cuda/op.cpp"}
     assert {name for name, headers in users.items() if headers} == glue
     assert [header for headers in users.values() for header in headers if not header.startswith(STABLE_HEADERS)] == []
 
@@ -62,13 +72,15 @@ def test_pybind11_stays_in_the_introspection_module() -> None:
 
 
 def test_the_maths_needs_the_standard_library_only() -> None:
-    for name, included in (("math.h", []), ("params.h", []), ("recurrence.h", ["math.h"])):
+    known = {"math.h": [], "params.h": [], "recurrence.h": ["math.h"], "bidirectional.h": ["recurrence.h"]}
+    for name, included in known.items():
         assert re.findall(r'#include "(.+)"', (CSRC / "common" / name).read_text()) == included
 
 
 def test_arithmetic_of_the_cpu_knows_no_tensors() -> None:
     included = {path.name: re.findall(r'#include "(.+)"', path.read_text()) for path in (CSRC / "cpu").iterdir()}
-    assert {name for name, headers in included.items() if "../common/checks.h" in headers} == {"op.cpp"}
+    assert {name for name, headers in included.items() if "../common/checks.h" in headers} == {"op.h"}
+    assert {name for name, headers in included.items() if "op.h" in headers} == {"op.cpp", "bidirectional.cpp"}
     assert {name for name, headers in included.items() if "../common/math.h" in headers} == {"joins.h"}
 
 
@@ -137,14 +149,16 @@ def test_the_schemas_are_the_same_in_cpp_and_in_python() -> None:
     ops = getattr(torch.ops, native.NAMESPACE)
     schemas = {"wkv_forward": FORWARD, "_wkv_backward": BACKWARD, "wkv_step": STEP}
     schemas |= {"wkv_mixing_forward": MIXING_FORWARD, "_wkv_mixing_backward": MIXING_BACKWARD}
+    schemas |= {"bi_wkv_forward": BI_FORWARD, "_bi_wkv_backward": BI_BACKWARD}
     for name, schema in schemas.items():
         operator = getattr(ops, name).default._schema
         assert str(operator) == str(torch._C.parse_schema(f"{native.NAMESPACE}::{name}{schema}"))
-    arguments = [(x.name, str(x.type)) for x in ops.wkv_mixing_forward.default._schema.arguments]
-    annotations = [
-        (name, "Optional[Tensor]" if "None" in str(x) else "Tensor") for name, x in Inputs.__annotations__.items()
-    ]
-    assert arguments == [*annotations, ("checkpoint", "bool")]
+    for form, operator in ((Inputs, ops.wkv_mixing_forward), (BiInputs, ops.bi_wkv_forward)):
+        arguments = [(x.name, str(x.type)) for x in operator.default._schema.arguments]
+        annotations = [
+            (name, "Optional[Tensor]" if "None" in str(x) else "Tensor") for name, x in form.__annotations__.items()
+        ]
+        assert arguments == [*annotations, ("checkpoint", "bool")]
 
 
 def test_python_modules_import_downwards_only() -> None:

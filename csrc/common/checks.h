@@ -26,14 +26,15 @@ struct Arguments {
   Tensor w, u, k, v;
   std::optional<Tensor> state, r, cu_seqlens;
   int64_t B, T, C;
-  int64_t sequences;  // B, or those that are packed into B = 1
+  int64_t sequences;              // B, or those that are packed into B = 1
+  int64_t checkpoint_height = 3;  // a state of three numbers
 
-  // `dimensions` of k, v and r: 3, or 2 for the one token of a step.
+  // `dimensions` of k, v and r: 3, or 2 for the one token of a step. `decay` is the name of w.
   Arguments(const Tensor& w_, const Tensor& u_, const Tensor& k_, const Tensor& v_, const std::optional<Tensor>& state_,
             const std::optional<Tensor>& r_ = std::nullopt, const std::optional<Tensor>& cu_seqlens_ = std::nullopt,
-            int64_t dimensions = 3)
+            int64_t dimensions = 3, const char* decay = "w")
       : dtype(dtype_of("k", k_)),
-        w_dtype(dtype_of("w", w_)),
+        w_dtype(dtype_of(decay, w_)),
         u_dtype(dtype_of("u", u_)),
         device(k_),
         w(w_),
@@ -46,7 +47,7 @@ struct Arguments {
     T = dimensions == 3 ? sizes.data[1] : 1;
     C = sizes.data[sizes.count - 1];
     check_like("v", v, sizes, dtype, device);
-    check_like("w", w, sizes_of({C}), w_dtype, device);
+    check_like(decay, w, sizes_of({C}), w_dtype, device);
     check_like("u", u, sizes_of({C}), u_dtype, device);
     for (Tensor* tensor : {&w, &u, &k, &v}) make_channels_contiguous(*tensor);
     if (r_.has_value()) {
@@ -90,7 +91,16 @@ struct Arguments {
     return cu_seqlens.has_value() ? T / checkpoint_interval(dtype) + sequences : checkpoint_count(dtype, T);
   }
   Tensor empty_checkpoints(const auto& from, bool wanted) const {
-    return from.empty({B, wanted ? checkpoint_rows() : 0, 3, C}, state_type(dtype));
+    return from.empty({B, wanted ? checkpoint_rows() : 0, checkpoint_height, C}, state_type(dtype));
+  }
+};
+
+// The arguments of the bidirectional operators, whose checkpoints are the states before and after each interval.
+struct BiArguments : Arguments {
+  BiArguments(const Tensor& log_decay, const Tensor& u, const Tensor& k, const Tensor& v,
+              const std::optional<Tensor>& r, const std::optional<Tensor>& cu_seqlens)
+      : Arguments(log_decay, u, k, v, std::nullopt, r, cu_seqlens, 3, "log_decay") {
+    checkpoint_height = 6;
   }
 };
 
@@ -124,8 +134,8 @@ struct GradientArguments {
       : checkpoints(checkpoints_), gy(gy_) {
     const auto& [dtype, B, T, C] = std::tie(arguments.dtype, arguments.B, arguments.T, arguments.C);
     check_like("gy", gy, sizes_of({B, T, C}), dtype, arguments.device);
-    check_like("checkpoints", checkpoints, sizes_of({B, arguments.checkpoint_rows(), 3, C}), state_type(dtype),
-               arguments.device);
+    check_like("checkpoints", checkpoints, sizes_of({B, arguments.checkpoint_rows(), arguments.checkpoint_height, C}),
+               state_type(dtype), arguments.device);
     checkpoints = as_contiguous(checkpoints);
     make_channels_contiguous(gy);
     if (gstate_out_.has_value()) gstate_out = arguments.checked_state("gstate_out", *gstate_out_);

@@ -77,14 +77,16 @@ struct LogitRange {
     highest = larger(k, highest);
     lowest = smaller(running, lowest);
   }
+  // Where the log-decay is positive, the maximum grows beyond all keys, and is largest at the end.
+  WKV_HD Real top() const { return larger(running, highest); }
   // Above every logit of the subchunk, u + k included.
-  WKV_HD Real reference(Channel<Real> channel) const { return highest + larger(channel.u, Real(0)); }
+  WKV_HD Real reference(Channel<Real> channel) const { return top() + larger(channel.u, Real(0)); }
   // |u|, because the bonus may lift the reference or lower the only weight; u once more where it is positive,
   // because it also lifts weights that are held at the smallest float. False without any weight and for a key of +inf,
   // which belong to RunningScale. NaN may pass: it stays NaN in either scale.
   WKV_HD auto fits(Channel<Real> channel) const {
     const Real least = select(lowest >= Real(kEmptyMax / 2), lowest, Real(-INFINITY));
-    return highest - least + abs(channel.u) + larger(channel.u, Real(0)) <= Real(kSharedSpread);
+    return top() - least + abs(channel.u) + larger(channel.u, Real(0)) <= Real(kSharedSpread);
   }
 };
 

@@ -52,6 +52,20 @@ struct BackwardParams : Params {
   void *gk, *gv, *gr;  // element [B, T, C]; gr null where r is
 };
 
+// Of the bidirectional operator. Time is not cut, so that an item is a column of a whole sequence.
+struct BiForwardParams : Params {
+  void* y;      // element [B, T, C]
+  void* sides;  // state [rows, 2, 3, C]: those before and after each interval, as the checkpoints are
+};
+
+struct BiBackwardParams : Params {
+  Sequence gy;        // element [B, T, C]
+  const void* sides;  // as forward left them
+  void* adjoints;     // state [rows, 2, C]: of (num, den) after the first step of each interval
+  double* partials;   // as in backward
+  void *gk, *gv, *gr;
+};
+
 struct Kernels {
   const char* name;
   // Fills the last two of the rows [4, C] of Channels from the first two.
@@ -59,6 +73,8 @@ struct Kernels {
   void (*forward)(const ForwardParams& params, const WorkItem& item);
   void (*step)(const StepParams& params, const WorkItem& item);
   void (*backward)(const BackwardParams& params, const WorkItem& item);
+  void (*bi_forward)(const BiForwardParams& params, const WorkItem& item);
+  void (*bi_backward)(const BiBackwardParams& params, const WorkItem& item);
   // Ends a thread's items: what it has written past the caches is then seen by all.
   void (*finish)();
 };

@@ -15,7 +15,7 @@
 #endif
 #define WKV_ISA avx2
 #define WKV_SIMD_BYTES 32
-#include "kernel.h"
+#include "kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -24,7 +24,7 @@
 #endif
 #define WKV_ISA avx512
 #define WKV_SIMD_BYTES 64
-#include "kernel.h"
+#include "kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

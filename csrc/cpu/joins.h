@@ -4,15 +4,16 @@
 
 #include <vector>
 
+#include "../common/bidirectional.h"
 #include "../common/math.h"
 #include "isa.h"
 
 namespace wkv::cpu {
 
-// Turns w and u, [2, C], into the log-decay and u.
+// Turns w, or the log-decay of the bidirectional operator, and u, [2, C], into the log-decay and u of the kernels.
 template <class Real>
-void prepare_parameters(Real* rows, int64_t C) {
-  for (int64_t c = 0; c < C; ++c) rows[c] = canonical_nan(log_decay_of(rows[c]));
+void prepare_parameters(Real* rows, int64_t C, bool is_raw) {
+  for (int64_t c = 0; c < C; ++c) rows[c] = canonical_nan(is_raw ? log_decay_of(rows[c]) : bounded_log_decay(rows[c]));
   for (int64_t c = C; c < 2 * C; ++c) rows[c] = canonical_nan(rows[c]);
 }
 
@@ -188,17 +189,18 @@ void adjoints_before(const BackwardParams& params, const Work& work, void* targe
   });
 }
 
-// gw and gu, state [C], from rows of partials; the log-decay -exp(w) is its own derivative.
-template <class Real>
-void reduce_partials(const BackwardParams& params, int64_t rows, void* gw, void* gu) {
-  const int64_t C = params.C;
-  const Real* log_decay = static_cast<const Real*>(params.channels.log_decay);
+// The gradients of the decay parameter and of u, state [C], from rows of partials; factor(log_decay) is the derivative
+// of the log-decay by the parameter.
+template <class Real, class Factor>
+void reduce_partials(const double* partials, int64_t rows, int64_t C, const Channels& channels, const Factor& factor,
+                     void* g_decay, void* gu) {
+  const Real* log_decay = static_cast<const Real*>(channels.log_decay);
   std::vector<double> totals(2 * C);
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t c = 0; c < 2 * C; ++c) totals[c] += params.partials[row * 2 * C + c];
+    for (int64_t c = 0; c < 2 * C; ++c) totals[c] += partials[row * 2 * C + c];
   }
   for (int64_t c = 0; c < C; ++c) {
-    static_cast<Real*>(gw)[c] = static_cast<Real>(totals[c] * log_decay[c]);
+    static_cast<Real*>(g_decay)[c] = static_cast<Real>(totals[c] * factor(log_decay[c]));
     static_cast<Real*>(gu)[c] = static_cast<Real>(totals[C + c]);
   }
 }

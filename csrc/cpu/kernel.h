@@ -153,9 +153,10 @@ struct Kernel {
     }
   };
 
-  // A subchunk of a line that is staged before it is written to memory.
-  struct Staged {
-    alignas(kLineBytes) Element data[kSubchunk * kLine];
+  // Steps of a line that are staged before they are written to memory.
+  template <int64_t kSteps>
+  struct StagedSteps {
+    alignas(kLineBytes) Element data[kSteps * kLine];
 
     WKV_INLINE Rows<Element> rows(int first) { return {data + first, kLine}; }
     WKV_INLINE void write(Rows<Element> target, int steps, int count, bool streams) {
@@ -171,6 +172,8 @@ struct Kernel {
       }
     }
   };
+
+  using Staged = StagedSteps<kSubchunk>;
 
   // A line of final states, likewise.
   struct StagedState {
@@ -658,12 +661,11 @@ struct Kernel {
   }
 
   static void exponentiate(int64_t C, Real* rows) {
-    for (int64_t c = 0; c < C; c += kLanes) {
-      const int count = at_most(kLanes, C - c);
-      const Vec u = load_some(rows + C + c, count);
-      const Vec smaller = exp_nonpositive(-abs(u));
-      store_some(rows + 2 * C + c, exp_nonpositive(load_some(rows + c, count)), count);
-      store_some(rows + 3 * C + c, select(u >= Vec(Real(0)), Vec(Real(1)) / smaller, smaller), count);
+    for (int64_t c = 0; c < 2 * C; c += kLanes) {
+      const int count = at_most(kLanes, 2 * C - c);
+      const Vec x = load_some(rows + c, count);
+      const Vec smaller = exp_nonpositive(-abs(x));
+      store_some(rows + 2 * C + c, select(x >= Vec(Real(0)), Vec(Real(1)) / smaller, smaller), count);
     }
   }
 };
@@ -707,8 +709,6 @@ inline void backward(const BackwardParams& params, const WorkItem& item) {
     }
   });
 }
-
-inline constexpr Kernels kKernels = {WKV_STRING(WKV_ISA), exponentiate, forward, step, backward, finish_streaming};
 
 }  // namespace WKV_ISA
 }  // namespace wkv::cpu

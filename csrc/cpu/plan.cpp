@@ -33,11 +33,11 @@ int64_t widest_column(int64_t C) { return std::max<int64_t>(divide_up(C, kLeastC
 // The width of columns, in narrowest ones: the widest with a good balance, or that with the best. `balance_of` is the
 // part of the time that threads are busy.
 template <class Balance>
-int64_t column_width(int64_t C, const Balance& balance_of) {
-  const int64_t widest = widest_column(C);
-  int64_t width = widest;
+int64_t column_width(int64_t C, Cuts cuts, const Balance& balance_of) {
+  const int64_t widest = widest_column(C), limit = std::max<int64_t>(cuts.widest_column / kLeastChannels, 1);
+  int64_t width = std::min(widest, limit);
   double best = 0;
-  for (int64_t columns = 1; columns <= widest && best < kGoodBalance; ++columns) {
+  for (int64_t columns = divide_up(widest, limit); columns <= widest && best < kGoodBalance; ++columns) {
     const int64_t candidate = divide_up(widest, columns);
     const double balance = balance_of(candidate);
     if (balance > best) {
@@ -49,11 +49,11 @@ int64_t column_width(int64_t C, const Balance& balance_of) {
 }
 
 // `sequences` of T steps are all the work.
-Plan plan_of(DType dtype, int64_t sequences, int64_t T, int64_t C, int64_t threads, int64_t width) {
+Plan plan_of(DType dtype, int64_t sequences, int64_t T, int64_t C, int64_t threads, int64_t width, Cuts cuts) {
   const int64_t column_channels = width * kLeastChannels;
   const int64_t intervals = divide_up(T, checkpoint_interval(dtype));
-  const int64_t wanted_chunks = std::clamp<int64_t>(threads / (sequences * widest_column(C)), 1,
-                                                    std::max<int64_t>(intervals / kLeastIntervalsPerChunk, 1));
+  const int64_t most_chunks = cuts.time ? std::max<int64_t>(intervals / kLeastIntervalsPerChunk, 1) : 1;
+  const int64_t wanted_chunks = std::clamp<int64_t>(threads / (sequences * widest_column(C)), 1, most_chunks);
   const int64_t chunk_intervals = std::max<int64_t>(divide_up(intervals, wanted_chunks), 1);
   return {.threads = threads,
           .column_channels = column_channels,
@@ -158,31 +158,32 @@ struct Shares {
 
 }  // namespace
 
-Work make_work(DType dtype, int64_t B, int64_t T, int64_t C, int64_t threads) {
+Work make_work(DType dtype, int64_t B, int64_t T, int64_t C, int64_t threads, Cuts cuts) {
   threads = useful_threads(B * T, C, threads);
   const int64_t sequences = std::max<int64_t>(B, 1);
-  const int64_t width = column_width(C, [&](int64_t width) {
+  const int64_t width = column_width(C, cuts, [&](int64_t width) {
     const int64_t items = sequences * divide_up(widest_column(C), width);
     return double(items) / double(divide_up(items, threads) * threads);
   });
-  Work work{.plan = plan_of(dtype, sequences, T, C, threads, width), .dtype = dtype, .B = B, .T = T, .C = C};
+  Work work{.plan = plan_of(dtype, sequences, T, C, threads, width, cuts), .dtype = dtype, .B = B, .T = T, .C = C};
   work.cut_rows = work.plan.chunks > 1 ? work.chunks() : 0;
   work.partial_rows = work.chunks();
   return work;
 }
 
-Work make_packed_work(DType dtype, Boundaries boundaries, int64_t N, int64_t total, int64_t C, int64_t threads) {
+Work make_packed_work(DType dtype, Boundaries boundaries, int64_t N, int64_t total, int64_t C, int64_t threads,
+                      Cuts cuts) {
   int64_t longest = 0;
   for (int64_t n = 0; n < N; ++n) longest = std::max(longest, boundaries[n + 1] - boundaries[n]);
   threads = useful_threads(total + N * kStepsOfStates, C, threads);
   // Time is cut as it is for as many sequences of the longest one's length as are equal in work.
   const int64_t sequences = std::max<int64_t>(total / std::max<int64_t>(longest, 1), 1);
-  const auto plan = [&](int64_t width) { return plan_of(dtype, sequences, longest, C, threads, width); };
+  const auto plan = [&](int64_t width) { return plan_of(dtype, sequences, longest, C, threads, width, cuts); };
   Work work{.plan = plan(1), .dtype = dtype, .B = 1, .T = total, .C = C};
   add_chunks(work, boundaries, N);
   const Parts parts(work.packed);
-  work.plan =
-      plan(column_width(C, [&](int64_t width) { return Shares(parts, C, width * kLeastChannels, threads).balance; }));
+  work.plan = plan(
+      column_width(C, cuts, [&](int64_t width) { return Shares(parts, C, width * kLeastChannels, threads).balance; }));
   work.shares = Shares(parts, C, work.plan.column_channels, threads).first;
   return work;
 }

@@ -71,9 +71,16 @@ struct Work {
   }
 };
 
-Work make_work(DType dtype, int64_t B, int64_t T, int64_t C, int64_t threads);
+// The cuts that an operation allows.
+struct Cuts {
+  bool time = true;                 // whether chunks may be parts of sequences
+  int64_t widest_column = 1 << 30;  // channels
+};
+
+Work make_work(DType dtype, int64_t B, int64_t T, int64_t C, int64_t threads, Cuts cuts = {});
 
 // Of N sequences, whose boundaries rise from 0 to `total`.
-Work make_packed_work(DType dtype, Boundaries boundaries, int64_t N, int64_t total, int64_t C, int64_t threads);
+Work make_packed_work(DType dtype, Boundaries boundaries, int64_t N, int64_t total, int64_t C, int64_t threads,
+                      Cuts cuts = {});
 
 }  // namespace wkv::cpu

@@ -6,24 +6,25 @@ import torch
 from torch import Tensor
 
 from .. import autograd, native
-from .registry import BackendUnavailable, Forward, Step
+from .registry import BackendUnavailable, BiForward, Forward, Step
 
-__all__ = ["forward", "step"]
+__all__ = ["bi_forward", "forward", "step"]
 
 # Registrations last as long as this object.
 _library = torch.library.Library(native.NAMESPACE, "FRAGMENT")
 
 
-def _attach() -> tuple[Forward, Step | None]:
+def _attach() -> tuple[Forward, Step | None, BiForward]:
     if native.operators.why_missing is not None:
 
         def missing(*_: Tensor | None) -> Any:
             raise BackendUnavailable(native.operators.why_missing)
 
-        return missing, missing
+        return missing, missing, missing
 
     intervals = {getattr(torch, name): steps for name, steps in native.operators.info["checkpoint_intervals"].items()}
-    return autograd.attach(_library, "wkv", intervals.__getitem__)
+    interval = intervals.__getitem__
+    return *autograd.attach(_library, "wkv", interval), autograd.attach_bi(_library, "bi_wkv", interval)
 
 
-forward, step = _attach()
+forward, step, bi_forward = _attach()

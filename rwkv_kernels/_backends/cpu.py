@@ -10,6 +10,7 @@ BACKEND = Backend(
     "cpu",
     compiled.forward,
     compiled.step,
+    compiled.bi_forward,
     # Tensors on meta have no data, so the operator's fake kernel serves them.
     device_types=("cpu", "meta"),
     automatic=True,

@@ -5,4 +5,4 @@ from .registry import Backend
 
 __all__ = ["BACKEND"]
 
-BACKEND = Backend("reference", reference.wkv)
+BACKEND = Backend("reference", reference.wkv, bi_forward=reference.bi_wkv)

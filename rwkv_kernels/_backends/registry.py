@@ -41,16 +41,19 @@ class BackendInfo(NamedTuple):
 
 Forward = Callable[..., tuple[Tensor, Tensor]]  # (w, u, k, v, state, r, cu_seqlens) -> (y, state_out)
 Step = Callable[..., Tensor]  # (w, u, k, v, state, r) -> y, and the state in place
+BiForward = Callable[..., Tensor]  # (log_decay, u, k, v, r, cu_seqlens) -> y
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to compute the operator; its functions get arguments that `functional` has checked.
+    """A way to compute the operators; its functions get arguments that `functional` has checked.
 
     Args:
         name: Of the argument `backend`.
         forward: (w, u, k, v, state or None, r or None, cu_seqlens or None) -> (y, state_out), differentiable.
         step: (w, u, k, v, state, r or None) -> y, which moves the state in place; None computes it by `forward`.
+        bi_forward: (log_decay, u, k, v, r or None, cu_seqlens or None) -> y of `bi_wkv`, differentiable; None where the
+            backend has no bidirectional operator, and refuses it.
         device_types: Of the tensors that it takes, the usual one first; None for all.
         dtypes: Of the k that it takes.
         automatic: Whether "auto" may choose it.
@@ -61,6 +64,7 @@ class Backend:
     name: str
     forward: Forward
     step: Step | None = None
+    bi_forward: BiForward | None = None
     device_types: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] = DTYPES
     automatic: bool = False
@@ -134,22 +138,28 @@ def _check_name(name: str) -> None:
         raise ValueError(f"wkv backend {name!r} is unknown. Known: auto, {', '.join(BACKENDS)}.")
 
 
-def _can(backend: Backend, k: Tensor) -> bool:
+def _lacks(backend: Backend, function: str) -> str | None:
+    return f"this backend has no {function}" if function == "bi_wkv" and backend.bi_forward is None else None
+
+
+def _can(backend: Backend, k: Tensor, function: str) -> bool:
     # In this order, so that no call on the CPU makes torch look for GPUs, which would break processes that fork later.
     return (
         (backend.device_types is None or k.device.type in backend.device_types)
         and k.dtype in backend.dtypes
+        and _lacks(backend, function) is None
         and backend.why_not(k) is None
         and backend.why_unavailable() is None
     )
 
 
-def _why_not(backend: Backend, k: Tensor) -> str | None:
-    return backend.why_unavailable() or backend.why_elsewhere(k) or backend.why_not(k)
+def _why_not(backend: Backend, k: Tensor, function: str) -> str | None:
+    reason = backend.why_unavailable() or backend.why_elsewhere(k) or _lacks(backend, function)
+    return reason or backend.why_not(k)
 
 
-def select(name: str, k: Tensor) -> Backend:
-    """The backend for a call with this k.
+def select(name: str, k: Tensor, function: str = "wkv") -> Backend:
+    """The backend for a call of `function`, wkv or bi_wkv, with this k.
 
     Raises ValueError for an unknown name, BackendUnavailable for a refusal.
     """
@@ -158,11 +168,13 @@ def select(name: str, k: Tensor) -> Backend:
     _check_name(name)
     candidates = AUTOMATIC if name == "auto" else (name,)
     for candidate in candidates:
-        if _can(backend := BACKENDS[candidate], k):
+        if _can(backend := BACKENDS[candidate], k, function):
             return backend
-    reasons = "; ".join(f"{candidate}: {_why_not(BACKENDS[candidate], k)}" for candidate in candidates)
-    can = [backend.name for backend in BACKENDS.values() if _can(backend, k)]
-    raise BackendUnavailable(f"wkv backend {name!r} refused ({reasons}). Available for this call: {', '.join(can)}.")
+    reasons = "; ".join(f"{each}: {_why_not(BACKENDS[each], k, function)}" for each in candidates)
+    can = [backend.name for backend in BACKENDS.values() if _can(backend, k, function)]
+    raise BackendUnavailable(
+        f"{function} backend {name!r} refused ({reasons}). Available for this call: {', '.join(can)}."
+    )
 
 
 def backends() -> list[BackendInfo]:
