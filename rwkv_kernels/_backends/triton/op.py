@@ -18,7 +18,17 @@ from ... import autograd, native
 from ...inputs import SEQUENCE, STATE, TOKEN, Inputs, Row, check, check_like
 from ...reference import empty_state
 from ..registry import Backend, constant
-from .plan import CHECKPOINT_INTERVAL, PARKED_STATES, Plan, ceil_div, make_packed_plan, make_plan, widths
+from .plan import (
+    CARRIED_CHANNELS,
+    CHECKPOINT_INTERVAL,
+    PARKED_STATES,
+    REGISTERS,
+    Plan,
+    ceil_div,
+    make_packed_plan,
+    make_plan,
+    widths,
+)
 
 __all__ = [
     "BACKEND",
@@ -64,6 +74,12 @@ class Launch:
     arguments: tuple[Any, ...]
     constants: dict[str, int]
     warps: int = 1
+    registers: int | None = None  # that a thread may have on NVIDIA's GPUs; None leaves it to the compiler
+
+    def options(self, device: str) -> dict[str, Any]:
+        """The options of Triton's compiler for a GPU that it calls `device`: cuda or hip."""
+        limit = {"maxnreg": self.registers} if device == "cuda" and self.registers is not None else {}
+        return {"num_warps": self.warps, "enable_fp_fusion": True, **limit}
 
 
 # Every address and stride of a call is a multiple of this, or nothing is assumed: two variants of a kernel, not one for
@@ -148,7 +164,7 @@ def forward(plan: Plan, inputs: Inputs, checkpoint: bool) -> tuple[tuple[Tensor,
         launches.append(Launch("summarise_states", tiles * B * cuts, arguments, constants))
     if 2 * plan.chunk_len < T:
         arguments = (w, cu_seqlens, states, C_aligned, *chunks, T)
-        launches.append(Launch("carry_states", tiles * len(state_out), arguments, constants))
+        launches.append(_carry("carry_states", len(state_out), C, arguments, alignment))
     strides += _strides(alignment, is_packed, r)
     saved = checkpoints if checkpoint else None
     arguments = (w, u, k, v, state, r, cu_seqlens, states, y, state_out, saved, *strides, T, C_aligned, *chunks)
@@ -187,10 +203,11 @@ def backward(
         launches.append(Launch("summarise_adjoints", tiles * B * cuts, arguments, constants))
     if 2 * plan.chunk_len < T:
         arguments = (w, cu_seqlens, checkpoints, adjoints, *sizes)
-        launches.append(Launch("carry_adjoints", tiles * len(gstate), arguments, constants))
+        launches.append(_carry("carry_adjoints", len(gstate), C, arguments, alignment))
     results = (gk, gv, gstate, None if r is None else gr)
     arguments = (*given, state, r, *saved, parked, *results, partials, *strides, *sizes)
-    launches.append(Launch("backward", tiles * B * plan.chunks, arguments, constants))
+    registers = None if r is None else REGISTERS.get(plan.channels)
+    launches.append(Launch("backward", tiles * B * plan.chunks, arguments, constants, registers=registers))
     launches.append(_reduction(w, partials, gw, gu))
     return (gw, gu, gk, gv, gstate, gr), launches
 
@@ -198,6 +215,11 @@ def backward(
 def _cuts(plan: Plan, inputs: Inputs) -> int:
     """The chunks of an element of the batch that may have one after them in their sequence."""
     return plan.chunks - (1 if inputs.cu_seqlens is None else inputs.sequences)
+
+
+def _carry(kernel: str, sequences: int, C: int, arguments: tuple[Any, ...], alignment: int) -> Launch:
+    constants = {"CHANNELS": CARRIED_CHANNELS, "ALIGNMENT": alignment}
+    return Launch(kernel, ceil_div(C, CARRIED_CHANNELS) * sequences, arguments, constants)
 
 
 def _reduction(w: Tensor, partials: Tensor, gw: Tensor, gu: Tensor) -> Launch:
@@ -222,13 +244,12 @@ def step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | 
 def _run(launches: list[Launch], device: torch.device) -> None:
     from . import kernels
 
+    compiled_for = "hip" if torch.version.hip else "cuda"
     on_device: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with on_device:
         for launch in launches:
             kernel = getattr(kernels, launch.kernel)
-            kernel[(launch.programs,)](
-                *launch.arguments, **launch.constants, num_warps=launch.warps, enable_fp_fusion=True
-            )
+            kernel[(launch.programs,)](*launch.arguments, **launch.constants, **launch.options(compiled_for))
 
 
 # ---- operators ----
