@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rwkv_kernels import autograd
 from rwkv_kernels._backends import registry
+from rwkv_kernels.inputs import BI_BACKWARD, BI_FORWARD
 
 NAME = "emulated"
 
@@ -42,8 +43,13 @@ autograd.define(
     lambda *arguments: gpu_host.forward(_Current.executor, *arguments),
     lambda *arguments: gpu_host.backward(_Current.executor, *arguments),
 )
+_library.define("emulated_bi_forward" + BI_FORWARD)
+_library.define("_emulated_bi_backward" + BI_BACKWARD)
+_library.impl("emulated_bi_forward", lambda *arguments: gpu_host.bi_forward(_Current.executor, *arguments), "CPU")
+_library.impl("_emulated_bi_backward", lambda *arguments: gpu_host.bi_backward(_Current.executor, *arguments), "CPU")
 _forward, _ = autograd.attach(_library, NAME, checkpoint_interval)
-_backend = registry.Backend(NAME, _forward, _step, device_types=("cpu",))
+_bi_forward = autograd.attach_bi(_library, f"{NAME}_bi", checkpoint_interval)
+_backend = registry.Backend(NAME, _forward, _step, _bi_forward, device_types=("cpu",))
 
 
 @contextmanager

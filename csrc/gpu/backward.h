@@ -93,36 +93,13 @@ struct BackwardPass {
     WKV_HD Gate<Pair> get(int step) const { return gate_of(r.get(step)); }
     WKV_HD void set_gradient(int step, Pair value) const { r.set(step, value); }
   };
-  // The same in memory; a prefetch takes most of the latency.
-  struct DistantGates {
-    Rows<const Element> r;
-    Rows<Element> gr;
-    uint32_t t;
-    int channels;  // 0 without r
-
-    WKV_HD DistantGates(const Block& block, const Tile& tile, const Thread& thread)
-        : r(rows_from<Element>(block.params.r, block.place().b, block.channel_of(thread))),
-          gr(rows_from<Element>(block.params.gr, block.params.T, block.params.C, block.place().b,
-                                block.channel_of(thread))),
-          t(block.place().begin() + tile.t + thread.warp() * kSteps),
-          channels(block.params.r.data == nullptr ? 0 : block.channels_of(thread)) {}
-    WKV_HD Gate<Pair> get(int step) const {
-      const Element* const at = r.at(t + step);
-      return gate_of(Pair(kFullTilesOnly || channels > 0 ? to_real(load_constant(at)) : float(INFINITY),
-                          kFullTilesOnly || channels > 1 ? to_real(load_constant(at + 1)) : float(INFINITY)));
-    }
-    WKV_HD void set_gradient(int step, Pair value) const {
-      Element* const at = gr.at(t + step);
-      if (kFullTilesOnly || channels > 0) from_real(value.x, at[0]);
-      if (kFullTilesOnly || channels > 1) from_real(value.y, at[1]);
-    }
-  };
   struct NoGates {
     WKV_HD NoGates(const Block&, const Tile&, const Thread&) {}
     WKV_HD NoGate get(int) const { return {}; }
     WKV_HD void set_gradient(int, Pair) const {}
   };
-  using Gates = std::conditional_t<kStagesGate, StagedGates, std::conditional_t<kMixing, DistantGates, NoGates>>;
+  using Gates =
+      std::conditional_t<kStagesGate, StagedGates, std::conditional_t<kMixing, DistantGates<Block, kSteps>, NoGates>>;
 
   WKV_HD static void stage_gate(const Block& block, const Tile& tile, const Thread& thread) {
     if constexpr (kStagesGate) {

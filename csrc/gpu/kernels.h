@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backward.h"
+#include "bi_double.h"
 #include "forward.h"
 #include "small.h"
 
@@ -10,6 +11,10 @@ namespace wkv {
 // A reduction's partials have the accumulation type.
 template <class Element>
 using ReduceOf = Reduce<RealOf<kTypeOf<Element>>>;
+
+// Tables have float32 states; float64 has no table.
+template <class Element>
+using BiJoinOf = BiJoin<float>;
 
 // Calls function.operator()<Type>() for a kernel of a dtype.
 template <class Function>
@@ -47,6 +52,22 @@ struct Bounds<Backward<Element>> {
 };
 template <class Element>
 struct Bounds<MixingBackward<Element>> : Bounds<Backward<Element>> {};
+template <class Element>
+struct BiBounds {
+  static constexpr int threads = kBackwardWarps * kWarpThreads, blocks = 2;
+};
+template <>
+struct BiBounds<double> {
+  static constexpr int threads = kDoubleThreads, blocks = 1;
+};
+template <class Element>
+struct Bounds<BiSums<Element>> : BiBounds<Element> {};
+template <class Element>
+struct Bounds<BiForward<Element>> : BiBounds<Element> {};
+template <class Element>
+struct Bounds<BiAdjointSums<Element>> : BiBounds<Element> {};
+template <class Element>
+struct Bounds<BiBackward<Element>> : BiBounds<Element> {};
 template <>
 struct Bounds<Forward<double>> {
   static constexpr int threads = kDoubleThreads, blocks = 1;

@@ -44,6 +44,7 @@ WKV_HD Pair ceil(Pair a) { return {std::ceil(a.x), std::ceil(a.y)}; }
 WKV_HD Pair exp2(Pair a) { return {exp2_approximate(a.x), exp2_approximate(a.y)}; }
 WKV_HD Pair log2(Pair a) { return {log2_approximate(a.x), log2_approximate(a.y)}; }
 WKV_HD Pair exp_nonpositive(Pair a) { return exp2(a * Pair(kLog2E)); }
+WKV_HD Pair exp2_clamped(Pair a) { return exp2(a); }
 
 WKV_HD Sums<Pair> operator*(Pair factor, Sums<Pair> sums) { return {factor * sums.num, factor * sums.den}; }
 WKV_HD Sums<Pair> operator+(Sums<Pair> a, Sums<Pair> b) { return {a.num + b.num, a.den + b.den}; }

@@ -50,6 +50,12 @@ constexpr int backward_shared_bytes(DType dtype, int64_t architecture, bool mixi
          (mixing ? kPlaceBytes : 0);
 }
 
+// Of the bidirectional kernels' tile, with the sums of its warps.
+constexpr int bi_shared_bytes(DType dtype, int inputs) {
+  return inputs * tile_bytes(dtype, kBackwardWarps * kBackwardSteps) +
+         (forward_message_rows(kBackwardWarps) + kChannelRows) * kRowBytes + kTicketBytes + kPlaceBytes;
+}
+
 struct Plan {
   int warps;  // of a tile
   int64_t tile_steps;
