@@ -14,8 +14,8 @@
 namespace wkv {
 
 template <class Element>
-struct BiBackwardTiles : BiTiles<Element, 3> {
-  using Base = BiTiles<Element, 3>;
+struct BiBackwardTiles : BiTiles<Element, 3, kBiBackwardSteps> {
+  using Base = BiTiles<Element, 3, kBiBackwardSteps>;
   using Base::kSteps;
   using typename Base::Block;
   using typename Base::Gates;

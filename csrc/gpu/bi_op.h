@@ -31,7 +31,7 @@ struct BiLaunches {
   }
 
   // A block for each interval, or in float64 for each sequence.
-  void launch(Kernel kernel, int inputs) {
+  void launch(Kernel kernel, int inputs, int steps) {
     Launch launch = {kernel, dtype, {1, 1, 1}, 0, 0, &params, sizeof params};
     if (dtype == DType::float64) {
       launch.grid.x = blocks_for(params.C, kDoubleThreads);
@@ -45,8 +45,8 @@ struct BiLaunches {
     }
     launch.grid = {blocks_for(params.C, kTileChannels), std::min(params.rows, kPackedRows),
                    (params.rows + kPackedRows - 1) / kPackedRows};
-    launch.threads = kBackwardWarps * kWarpThreads;
-    launch.shared_bytes = bi_shared_bytes(dtype, inputs);
+    launch.threads = bi_warps(steps) * kWarpThreads;
+    launch.shared_bytes = bi_shared_bytes(dtype, inputs, steps);
     launcher.launch(launch);
   }
 
@@ -74,9 +74,9 @@ std::tuple<Tensor, Tensor> gpu_bi_forward(const Tensor& log_decay, const Tensor&
   BiLaunches<Launcher> launches(launcher, arguments, 3);
   launches.params.checkpoints = table.mutable_data_ptr();
   launches.params.outputs[0] = y.mutable_data_ptr();
-  launches.launch(Kernel::bi_sums, 2);
+  launches.launch(Kernel::bi_sums, 2, kBiForwardSteps);
   launches.join(false);
-  launches.launch(Kernel::bi_forward, 2);
+  launches.launch(Kernel::bi_forward, 2, kBiForwardSteps);
   return {y, none};
 }
 
@@ -112,10 +112,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gpu_bi_backward(const Tensor&
   params.checkpoints = gradients.checkpoints.mutable_data_ptr();
   params.adjoints = adjoints.mutable_data_ptr();
   params.partials = partials.mutable_data_ptr();
-  if (is_double) launches.launch(Kernel::bi_sums, 3);
-  launches.launch(Kernel::bi_adjoint_sums, 3);
+  if (is_double) launches.launch(Kernel::bi_sums, 2, kBiForwardSteps);
+  launches.launch(Kernel::bi_adjoint_sums, 3, kBiBackwardSteps);
   launches.join(true);
-  launches.launch(Kernel::bi_backward, 3);
+  launches.launch(Kernel::bi_backward, 3, kBiBackwardSteps);
   launch_reduce(launcher, dtype,
                 {.parameters = params.parameters,
                  .is_raw = false,

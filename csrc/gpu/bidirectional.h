@@ -26,10 +26,10 @@ inline constexpr double kLargestGrowth = 16.0;
 // From there on the product of a key and log2(e) is too coarse for a common exponent.
 inline constexpr double kLargestReference = 1048576.0;
 
-template <class Element_, int kInputs_>
+template <class Element_, int kInputs_, int kSteps_>
 struct BiTiles {
   using Element = Element_;
-  static constexpr int kInputs = kInputs_, kSteps = kBackwardSteps, kWarps = kBackwardWarps;
+  static constexpr int kInputs = kInputs_, kSteps = kSteps_, kWarps = bi_warps(kSteps);
   using Block = ScanBlock<Element, kInputs, kSteps, kWarps, false, true>;
   using Place = typename Block::Place;
   using Tile = wkv::Tile<kSteps>;
@@ -244,8 +244,8 @@ struct BiTileKernel {
 };
 
 template <class Element>
-struct BiSumsPass : BiTiles<Element, 2> {
-  using Base = BiTiles<Element, 2>;
+struct BiSumsPass : BiTiles<Element, 2, kBiForwardSteps> {
+  using Base = BiTiles<Element, 2, kBiForwardSteps>;
   using typename Base::Block;
   using typename Base::Thread;
   using typename Base::Tile;
@@ -263,8 +263,8 @@ struct BiSumsPass : BiTiles<Element, 2> {
 };
 
 template <class Element>
-struct BiForwardPass : BiTiles<Element, 2> {
-  using Base = BiTiles<Element, 2>;
+struct BiForwardPass : BiTiles<Element, 2, kBiForwardSteps> {
+  using Base = BiTiles<Element, 2, kBiForwardSteps>;
   using Base::kSteps;
   using typename Base::Block;
   using typename Base::Gates;

@@ -52,22 +52,22 @@ struct Bounds<Backward<Element>> {
 };
 template <class Element>
 struct Bounds<MixingBackward<Element>> : Bounds<Backward<Element>> {};
-template <class Element>
+template <class Element, int steps>
 struct BiBounds {
-  static constexpr int threads = kBackwardWarps * kWarpThreads, blocks = 2;
+  static constexpr int threads = bi_warps(steps) * kWarpThreads, blocks = steps / 8;
 };
-template <>
-struct BiBounds<double> {
+template <int steps>
+struct BiBounds<double, steps> {
   static constexpr int threads = kDoubleThreads, blocks = 1;
 };
 template <class Element>
-struct Bounds<BiSums<Element>> : BiBounds<Element> {};
+struct Bounds<BiSums<Element>> : BiBounds<Element, kBiForwardSteps> {};
 template <class Element>
-struct Bounds<BiForward<Element>> : BiBounds<Element> {};
+struct Bounds<BiForward<Element>> : BiBounds<Element, kBiForwardSteps> {};
 template <class Element>
-struct Bounds<BiAdjointSums<Element>> : BiBounds<Element> {};
+struct Bounds<BiAdjointSums<Element>> : BiBounds<Element, kBiBackwardSteps> {};
 template <class Element>
-struct Bounds<BiBackward<Element>> : BiBounds<Element> {};
+struct Bounds<BiBackward<Element>> : BiBounds<Element, kBiBackwardSteps> {};
 template <>
 struct Bounds<Forward<double>> {
   static constexpr int threads = kDoubleThreads, blocks = 1;
