@@ -42,17 +42,30 @@ INTERPRETED_MIXING = (
     "boundaries or depend or hand_their_states_on or no_steps or at_their_ends or keeps_its_digits or refused"
     ")"
 )
+INTERPRETED_BIDIRECTIONAL = (
+    "triton and ("
+    "(outputs_and_gradients and float32 and "
+    "(small or one_ or two_steps or interval or image or strong or at_once or of_minus_50 or k_of_20-"
+    " or k_of_1000 or every_second or time_major or gated or packed)) or "
+    "(outputs_and_gradients and bfloat16 and (small or gated_and_packed)) or "
+    "nan or minus_infinity or without_any or (beyond and bfloat16) or depend or nothing or large_values or "
+    "(extremes and 10000.0-1.0) or explains"
+    ")"
+)
+CHOSEN = {"mixing": INTERPRETED_MIXING, "bidirectional": INTERPRETED_BIDIRECTIONAL}
 
 
 @pytest.mark.skipif(op.INTERPRETED, reason="this is the interpreter's run")
 @pytest.mark.skipif(op.why_unavailable() is None, reason="the compiled kernels pass these tests here")
 @pytest.mark.parametrize(
-    "names", [["operator"], ["special_values"], ["mixing"], ["state", "errors", "torch", "triton"]], ids=" ".join
+    "names",
+    [["operator"], ["special_values"], ["mixing"], ["bidirectional"], ["state", "errors", "torch", "triton"]],
+    ids=" ".join,
 )
 def test_the_interpreter_passes_the_same_tests(names: list[str]) -> None:
     pytest.importorskip("triton")
     files = [str(HERE / f"test_{name}.py") for name in names]
-    chosen = INTERPRETED_MIXING if names == ["mixing"] else INTERPRETED
+    chosen = CHOSEN.get(names[0], INTERPRETED)
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", chosen],
         env={**os.environ, "TRITON_INTERPRET": "1"},
