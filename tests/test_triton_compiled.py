@@ -49,7 +49,7 @@ def test_no_kernel_spills(target: str, dtype: torch.dtype) -> None:
     if target.startswith("gfx") and not COMPILES_FOR_AMD:
         pytest.skip(f"the claim is about Triton 3.7 and newer, and this is {triton.__version__}")
     for row in triton_report.rows(target, [dtype], forms=triton_report.EXTREMES):
-        assert not triton_report.excessive(row), row
+        assert row.spilled_bytes == 0, row
         assert row.shared_bytes == 0 or row.kernel == "reduce", row
         if target == "sm_90" and row.kernel in BYTES_OF_BFLOAT16:
             moved = BYTES_OF_BFLOAT16[row.kernel] + (BYTES_OF_A_GATE[row.kernel] if "gated" in row.form else 0)

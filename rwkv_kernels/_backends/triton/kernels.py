@@ -131,7 +131,7 @@ def locate(C_aligned, per_sequence, CHANNELS: tl.constexpr, ALIGNMENT: tl.conste
     exists = c < C_aligned * ALIGNMENT
     c = tl.minimum(c // ALIGNMENT, C_aligned - 1) * ALIGNMENT + c % ALIGNMENT
     c = tl.max_contiguous(tl.multiple_of(c, ALIGNMENT), ALIGNMENT)
-    return (row // per_sequence).to(tl.int64), row % per_sequence, C_aligned.to(tl.int64) * ALIGNMENT, c, exists
+    return row // per_sequence, row % per_sequence, C_aligned.to(tl.int64) * ALIGNMENT, c, exists
 
 
 @triton.jit
@@ -168,7 +168,8 @@ def place(cu_seqlens, b, chunk, T, chunk_len, chunks, EACH: tl.constexpr):
     all their chunks, of which a sequence without steps has one, 0 for all but one of them.
     """
     if cu_seqlens is None:
-        found = (b, b, b * T, T, chunk, chunks)
+        n = b.to(tl.int64)
+        found = (n, n, n * T, T, chunk, chunks)
     else:
         n, chunk = owner(cu_seqlens, chunk, T, chunk_len, chunks, EACH)
         first, steps = steps_of(cu_seqlens, n, T)
@@ -366,6 +367,7 @@ def carry_states(
 ):  # fmt: skip
     """Joins the states of a sequence's chunks in order, in place: each becomes the true state after its chunk."""
     n, _, C, c, exists = locate(C_aligned, 1, CHANNELS, ALIGNMENT)
+    n = n.to(tl.int64)
     first = n
     if cu_seqlens is not None:
         first, T = steps_of(cu_seqlens, n, T)
@@ -450,7 +452,7 @@ def summarise_adjoint_steps(k, v, r, gy, t, log_decay, u, state, passed, adjoint
             s, e = gate_of(rs[i])
             inverse = reciprocal(y_den * (1 + e))
             h = passed * reads[0] * (gs[i].to(tl.float32) * inverse * s)
-            y = y_num * inverse * (1 + e)
+            y = y_num * (inverse + inverse * e)
         gnum += h
         gden -= h * y
         advances = weigh(state[2] + log_decay, kt)
@@ -528,7 +530,7 @@ def summarise_adjoints(
 ):  # fmt: skip
     """The adjoint before every chunk but a sequence's first, each of that chunk alone, the last one with gstate_out."""
     cuts = cuts_of(cu_seqlens, T, chunk_len, chunks)
-    b, slot, C, c, exists = locate(C_aligned, cuts, CHANNELS, ALIGNMENT)
+    b, slot, C, c, _ = locate(C_aligned, cuts, CHANNELS, ALIGNMENT)
     row = b * cuts + slot
     n, start, first, T, slot, chunks = place(cu_seqlens, b, slot, T, chunk_len, chunks, 0)
     if cu_seqlens is not None:
@@ -565,7 +567,8 @@ def summarise_adjoints(
         )
     for t in range(whole, end):
         state, passed, adjoint = summarise_adjoint_steps(k, v, r, gy, t, log_decay, u, state, passed, adjoint, 1)
-    store_pair(chunk_adjoints + row * 2 * C, C, c, adjoint, exists, ALIGNMENT)
+    # Without a mask: threads that repeat a channel have its values, and AMD's scalar registers are all in use.
+    store_pair(chunk_adjoints + row * 2 * C, C, c, adjoint, tl.full(c.shape, 1, tl.int1), ALIGNMENT)
 
 
 @triton.jit
@@ -594,6 +597,7 @@ def carry_adjoints(
 ):  # fmt: skip
     """Joins the adjoints of a sequence's chunks from the last to the first, in place: slot i is that after chunk i."""
     n, _, C, c, exists = locate(C_aligned, 1, CHANNELS, ALIGNMENT)
+    n = n.to(tl.int64)
     first = n
     if cu_seqlens is not None:
         first, T = steps_of(cu_seqlens, n, T)
@@ -630,12 +634,18 @@ def backward(
     first, forward once more and back.
     """
     b, chunk, C, c, exists = locate(C_aligned, chunks, CHANNELS, ALIGNMENT)
-    index, indices = chunk, chunks
+    row = b * chunks + chunk
     zero = tl.zeros(c.shape, tl.float32)
-    n, start, first, T, chunk, chunks = place(cu_seqlens, b, index, T, chunk_len, indices, 1)
+    n, start, first, T, chunk, chunks = place(cu_seqlens, b, chunk, T, chunk_len, chunks, 1)
     if cu_seqlens is not None:
-        if chunk == chunks:
-            store_pair(partials + (b * indices + index) * 2 * C, C, c, (zero, zero), exists, ALIGNMENT)
+        if (chunk == chunks) | (T == 0):
+            store_pair(partials + row * 2 * C, C, c, (zero, zero), exists, ALIGNMENT)
+            if chunk == 0:
+                # Without steps, the gradient is what arrived.
+                arrived = (zero, zero, zero)
+                if gstate_out is not None:
+                    arrived = load_state(columns(gstate_out + n * 3 * C, c, ALIGNMENT), C)
+                store_state(columns(gstate + n * 3 * C, c, ALIGNMENT), C, arrived, exists)
             return
     log_decay = log_decay_of(load_parameter(w, c, ALIGNMENT))
     u = load_parameter(u, c, ALIGNMENT)
@@ -644,8 +654,8 @@ def backward(
     checkpoints = checkpoints_of(checkpoints, cu_seqlens, n, first, T, C, c, ALIGNMENT)
     adjoint = (zero, zero)
     if chunk < chunks - 1:
-        row = adjoints_of(cu_seqlens, n, first, chunk_len, chunks) + chunk
-        adjoint = load_adjoint(chunk_adjoints + row * 2 * C, C, c, ALIGNMENT)
+        after = adjoints_of(cu_seqlens, n, first, chunk_len, chunks) + chunk
+        adjoint = load_adjoint(chunk_adjoints + after * 2 * C, C, c, ALIGNMENT)
     elif gstate_out is not None:
         adjoint = load_adjoint(gstate_out + n * 3 * C, C, c, ALIGNMENT)
     sums = (zero, zero)
@@ -705,19 +715,13 @@ def backward(
             )
         tl.debug_barrier()
 
-    store_pair(partials + (b * indices + index) * 2 * C, C, c, sums, exists, ALIGNMENT)
+    store_pair(partials + row * 2 * C, C, c, sums, exists, ALIGNMENT)
     if chunk == 0:
         # The gradient of max follows from the others for consumers that respect the state's gauge.
         num, den, _ = load_first_state(state, n, C, c, ALIGNMENT)
         gnum, gden = adjoint
-        gmax = num * gnum + den * gden
-        if cu_seqlens is not None:
-            # Without steps, the gradient is what arrived.
-            arrived = zero
-            if gstate_out is not None:
-                arrived = tl.load(columns(gstate_out + (n * 3 + 2) * C, c, ALIGNMENT))
-            gmax = tl.where(T > 0, gmax, arrived)
-        store_state(columns(gstate + n * 3 * C, c, ALIGNMENT), C, (gnum, gden, gmax), exists)
+        before = (gnum, gden, num * gnum + den * gden)
+        store_state(columns(gstate + n * 3 * C, c, ALIGNMENT), C, before, exists)
 
 
 @kernel
@@ -756,6 +760,7 @@ def step(
 ):  # fmt: skip
     """y of one token, gated where there is an r, and the state in place."""
     b, _, _, c, exists = locate(C, 1, CHANNELS, 1)
+    b = b.to(tl.int64)
     log_decay = log_decay_of(load_parameter(w, c, 1))
     kt = key_logit(tl.load(k + b * k_stride + c))
     vt = tl.load(v + b * v_stride + c).to(tl.float32)

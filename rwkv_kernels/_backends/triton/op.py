@@ -21,8 +21,10 @@ from ..registry import Backend, constant
 from .plan import (
     BI_BACKWARD_PARKED,
     BI_FORWARD_PARKED,
+    CARRIED_CHANNELS,
     CHECKPOINT_INTERVAL,
     PARKED_STATES,
+    REGISTERS,
     REPLAYED_STEPS,
     Plan,
     ceil_div,
@@ -78,6 +80,12 @@ class Launch:
     arguments: tuple[Any, ...]
     constants: dict[str, int]
     warps: int = 1
+    registers: int | None = None  # that a thread may have on NVIDIA's GPUs; None leaves it to the compiler
+
+    def options(self, device: str) -> dict[str, Any]:
+        """The options of Triton's compiler for a GPU that it calls `device`: cuda or hip."""
+        limit = {"maxnreg": self.registers} if device == "cuda" and self.registers is not None else {}
+        return {"num_warps": self.warps, "enable_fp_fusion": True, **limit}
 
 
 # Every address and stride of a call is a multiple of this, or nothing is assumed: two variants of a kernel, not one for
@@ -162,7 +170,7 @@ def forward(plan: Plan, inputs: Inputs, checkpoint: bool) -> tuple[tuple[Tensor,
         launches.append(Launch("summarise_states", tiles * B * cuts, arguments, constants))
     if 2 * plan.chunk_len < T:
         arguments = (w, cu_seqlens, states, C_aligned, *chunks, T)
-        launches.append(Launch("carry_states", tiles * len(state_out), arguments, constants))
+        launches.append(_carry("carry_states", len(state_out), C, arguments, alignment))
     strides += _strides(alignment, is_packed, r)
     saved = checkpoints if checkpoint else None
     arguments = (w, u, k, v, state, r, cu_seqlens, states, y, state_out, saved, *strides, T, C_aligned, *chunks)
@@ -201,10 +209,11 @@ def backward(
         launches.append(Launch("summarise_adjoints", tiles * B * cuts, arguments, constants))
     if 2 * plan.chunk_len < T:
         arguments = (w, cu_seqlens, checkpoints, adjoints, *sizes)
-        launches.append(Launch("carry_adjoints", tiles * len(gstate), arguments, constants))
+        launches.append(_carry("carry_adjoints", len(gstate), C, arguments, alignment))
     results = (gk, gv, gstate, None if r is None else gr)
     arguments = (*given, state, r, *saved, parked, *results, partials, *strides, *sizes)
-    launches.append(Launch("backward", tiles * B * plan.chunks, arguments, constants))
+    registers = None if r is None else REGISTERS.get(plan.channels)
+    launches.append(Launch("backward", tiles * B * plan.chunks, arguments, constants, registers=registers))
     launches.append(_reduction(w, partials, gw, gu))
     return (gw, gu, gk, gv, gstate, gr), launches
 
@@ -212,6 +221,11 @@ def backward(
 def _cuts(plan: Plan, inputs: Inputs) -> int:
     """The chunks of an element of the batch that may have one after them in their sequence."""
     return plan.chunks - (1 if inputs.cu_seqlens is None else inputs.sequences)
+
+
+def _carry(kernel: str, sequences: int, C: int, arguments: tuple[Any, ...], alignment: int) -> Launch:
+    constants = {"CHANNELS": CARRIED_CHANNELS, "ALIGNMENT": alignment}
+    return Launch(kernel, ceil_div(C, CARRIED_CHANNELS) * sequences, arguments, constants)
 
 
 def _reduction(w: Tensor | None, partials: Tensor, gw: Tensor, gu: Tensor) -> Launch:
@@ -284,12 +298,12 @@ def kernel_of(launch: Launch) -> Any:
 
 
 def _run(launches: list[Launch], device: torch.device) -> None:
+    compiled_for = "hip" if torch.version.hip else "cuda"
     on_device: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with on_device:
         for launch in launches:
-            kernel_of(launch)[(launch.programs,)](
-                *launch.arguments, **launch.constants, num_warps=launch.warps, enable_fp_fusion=True
-            )
+            kernel = kernel_of(launch)
+            kernel[(launch.programs,)](*launch.arguments, **launch.constants, **launch.options(compiled_for))
 
 
 # ---- operators ----

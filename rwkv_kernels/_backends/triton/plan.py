@@ -5,9 +5,11 @@ from dataclasses import dataclass
 __all__ = [
     "BI_BACKWARD_PARKED",
     "BI_FORWARD_PARKED",
+    "CARRIED_CHANNELS",
     "CHECKPOINT_INTERVAL",
     "LOADED_STEPS",
     "PARKED_STATES",
+    "REGISTERS",
     "REPLAYED_STEPS",
     "Plan",
     "ceil_div",
@@ -40,6 +42,14 @@ NARROW, WIDE = 2, 4
 # SERIAL_PROGRAMS of the wide ones already, a second pass over the inputs costs more than idle warps do.
 PROGRAMS = 12
 SERIAL_PROGRAMS = 3
+
+# Channels of a program that carries. It waits for memory at every eighth chunk, so that more of them, each with fewer
+# registers, take less time.
+CARRIED_CHANNELS = 64
+
+# Registers of a thread that NVIDIA's compiler may use for the backward of a gate, by the channels of a program: of 64K,
+# for as many programs as above, and all that a thread can have. Left to itself it aims at fewer, and spills.
+REGISTERS = {NARROW * 32: 168, WIDE * 32: 255}
 
 # Below so many steps two more launches take longer than the steps. States are carried from chunk to chunk one after the
 # other, which for more chunks than this would take longer than the steps within them.
