@@ -99,7 +99,7 @@ def replay_step(state, log_decay, k, v):
 
 @triton.jit
 def replay_before(ks, vs, log_decay, state, STEPS: tl.constexpr):
-    """What `replay_step` has of every step of a group, and the state after the last one."""
+    """The first result of `replay_step` for every step of a group, and the state after the last one."""
     replayed = ()
     for i in tl.static_range(STEPS):
         at, state = replay_step(state, log_decay, ks[i], vs[i])
@@ -251,9 +251,9 @@ def bi_forward(
 
 @triton.jit
 def read_adjoint(before, after, logit, v, g, r):
-    """What a read gives to the sums before and after it, each relative to its maximum, to u, and to v; and of r.
+    """The adjoints that a read gives to num before it, to num after it and to the present value; y, and that of r.
 
-    Also y and the gradient of y, from which that of r follows.
+    Without an r, the last one means nothing.
     """
     past, future, present = weights_of_read(before[2], after[2], logit)
     y_num = past * before[0] + future * after[0] + present * v

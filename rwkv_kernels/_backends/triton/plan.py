@@ -30,8 +30,8 @@ REPLAYED_STEPS = 4
 # left over where the sequence ends.
 PARKED_STATES = CHECKPOINT_INTERVAL // REPLAYED_STEPS + LOADED_STEPS - 1
 
-# What the bidirectional kernels park for each group of replayed steps, and for each step that is left over where a
-# sequence ends: the state after it; in backward also the state before it, and the adjoint of that after it.
+# Numbers that the bidirectional kernels park for each group of replayed steps, and for each step that is left over
+# where a sequence ends: the state after it; in backward also the state before it, and the adjoint of that after it.
 BI_FORWARD_PARKED = 3
 BI_BACKWARD_PARKED = 8
 
