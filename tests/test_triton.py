@@ -38,7 +38,7 @@ INTERPRETED = (
 )
 INTERPRETED_MIXING = (
     "triton and ("
-    "(outputs_and_gradients and (float32 or gated_and_packed-bfloat16) and not (wide_and_long or tiny or u_of_)) or "
+    "(outputs_and_gradients and (float32 or gated_and_packed-bfloat16) and not (wide_and_long or u_of_)) or "
     "boundaries or depend or hand_their_states_on or no_steps or at_their_ends or keeps_its_digits or refused"
     ")"
 )
