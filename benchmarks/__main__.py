@@ -15,8 +15,21 @@ from benchmarks.device import Device, keep_freed_memory
 from benchmarks.records import Record, environment, write_tables
 
 # The modules of this package that measure, and the devices of those that do not run on all.
-BENCHMARKS = ("op", "counters", "latency", "attention", "decode", "train", "accuracy", "migrating", "peers")
-ONLY_ON = {"counters": ("cuda",)}
+BENCHMARKS = (
+    "op",
+    "packed",
+    "counters",
+    "latency",
+    "attention",
+    "bidirectional",
+    "decode",
+    "train",
+    "accuracy",
+    "migrating",
+    "peers",
+    "published",
+)
+ONLY_ON = {"counters": ("cuda",), "published": ("cpu",)}
 
 
 def _named_file(text: str) -> tuple[str, Path]:

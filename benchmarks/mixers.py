@@ -18,12 +18,13 @@ from rwkv_kernels import wkv
 HEAD_CHANNELS = 64
 
 
-def _heads(x: Tensor) -> Tensor:
+def heads(x: Tensor) -> Tensor:
     """[B, T, C] -> [B, heads, T, channels of a head]."""
     return x.unflatten(-1, (-1, min(HEAD_CHANNELS, x.shape[-1]))).transpose(1, 2)
 
 
-def _joined(x: Tensor) -> Tensor:
+def joined(x: Tensor) -> Tensor:
+    """[B, heads, T, channels of a head] -> [B, T, C]."""
     return x.transpose(1, 2).flatten(2)
 
 
@@ -55,9 +56,9 @@ class NaiveAttention(nn.Module):
 
     def forward(self, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """In O(T²) time and memory."""
-        q, k, v = map(_heads, (r, k, v))
+        q, k, v = map(heads, (r, k, v))
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-        return _joined(scores.masked_fill(self.future, -torch.inf).softmax(-1) @ v)
+        return joined(scores.masked_fill(self.future, -torch.inf).softmax(-1) @ v)
 
 
 class TorchAttention(nn.Module):
@@ -70,7 +71,7 @@ class TorchAttention(nn.Module):
     def forward(self, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """In O(T²) time and O(T) memory; with the backend "math" in O(T²)."""
         with sdpa_kernel(self.backend):
-            return _joined(F.scaled_dot_product_attention(_heads(r), _heads(k), _heads(v), is_causal=True))
+            return joined(F.scaled_dot_product_attention(heads(r), heads(k), heads(v), is_causal=True))
 
 
 class AftFull(nn.Module):

@@ -147,7 +147,9 @@ def _train(record: Record) -> Figure:
 
 
 def _op(record: Record) -> Figure:
-    figure = _bars(record.tables[0].rows, "backend", "of triad")
+    gated = {"none": "", "operator": ", gated", "torch": ", gated by torch"}
+    rows = [{**row, "backend": row["backend"] + gated[row["gate"]]} for row in record.tables[0].rows]
+    figure = _bars(rows, "backend", "of triad")
     for axis in figure.axes:
         axis.axvline(1, color="#888888", linewidth=0.8)
         axis.set_xlabel("minimal bytes over time, as a part of a triad's bandwidth")

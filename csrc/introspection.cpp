@@ -69,16 +69,26 @@ DeviceLimits parse_limits(const py::object& limits) {
 Operation parse_operation(const std::string& name) {
   if (name == "forward") return Operation::forward;
   if (name == "backward") return Operation::backward;
-  throw py::value_error("operation: expected forward or backward, got " + name);
+  if (name == "mixing_forward") return Operation::mixing_forward;
+  if (name == "mixing_backward") return Operation::mixing_backward;
+  throw py::value_error("operation: expected forward, backward, mixing_forward or mixing_backward, got " + name);
 }
 
-py::dict plan_of_cuda(const std::string& operation, const std::string& dtype, int64_t B, int64_t T, int64_t C,
-                      const py::object& limits) {
-  const Plan plan = make_plan(parse_operation(operation), parse_dtype(dtype), B, T, C, parse_limits(limits));
+py::dict dict_of(const Plan& plan) {
   return py::dict("warps"_a = plan.warps, "tile_steps"_a = plan.tile_steps, "chunk_tiles"_a = plan.chunk_tiles,
                   "chunks"_a = plan.chunks, "channel_tiles"_a = plan.channel_tiles, "anchor"_a = plan.anchor,
                   "threads"_a = plan.threads, "shared_bytes"_a = plan.shared_bytes,
                   "workspace_bytes"_a = plan.partial_bytes + plan.exchange_bytes);
+}
+
+py::dict plan_of_cuda(const std::string& operation, const std::string& dtype, int64_t B, int64_t T, int64_t C,
+                      const py::object& limits) {
+  return dict_of(make_plan(parse_operation(operation), parse_dtype(dtype), B, T, C, parse_limits(limits)));
+}
+
+py::dict packed_plan_of_cuda(const std::string& operation, const std::string& dtype, int64_t N, int64_t total,
+                             int64_t C, const py::object& limits) {
+  return dict_of(make_packed_plan(parse_operation(operation), parse_dtype(dtype), N, total, C, parse_limits(limits)));
 }
 
 }  // namespace
@@ -88,4 +98,6 @@ PYBIND11_MODULE(_introspection, m) {
   m.def("plan_cpu", &wkv::plan_of_cpu, "dtype"_a, "B"_a, "T"_a, "C"_a, "threads"_a);
   m.def("packed_plan_cpu", &wkv::packed_plan_of_cpu, "dtype"_a, "cu_seqlens"_a, "C"_a, "threads"_a);
   m.def("plan_cuda", &wkv::plan_of_cuda, "operation"_a, "dtype"_a, "B"_a, "T"_a, "C"_a, "limits"_a = py::none());
+  m.def("packed_plan_cuda", &wkv::packed_plan_of_cuda, "operation"_a, "dtype"_a, "N"_a, "total"_a, "C"_a,
+        "limits"_a = py::none());
 }

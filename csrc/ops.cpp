@@ -32,6 +32,14 @@ WKV_LIBRARY(WKV_NAMESPACE, m) {
       "Tensor checkpoints, Tensor gy, Tensor? gstate_out) "
       "-> (Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate, Tensor gr)");
 
+  // Summaries, which a slice of a sequence hands to the slices beside it where calls cut time: the state [B, 3, C] that
+  // its steps leave behind an empty one, and the adjoint of (num, den) [B, 2, C] before its steps where that after them
+  // is zero.
+  m.def("_wkv_summary(Tensor w, Tensor u, Tensor k, Tensor v) -> Tensor state");
+  m.def(
+      "_wkv_adjoint_summary(Tensor w, Tensor u, Tensor k, Tensor v, Tensor? state, Tensor? r, Tensor checkpoints, "
+      "Tensor gy) -> Tensor adjoint");
+
   // Bidirectional, with the same gate and packing. log_decay [C] is the log-decay itself, of either sign; checkpoints
   // are the states before and after each interval, [B, n, 6, C].
   m.def(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import reference
+from . import reference, shardings
 from ._backends.registry import Forward, select
 from .autograd import refuse_onnx, untraced
 from .inputs import SEQUENCE, TOKEN, check, check_boundaries
@@ -102,10 +102,12 @@ def wkv(
                 wkv, (*arguments, r, cu_seqlens), *arguments, **options, return_state=return_state, backend=backend
             )
     else:
-        k, v, r = _promoted(k, v, r)
+        k, v, r = promoted(k, v, r)
+        if type(k) is not Tensor:
+            shardings.prepare(k)
     check(SEQUENCE, w, u, k, v, state, r, cu_seqlens)
     _check_boundaries(cu_seqlens, k)
-    y, state_out = select(backend, k, cu_seqlens is not None).forward(w, u, k, v, state, r, cu_seqlens)
+    y, state_out = select(backend, k).forward(w, u, k, v, state, r, cu_seqlens)
     return (y, state_out) if return_state else y
 
 
@@ -154,10 +156,12 @@ def bi_wkv(
                 bi_wkv, (*arguments, r, cu_seqlens), *arguments, r=r, cu_seqlens=cu_seqlens, backend=backend
             )
     else:
-        k, v, r = _promoted(k, v, r)
+        k, v, r = promoted(k, v, r)
+        if type(k) is not Tensor:
+            shardings.prepare(k)
     check(SEQUENCE, log_decay, u, k, v, None, r, cu_seqlens, decay="log_decay")
     _check_boundaries(cu_seqlens, k)
-    forward = select(backend, k, cu_seqlens is not None, "bi_wkv").bi_forward
+    forward = select(backend, k, "bi_wkv").bi_forward
     assert forward is not None
     return forward(log_decay, u, k, v, r, cu_seqlens)
 
@@ -168,7 +172,7 @@ def _check_boundaries(cu_seqlens: Tensor | None, k: Tensor) -> None:
         check_boundaries(cu_seqlens, k.shape[1])
 
 
-def _promoted(k: Tensor, v: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def promoted(k: Tensor, v: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Under autocast in the widest of their dtypes, otherwise as they are."""
     if k.dtype == v.dtype and (r is None or not isinstance(r, Tensor) or r.dtype == k.dtype):
         return k, v, r
@@ -226,9 +230,11 @@ def wkv_step(
             arguments = (w, u, k, v, state)
             return handle_torch_function(wkv_step, (*arguments, r), *arguments, r=r, backend=backend)
     else:
-        k, v, r = _promoted(k, v, r)
+        k, v, r = promoted(k, v, r)
     if state is None:
         raise TypeError("state: expected a torch.Tensor, got NoneType")
+    if type(k) is not Tensor:
+        shardings.prepare(k)
     check(TOKEN, w, u, k, v, state, r)
     if torch.is_grad_enabled():
         for name, tensor in (("w", w), ("u", u), ("k", k), ("v", v), ("state", state), ("r", r)):

@@ -41,7 +41,7 @@ struct {
 } settings;
 
 // The barriers of each kernel's last block.
-int barriers_of_last_block[4];
+int barriers_of_last_block[kKernels];
 
 // ---- memory between guards ----
 
@@ -209,6 +209,8 @@ class HostLauncher {
 WKV_LIBRARY_IMPL(WKV_NAMESPACE, CPU, m) {
   m.impl("wkv_forward", TORCH_BOX(&wkv::gpu_forward<wkv::HostLauncher>));
   m.impl("_wkv_backward", TORCH_BOX(&wkv::gpu_backward<wkv::HostLauncher>));
+  m.impl("wkv_mixing_forward", TORCH_BOX(&wkv::gpu_mixing_forward<wkv::HostLauncher>));
+  m.impl("_wkv_mixing_backward", TORCH_BOX(&wkv::gpu_mixing_backward<wkv::HostLauncher>));
   m.impl("wkv_step", TORCH_BOX(&wkv::gpu_step<wkv::HostLauncher>));
 }
 
@@ -227,7 +229,7 @@ WKV_EXPORTED void set_emulation(int order, int block_order, uint64_t seed, const
 }
 // The barriers of a kernel by its name; -1 for an unknown one.
 WKV_EXPORTED int barriers_of_last_block(const char* kernel) {
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < wkv::kKernels; ++i) {
     if (std::strcmp(kernel, name_of(static_cast<wkv::Kernel>(i))) == 0) return wkv::barriers_of_last_block[i];
   }
   return -1;

@@ -127,11 +127,13 @@ def symbol(kernel: str, dtype: str) -> str:
     element = {"float32": "f", "float16": "NS_4HalfE", "bfloat16": "NS_8Bfloat16E", "float64": "d"}[dtype]
     if kernel == "reduce":
         element = "d" if dtype == "float64" else "f"
-    return f"{len(kernel)}{kernel.capitalize()}I{element}E"
+    name = kernel.title().replace("_", "")
+    return f"{len(name)}{name}I{element}E"
 
 
-# Kernels compiled for this processor, which takes longer than to run them: by PTX, kernel, and whether it counts.
-_kernels: dict[tuple[Path, str, bool], Any] = {}
+# Kernels compiled for this processor, which takes longer than to run them, by PTX and kernel. All count, so that each
+# is compiled once.
+_kernels: dict[tuple[Path, str], Any] = {}
 
 
 class PtxRunner:
@@ -180,11 +182,11 @@ class PtxRunner:
     ) -> int:
         try:
             name = symbol(kernel.decode(), dtype.decode())
-            key = (self._ptx, name, self._counted is not None)
+            key = (self._ptx, name)
             if key not in _kernels:
                 import ptx  # in tools, which is on pytest's path only after its plugins are imported
 
-                _kernels[key] = ptx.Kernel(self._ptx.read_text(), name, counted=key[2])
+                _kernels[key] = ptx.Kernel(self._ptx.read_text(), name, counted=True)
             executed = _kernels[key].run(
                 [ctypes.string_at(params, params_bytes)],
                 grid=tuple(grid[:3]),

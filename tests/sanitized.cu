@@ -143,7 +143,7 @@ struct Problem {
 };
 
 struct Inputs {
-  Values w, u, k, v, state, gy, gstate_out, r;
+  Values w, u, k, v, state, gy, gstate_out, r;  // r of every step; a token has that of the first ones
 };
 
 struct Expected {
@@ -229,26 +229,35 @@ class Kernels {
  public:
   Kernels(Problem problem, Device& device) : p(problem), device(device), given(draw(problem)) {
     in = {w.values, u.values, k.values, v.values, state.values, gy.values, gstate_out.values, r.values};
+    boundaries.write(boundaries_of(p));
   }
 
-  // A plan for `limits`, which may be those of a smaller device.
-  void run(const std::string& name, const wkv::DeviceLimits& limits) {
+  // A plan for `limits`, which may be those of a smaller device. Mixing has a gate, and the sequences of the batch as
+  // packed ones, which in memory are the same.
+  void run(const std::string& name, const wkv::DeviceLimits& limits, bool mixing) {
+    const int64_t B = mixing ? 1 : p.B, T = mixing ? p.B * p.T : p.T;
+    const wkv::SequenceParams common = {.parameters = parameters(),
+                                        .B = static_cast<uint32_t>(B),
+                                        .T = static_cast<uint32_t>(T),
+                                        .C = static_cast<uint32_t>(p.C),
+                                        .N = static_cast<uint32_t>(p.B),
+                                        .boundaries = {mixing ? boundaries.get() : nullptr, false},
+                                        .inputs = {sequence(k), sequence(v), sequence(gy)},
+                                        .r = mixing ? sequence(r) : wkv::Sequence{},
+                                        .state = state.memory.get()};
     const Output<Element> y(p.B * p.T * p.C);
     const Output<Real> state_out(p.B * 3 * p.C);
-    const Output<Real> checkpoints(p.B * wkv::checkpoint_count(kType, p.T) * 3 * p.C);
+    const int64_t rows =
+        mixing ? wkv::packed_row(T, p.B, wkv::checkpoint_interval(kType)) : p.B * wkv::checkpoint_count(kType, p.T);
+    const Output<Real> checkpoints(rows * 3 * p.C);
     for (const bool checkpoint : {false, true}) {
-      const Planned planned(*this, Operation::forward, limits);
-      const wkv::SequenceParams params = {.parameters = parameters(),
-                                          .B = static_cast<uint32_t>(p.B),
-                                          .T = static_cast<uint32_t>(p.T),
-                                          .C = static_cast<uint32_t>(p.C),
-                                          .inputs = {sequence(k), sequence(v)},
-                                          .state = state.memory.get(),
-                                          .outputs = {y.memory.get()},
-                                          .checkpoints = checkpoint ? checkpoints.memory.get() : nullptr,
-                                          .state_out = state_out.memory.get(),
-                                          .chunking = planned.chunking()};
-      device.run(Launches{planned.launch(Kernel::forward, params)});
+      const Planned planned(*this, mixing ? Operation::mixing_forward : Operation::forward, limits);
+      wkv::SequenceParams params = common;
+      params.outputs[0] = y.memory.get();
+      params.checkpoints = checkpoint ? checkpoints.memory.get() : nullptr;
+      params.state_out = state_out.memory.get();
+      params.chunking = planned.chunking();
+      device.run(Launches{planned.launch(mixing ? Kernel::mixing_forward : Kernel::forward, params)});
     }
     const Values final_state = state_out.values();
     Values max_out, comparable;
@@ -259,33 +268,36 @@ class Kernels {
       for (int64_t c = 0; c < p.C; ++c) comparable.push_back(num[c] / den[c]);
       for (int64_t c = 0; c < p.C; ++c) comparable.push_back(std::log(den[c]) + max[c]);
     }
-    const Expected expected = solve(p, in, max_out);
+    Inputs gated = in;
+    for (size_t i = 0; mixing && i < gated.gy.size(); ++i) gated.gy[i] *= gate_of(in.r[i]);
+    Expected expected = solve(p, gated, max_out);
+    Values of_gate = expected.y;
+    for (size_t i = 0; i < of_gate.size(); ++i) of_gate[i] *= gated.gy[i] * gate_of(-in.r[i]);
+    for (size_t i = 0; mixing && i < of_gate.size(); ++i) expected.y[i] *= gate_of(in.r[i]);
     compare(name + " y", y.values(), expected.y, kAllowed + kElement);
     compare(name + " state", comparable, expected.state, kAllowed);
 
-    const Output<Element> gk(p.B * p.T * p.C), gv(p.B * p.T * p.C);
+    const Output<Element> gk(p.B * p.T * p.C), gv(p.B * p.T * p.C), gr(p.B * p.T * p.C);
     const Output<Real> gw(p.C), gu(p.C), gstate(p.B * 3 * p.C);
-    const Planned planned(*this, Operation::backward, limits);
-    const wkv::SequenceParams params = {.parameters = parameters(),
-                                        .B = static_cast<uint32_t>(p.B),
-                                        .T = static_cast<uint32_t>(p.T),
-                                        .C = static_cast<uint32_t>(p.C),
-                                        .inputs = {sequence(k), sequence(v), sequence(gy)},
-                                        .state = state.memory.get(),
-                                        .outputs = {gk.memory.get(), gv.memory.get()},
-                                        .checkpoints = checkpoints.memory.get(),
-                                        .state_out = gstate.memory.get(),
-                                        .gstate_out = gstate_out.memory.get(),
-                                        .partials = planned.partials(),
-                                        .chunking = planned.chunking()};
-    const wkv::ReduceParams reduce = {.parameters = parameters(),
-                                      .C = p.C,
-                                      .partials = planned.partials(),
-                                      .rows = p.B * planned.plan.chunks,
-                                      .gw = gw.memory.get(),
-                                      .gu = gu.memory.get()};
+    const Planned planned(*this, mixing ? Operation::mixing_backward : Operation::backward, limits);
+    wkv::SequenceParams params = common;
+    params.outputs[0] = gk.memory.get();
+    params.outputs[1] = gv.memory.get();
+    params.gr = mixing ? gr.memory.get() : nullptr;
+    params.checkpoints = checkpoints.memory.get();
+    params.state_out = gstate.memory.get();
+    params.gstate_out = gstate_out.memory.get();
+    params.partials = planned.partials();
+    params.chunking = planned.chunking();
+    const wkv::ReduceParams reduce = {
+        .parameters = parameters(),
+        .C = p.C,
+        .partials = planned.partials(),
+        .rows = planned.plan.partial_bytes / (2 * p.C * static_cast<int64_t>(sizeof(Real))),
+        .gw = gw.memory.get(),
+        .gu = gu.memory.get()};
     constexpr int kThreads = wkv::kReduceLanes * wkv::kReduceGroups;
-    device.run(Launches{planned.launch(Kernel::backward, params),
+    device.run(Launches{planned.launch(mixing ? Kernel::mixing_backward : Kernel::backward, params),
                         {.kernel = Kernel::reduce,
                          .dtype = kType,
                          .grid = {blocks_for(p.C, wkv::kReduceLanes), 1, 1},
@@ -297,6 +309,7 @@ class Kernels {
     const double terms = 4;
     compare(name + " gk", gk.values(), expected.gk, kAllowed + kElement, terms);
     compare(name + " gv", gv.values(), expected.gv, kAllowed + kElement, terms);
+    if (mixing) compare(name + " gr", gr.values(), of_gate, kAllowed + kElement, terms);
     compare(name + " gw", gw.values(), expected.gw, kAllowed, terms);
     compare(name + " gu", gu.values(), expected.gu, kAllowed, terms);
     compare(name + " gstate", gstate.values(), expected.gstate, kAllowed, terms);
@@ -316,7 +329,7 @@ class Kernels {
                                       .r = gated ? r.memory.get() : nullptr,
                                       .k_stride = stride,
                                       .v_stride = stride,
-                                      .r_stride = p.C,
+                                      .r_stride = stride,
                                       .y = y.memory.get(),
                                       .state = moved.memory.get(),
                                       .state_batch_stride = 3 * p.C,
@@ -337,7 +350,9 @@ class Kernels {
         first.v.push_back(in.v[i / p.C * stride + i % p.C]);
       }
       expected = solve({p.B, 1, p.C}, first, {}).y;
-      for (size_t i = 0; gated && i < expected.size(); ++i) expected[i] /= 1 + std::exp(-in.r[i]);
+      for (size_t i = 0; gated && i < expected.size(); ++i) {
+        expected[i] *= gate_of(in.r[i / p.C * stride + i % p.C]);
+      }
       compare(gated ? "step with r" : "step", y.values(), expected, kAllowed + kElement);
     }
   }
@@ -346,6 +361,8 @@ class Kernels {
 
  private:
   static constexpr double kAllowed = 300 * kUnit;
+
+  static double gate_of(double r) { return 1 / (1 + std::exp(-r)); }
 
   // Keys and values from N(0, 1), decays from e^-0.05 to e^-3.
   static Inputs draw(const Problem& p) {
@@ -363,7 +380,7 @@ class Kernels {
                  values(p.B * 3 * p.C),
                  values(p.B * p.T * p.C),
                  values(p.B * 3 * p.C),
-                 values(p.B * p.C)};
+                 values(p.B * p.T * p.C)};
     for (int64_t c = 0; c < p.C; ++c) in.w[c] = -3 + 4.0 * static_cast<double>(c) / static_cast<double>(p.C);
     for (int64_t b = 0; b < p.B; ++b) {
       for (int64_t c = 0; c < p.C; ++c) {
@@ -377,11 +394,13 @@ class Kernels {
   // A plan, its memory, and its launch, as csrc/gpu/op.h makes them of tensors.
   struct Planned {
     wkv::Plan plan;
+    bool is_packed;
     int64_t B, partial_bytes;
     Memory workspace;
 
     Planned(Kernels& kernels, Operation operation, const wkv::DeviceLimits& limits)
-        : plan(make_plan(operation, kType, kernels.p.B, kernels.p.T, kernels.p.C, limits)),
+        : plan(plan_of(kernels.p, operation, limits)),
+          is_packed(is_mixing(operation)),
           B(kernels.p.B),
           partial_bytes((plan.partial_bytes + 7) / 8 * 8),
           workspace(partial_bytes + plan.exchange_bytes) {
@@ -391,18 +410,24 @@ class Kernels {
       check(cudaMemsetAsync(exchange(), 0xff, static_cast<size_t>(plan.exchange_bytes), kernels.device.stream()),
             "cudaMemsetAsync");
     }
+    static wkv::Plan plan_of(const Problem& p, Operation operation, const wkv::DeviceLimits& limits) {
+      return is_mixing(operation) ? make_packed_plan(operation, kType, p.B, p.B * p.T, p.C, limits)
+                                  : make_plan(operation, kType, p.B, p.T, p.C, limits);
+    }
     void* partials() const { return workspace.get(); }
     char* exchange() const { return static_cast<char*>(workspace.get()) + partial_bytes; }
-    wkv::Chunking chunking() const { return chunking_of(plan, B, exchange()); }
+    wkv::Chunking chunking() const { return chunking_of(plan, is_packed ? 1 : B, exchange()); }
     wkv::Launch launch(Kernel kernel, const wkv::SequenceParams& params) const {
-      return {.kernel = kernel,
-              .dtype = kType,
-              .grid = {static_cast<unsigned>(plan.channel_tiles), static_cast<unsigned>(B),
-                       static_cast<unsigned>(plan.chunks)},
-              .threads = plan.threads,
-              .shared_bytes = plan.shared_bytes,
-              .params = &params,
-              .params_bytes = sizeof params};
+      const auto channels = static_cast<unsigned>(plan.channel_tiles), chunks = static_cast<unsigned>(plan.chunks);
+      wkv::Launch launch = {.kernel = kernel,
+                            .dtype = kType,
+                            .grid = {channels, static_cast<unsigned>(B), chunks},
+                            .threads = plan.threads,
+                            .shared_bytes = plan.shared_bytes,
+                            .params = &params,
+                            .params_bytes = sizeof params};
+      if (is_packed && kType != DType::float64) launch.grid = {channels, chunks, 1};
+      return launch;
     }
   };
 
@@ -413,9 +438,17 @@ class Kernels {
   wkv::ChannelParameters parameters() const { return {w.memory.get(), u.memory.get(), kParameters, kParameters}; }
   wkv::Sequence sequence(const Input<Element>& tensor) const { return {tensor.memory.get(), p.T * p.C, p.C}; }
 
+  // [0, T, 2 T ...]
+  static std::vector<int32_t> boundaries_of(const Problem& p) {
+    std::vector<int32_t> result;
+    for (int64_t n = 0; n <= p.B; ++n) result.push_back(static_cast<int32_t>(n * p.T));
+    return result;
+  }
+
   Problem p;
   Device& device;
   Inputs given, in;
+  Memory boundaries{(p.B + 1) * static_cast<int64_t>(sizeof(int32_t))};
   Input<Real> w{given.w}, u{given.u}, state{given.state}, gstate_out{given.gstate_out};
   Input<Element> k{given.k}, v{given.v}, gy{given.gy}, r{given.r};
 };
@@ -433,9 +466,12 @@ void run_all(const char* dtype, Device& device) {
   for (const Problem& p :
        {Problem{2, 200, 128}, Problem{3, 131, 77}, Problem{1, 1, 5}, Problem{1, 1300, 64}, Problem{16, 260, 20}}) {
     Kernels<Element> kernels(p, device);
-    kernels.run("this device", device.limits);
-    kernels.run("one multiprocessor", one);
-    kernels.run("small tiles", small);
+    for (const bool mixing : {false, true}) {
+      const std::string of = mixing ? " mixing" : "";
+      kernels.run("this device" + of, device.limits, mixing);
+      kernels.run("one multiprocessor" + of, one, mixing);
+      kernels.run("small tiles" + of, small, mixing);
+    }
     kernels.step();
     plans_of_chunks += kernels.plans_of_chunks;
     plans_of_several_tiles += kernels.plans_of_several_tiles;

@@ -17,7 +17,6 @@ from processes import PACKAGE, run_python
 import rwkv_kernels
 from rwkv_kernels import native
 from rwkv_kernels._backends import cuda as cuda_backend
-from rwkv_kernels._backends import reference as reference_backend
 from rwkv_kernels._backends import registry
 from rwkv_kernels.native import Library
 
@@ -106,19 +105,6 @@ def test_the_cuda_backend_refuses_tensors_on_the_cpu_and_names_who_takes_them() 
     with pytest.raises(rwkv_kernels.BackendUnavailable) as error:
         rwkv_kernels.wkv(x[0, 0], x[0, 0], x, x, backend="cuda")
     assert str(error.value) == f"wkv backend 'cuda' refused (cuda: {reason}). Available for this call: cpu, reference."
-
-
-def test_automatic_choice_passes_over_a_backend_that_does_not_pack(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a padded batch needs it, which a model packs."""
-    monkeypatch.setitem(
-        registry.BACKENDS, "narrow", dataclasses.replace(reference_backend.BACKEND, name="narrow", packs=False)
-    )
-    monkeypatch.setattr(registry, "AUTOMATIC", ["narrow", "cpu"])
-    x = torch.zeros(1, 2, 3)
-    assert registry.select("auto", x).name == "narrow"
-    assert registry.select("auto", x, packed=True).name == "cpu"
-    with pytest.raises(rwkv_kernels.BackendUnavailable, match=r"'narrow' refused \(narrow: it takes no cu_seqlens\)"):
-        rwkv_kernels.wkv(x[0, 0], x[0, 0], x, x, cu_seqlens=torch.tensor([0, 2]), backend="narrow")
 
 
 def _on(device: str) -> Any:
@@ -341,8 +327,13 @@ raise SystemExit(__main__.main())
 """
     here = Path(__file__).parent
     assert "\n  toy         available: off the float64 oracle by" in run_python(code, PYTHONPATH=str(here))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "toy_backend", "-p", "no:cacheprovider", "test_operator.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "toy_backend", "-p", "no:cacheprovider"]
+    files = ["test_operator.py", "test_mixing.py"]
     result = subprocess.run(
-        [*command, "-k", "toy and (small or another_dtype)"], cwd=here, capture_output=True, text=True, timeout=120
+        [*command, *files, "-k", "toy and (small or another_dtype or packed_many_tiny)"],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.returncode == 0 and "backend toy: " in result.stdout, result.stdout[-3000:]

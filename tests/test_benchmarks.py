@@ -1,5 +1,6 @@
 """The benchmarks themselves: checks before the clock starts, records, and conclusions from them."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,20 @@ import torch
 from torch import Tensor
 
 import rwkv_kernels
-from benchmarks import CANNOT_RUN, ROOT, attention, footprint, latency, op, peers, plots, records, small_calls
+from benchmarks import (
+    CANNOT_RUN,
+    ROOT,
+    attention,
+    bidirectional,
+    footprint,
+    latency,
+    op,
+    packed,
+    peers,
+    plots,
+    records,
+    small_calls,
+)
 from benchmarks.__main__ import main
 from benchmarks.device import Device, powers_of_two, timed
 from benchmarks.problem import Problem, function_of
@@ -47,7 +61,9 @@ def test_every_registered_backend_is_measured_with_its_plan_and_drawn(
     wkv, actual = rwkv_kernels.wkv, {"cuda": "cpu", "new": "cpu", "reference": "reference"}
     infos = [rwkv_kernels.BackendInfo(name, True, None) for name in actual]
     monkeypatch.setattr(rwkv_kernels, "backends", lambda: infos)
-    monkeypatch.setattr(rwkv_kernels, "wkv", lambda *given, backend: wkv(*given, backend=actual[backend]))
+    monkeypatch.setattr(
+        rwkv_kernels, "wkv", lambda *given, backend, **more: wkv(*given, backend=actual[backend], **more)
+    )
     monkeypatch.setattr(footprint, "peak_bytes", lambda *_: None)  # another process would not have this stand-in
     shared = {"shared_memory_per_block_optin": 232448, "shared_memory_per_multiprocessor": 233472}
     h100 = SimpleNamespace(multi_processor_count=132, major=9, minor=0, **shared)
@@ -58,14 +74,77 @@ def test_every_registered_backend_is_measured_with_its_plan_and_drawn(
     for dtype in ("float32", "bfloat16"):
         for operation in ("forward", op.WITH_CHECKPOINTS, "backward"):
             chosen = [row for row in rows if (row["dtype"], row["operation"]) == (dtype, operation)]
-            assert [(row["shape"], row["backend"]) for row in chosen] == [
-                (shape, backend) for shape in ("2, 130, 64", "2, 1, 64") for backend in ("cuda", "new")
+            assert [(row["shape"], row["gate"], row["backend"]) for row in chosen] == [
+                (shape, gate, backend)
+                for shape in ("2, 130, 64", "2, 1, 64")
+                for gate in op.GATES
+                for backend in ("cuda", "new")
             ]
-            plans = [row["_plan"].get("chunks") for row in chosen]
+            plans = [row["_plan"].get("chunks") for row in chosen if row["gate"] == "none"]
             # Of 64 steps, and forward of 128 and 256.
             assert plans == [3 if operation == "backward" else 2 if dtype == "float32" else 1, None, 1, None]
     assert not record.failures
     assert plots.draw(tmp_path) == [tmp_path / "op.png"]
+
+
+@pytest.mark.parametrize("wrong", ["forgotten", "in_its_gradient"])
+def test_a_wrong_gate_is_seen_before_it_is_timed(wrong: str) -> None:
+    def function(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
+        y = rwkv_kernels.wkv(w, u, k, v, backend="cpu")
+        return y + 0 * r if wrong == "forgotten" else torch.sigmoid(r) * y + 0.1 * (r - r.detach())
+
+    problem = Problem((2, 70, 33), torch.float32, gated=True)
+    for gate in ("operator", "torch"):
+        assert problem.check(op.gated_by(gate, "cpu")) < 1e-5
+    with pytest.raises(AssertionError, match="of the largest element"):
+        problem.check(function)
+
+
+def test_a_gate_adds_its_tensors_to_the_least_traffic() -> None:
+    case = op.Case((2, 130, 64), torch.float32)
+    case.measure(SMOKE)
+    for row in case.rows():
+        tensors = {"forward": 3, op.WITH_CHECKPOINTS: 3, "backward": 5}[row["operation"]]
+        if row["gate"] != "none":
+            tensors += 2 if row["operation"] == "backward" else 1
+        assert row["GB/s"] * row["µs"] * 1e3 == pytest.approx(tensors * 2 * 130 * 64 * 4), row
+
+
+def test_lengths_with_a_heavy_tail_are_the_same_in_every_run() -> None:
+    lengths = packed.draw_lengths(2**14)
+    assert lengths == packed.draw_lengths(2**14) and sum(lengths) == 2**14
+    assert max(lengths) == packed.LONGEST > 8 * sum(lengths) / len(lengths)
+
+
+def test_every_way_to_compute_sequences_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(footprint, "peak_bytes", lambda *_: 10**6)
+    record = Record("packed")
+    packed.run(SMOKE, record)
+    assert not record.failures
+    rows = record.tables[0].rows
+    for operation in ("forward", "backward"):
+        for dtype in ("float32", "bfloat16"):
+            own = [row for row in rows if (row["operation"], row["dtype"], row["backend"]) == (operation, dtype, "cpu")]
+            lengths = packed.draw_lengths(2**9)
+            padded = len(lengths) * max(lengths)
+            steps = {"packed": 2**9, "padded": padded, "one call each": 2**9, "rectangle": 2**9}
+            assert {row["way"]: row["steps, padding included"] for row in own} == steps
+            assert own[0]["of packed"] == 1
+            of_padding = 3 * padded * 64 * (4 if dtype == "float32" else 2)
+            assert own[1]["MB"] == pytest.approx((10**6 + of_padding) / 1e6)
+
+
+@pytest.mark.parametrize("way", ["packed", "one call each"])
+def test_wrong_sequences_are_seen_before_they_are_timed(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wkv = rwkv_kernels.wkv
+
+    def wrong(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, backend: str, **boundaries: Tensor) -> Tensor:
+        return wkv(w, u, k, v if backend == "reference" else v.roll(1, dims=1), backend=backend, **boundaries)
+
+    monkeypatch.setattr(rwkv_kernels, "wkv", wrong)
+    tried = packed.Way(way, packed.draw_lengths(2**9), "cpu")
+    with pytest.raises(AssertionError, match="of the largest element"):
+        tried.problem(64, torch.float32).check(tried.function())
 
 
 def test_a_failing_case_is_noted_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +247,31 @@ def test_a_wrong_mixer_is_seen_before_it_is_timed(mixer: str, monkeypatch: pytes
     )
     with pytest.raises(AssertionError):
         attention._check_against_each_other()
+
+
+@pytest.mark.parametrize("fault", ["in_y", "in_a_gradient"])
+@pytest.mark.parametrize("who", ["_wkv", "_attention"])
+def test_a_wrong_mixing_of_images_is_not_timed(who: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(bidirectional, who)
+
+    def wrong(r: Tensor, k: Tensor, v: Tensor, *own: Tensor) -> Tensor:
+        y: Tensor = right(r, k, v, *own)
+        return 1.01 * y if fault == "in_y" else y + 0.01 * (k - k.detach())
+
+    monkeypatch.setattr(bidirectional, who, wrong)
+    record = Record("bidirectional")
+    with pytest.raises(AssertionError, match="bi_wkv" if who == "_wkv" else "attention"):
+        bidirectional.run(SMOKE, record)
+    assert not record.tables
+
+
+def test_images_of_all_sizes_have_as_many_tokens() -> None:
+    record = Record("bidirectional")
+    bidirectional.run(SMOKE, record)
+    (table,) = record.tables
+    cases = itertools.product(("5, 196, 64", "1, 1024, 64"), bidirectional.PASSES, ("bi_wkv, gated", "attention"))
+    assert [(row["B, T, C"], row["pass"], row["who"]) for row in table.rows] == list(cases)
+    assert not record.failures and all(row["of our time"] == 1 for row in table.rows[::2])
 
 
 def test_growth_and_crossover_are_read_from_times() -> None:

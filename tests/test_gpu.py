@@ -37,6 +37,13 @@ def _assert_bitwise(found: dict[str, Tensor], expected: dict[str, Tensor], what:
         assert torch.equal(found[name], value), (what, name)
 
 
+def _copy(tensors: Tensors, source: Tensors) -> None:
+    """Other numbers, where a graph or another stream will read them."""
+    for name, x in vars(source).items():
+        if x is not None:
+            getattr(tensors, name).copy_(x)
+
+
 # ---- first light: every kernel once, in seconds, before anything else ----
 
 FIRST = Problem(B=2, T=200, C=72, with_state=True)
@@ -48,6 +55,12 @@ FIRST_LENGTHS = (50, 200, 2100)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_first_light(dtype: torch.dtype, T: int, gpu_backend: str) -> None:
     assert_solves(make(replace(FIRST, T=T), dtype), gpu_backend, "cpu")
+
+
+@pytest.mark.parametrize("lengths", [None, (50, 0, 2100, 1, 64, 0, 300)], ids=["gated", "gated_and_packed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_first_light_of_mixing(dtype: torch.dtype, lengths: tuple[int, ...] | None, gpu_backend: str) -> None:
+    assert_solves(make(replace(FIRST, gated=True, lengths=lengths), dtype), gpu_backend, "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -128,6 +141,36 @@ def test_a_random_large_problem_equals_the_cpu(seed: int, gpu_backend: str) -> N
     draw = random.Random(seed)
     dtype = draw.choice(dtypes_of(gpu_backend))
     assert_solves(make(random_problem(draw, 5000, 1000), dtype, seed), gpu_backend, "cpu")
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("seed", range(30))
+def test_random_packed_sequences_equal_the_cpu(seed: int, gpu_backend: str) -> None:
+    draw = random.Random(seed)
+    lengths = tuple(int(10 ** draw.uniform(-1, 3.5)) for _ in range(draw.randint(1, 40)))
+    if not any(lengths):
+        lengths = (1,)
+    problem = Problem(
+        C=draw.randint(1, 600), lengths=lengths, gated=draw.random() < 0.7, with_state=draw.random() < 0.5
+    )
+    dtype = draw.choice(dtypes_of(gpu_backend))
+    tensors = make(problem, dtype, seed)
+    assert_solves(tensors, gpu_backend, "cpu")
+    first, again = solve(tensors, gpu_backend), solve(tensors, gpu_backend)
+    torch.testing.assert_close(again, first, rtol=0, atol=0, equal_nan=True)  # the mean of an empty state is NaN
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_boundaries_that_are_none_end_and_change_no_later_call(dtype: torch.dtype, gpu_backend: str) -> None:
+    """Nothing on the host reads them, so nothing refuses them; the kernels stay inside the tensors."""
+    good = make(Problem(C=72, lengths=(300, 0, 64, 701), gated=True, with_state=True), dtype)
+    expected = solve(good, gpu_backend)
+    total = good.k.shape[1]
+    for wrong in ([0, 900, 3, 400, total], [-7, 2**31 - 1, -(2**31), 5, 0], [total] * 5, [5, 1, 1, 1, 2]):
+        assert good.cu_seqlens is not None
+        solve(replace(good, cu_seqlens=good.cu_seqlens.new_tensor(wrong)), gpu_backend)
+    torch.cuda.synchronize()
+    _assert_bitwise(solve(good, gpu_backend), expected)
 
 
 @pytest.mark.parametrize("C", [1, 3, 31, 63, 65, 257, 1023])
@@ -273,8 +316,7 @@ def test_work_is_ordered_by_the_current_stream(gpu_backend: str) -> None:
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(100_000_000)
-        for name, x in vars(ready).items():
-            getattr(late, name).copy_(x)
+        _copy(late, ready)
         found = solve(late, gpu_backend)
     torch.cuda.synchronize()
     _assert_bitwise(found, expected)
@@ -303,12 +345,26 @@ def test_a_graph_replays_forward_and_backward_with_new_inputs(B: int, T: int, C:
     graph, replayed = _capture(lambda: solve(inputs, gpu_backend))
     for seed in range(1, 6):
         changed = make(problem, torch.bfloat16, seed)
-        for name, x in vars(changed).items():
-            getattr(inputs, name).copy_(x)
+        _copy(inputs, changed)
         graph.replay()
         _assert_bitwise(replayed, solve(changed, gpu_backend), seed)
         graph.replay()  # a replay must leave nothing behind that changes the next
         _assert_bitwise(replayed, solve(changed, gpu_backend), seed)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_graph_of_packed_sequences_replays_with_other_boundaries(gated: bool, gpu_backend: str) -> None:
+    """Shapes alone decide the launches: of as many sequences and steps, any lengths."""
+    first, *others = [(300, 0, 64, 1, 700), (0, 1065, 0, 0, 0), (213,) * 5, (1, 1, 1, 1, 1061), (1000, 1, 63, 1, 0)]
+    problem = Problem(C=72, lengths=first, gated=gated, with_state=True)
+    inputs = make(problem, torch.bfloat16)
+    graph, replayed = _capture(lambda: solve(inputs, gpu_backend))
+    for seed, lengths in enumerate(others):
+        changed = make(replace(problem, lengths=lengths), torch.bfloat16, seed)
+        _copy(inputs, changed)
+        for _ in range(2):  # a replay must leave nothing behind that changes the next
+            graph.replay()
+            _assert_bitwise(replayed, solve(changed, gpu_backend), lengths)
 
 
 def test_a_graph_of_one_step_decodes_a_sequence(gpu_backend: str) -> None:

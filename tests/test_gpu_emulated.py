@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from problems import PROBLEMS, Problem, assert_solves, log_denominator, make, solve
+from problems import MIXING_PROBLEMS, PROBLEMS, Problem, assert_solves, log_denominator, make, solve
 from torch import Tensor
 
 import rwkv_kernels
@@ -21,7 +22,7 @@ emulated_backend = pytest.importorskip("emulated_backend")
 HERE = Path(__file__).parent
 
 # So little shared memory that forward has tiles of one warp: even short sequences have many chunks.
-SMALL_TILES = {**gpu_host.ONE_MULTIPROCESSOR, "shared_per_block": 65536, "shared_per_multiprocessor": 1}
+SMALL_TILES = {**gpu_host.ONE_MULTIPROCESSOR, "shared_per_block": 98304, "shared_per_multiprocessor": 1}
 LIMITS = {
     "H100": gpu_host.H100,
     "T4": gpu_host.T4,
@@ -39,7 +40,7 @@ def plan_of(operation: str, dtype: torch.dtype, problem: Problem, limits: dict[s
 
 
 def _run_suite(**environment: str) -> None:
-    files = [str(HERE / f"test_{name}.py") for name in ("operator", "state", "special_values")]
+    files = [str(HERE / f"test_{name}.py") for name in ("operator", "mixing", "state", "special_values")]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "emulated_backend", *files, "-k", "emulated"],
         env={**os.environ, **environment, "PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
@@ -127,6 +128,124 @@ def test_the_largest_sums_and_exponents_pass_through_many_chunks(den: float, max
         torch.testing.assert_close(ratio, mean.expand(ratio.shape), rtol=2**-22, atol=0)
     torch.testing.assert_close(log_denominator(once), log_denominator(state), rtol=2**-22, atol=1e-5)
     assert torch.equal(many, once)
+
+
+# ---- gates and packed sequences ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=gpu_host.name_of)
+@pytest.mark.parametrize("limits", ["T4", "one_multiprocessor", "small_tiles"])
+def test_gates_and_packed_sequences_equal_the_oracle_in_other_plans(limits: str, dtype: torch.dtype) -> None:
+    with emulated_backend.emulated(gpu_host.Emulator("shuffled", limits=LIMITS[limits])) as backend:
+        for problem in MIXING_PROBLEMS.values():
+            assert_solves(make(problem, dtype), backend)
+        several_tiles = replace(SEVERAL_TILES, C=3, gated=True)
+        assert_solves(make(several_tiles, dtype), backend)
+        assert_solves(make(replace(several_tiles, k_scale=20.0), dtype), backend)
+
+
+# With more chunks than from one anchor to the next, beside sequences of one chunk and of none.
+LONG_AMONG_SHORT = Problem(C=5, lengths=(3, 0, 2100, 64, 1, 0, 700), gated=True, with_state=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=gpu_host.name_of)
+def test_a_long_sequence_among_short_ones_passes_through_many_chunks(dtype: torch.dtype) -> None:
+    with emulated_backend.emulated(gpu_host.Emulator("shuffled")) as backend:
+        assert_solves(make(LONG_AMONG_SHORT, dtype), backend, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=gpu_host.name_of)
+@pytest.mark.parametrize("limits", ["H100", "small_tiles"])
+def test_the_order_of_threads_and_blocks_changes_no_bit_of_mixing(limits: str, dtype: torch.dtype) -> None:
+    for problem in (replace(LONG_AMONG_SHORT, lengths=(1, 0, 400, 65)), Problem(B=2, T=300, C=70, gated=True)):
+        tensors = make(problem, dtype)
+        with emulated_backend.emulated(gpu_host.Emulator(limits=LIMITS[limits])) as backend:
+            expected = solve(tensors, backend)
+        for order, seed in [("reversed", 0), ("shuffled", 1)]:
+            with emulated_backend.emulated(gpu_host.Emulator(order, seed, limits=LIMITS[limits])) as backend:
+                for name, value in solve(tensors, backend).items():
+                    assert torch.equal(value, expected[name]), (order, seed, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=gpu_host.name_of)
+def test_a_packed_sequence_is_bit_for_bit_what_it_is_alone(dtype: torch.dtype) -> None:
+    """Where the plan is the same: the sequences are as long as the largest tile, and few."""
+    lengths, interval = (300, 517, 256), 128 if dtype == torch.float64 else 64
+    x = make(Problem(C=67, lengths=lengths, gated=True, with_state=True), dtype)
+    assert x.state is not None and x.cu_seqlens is not None and x.r is not None
+    run = gpu_host.Emulator("shuffled")
+    y, states, checkpoints = gpu_host.forward(run, *x.inputs, x.r, x.cu_seqlens, True)
+    packed = gpu_host.backward(run, *x.inputs, x.r, x.cu_seqlens, checkpoints, x.gy, x.gstate)
+    for n, length in enumerate(lengths):
+        begin = int(x.cu_seqlens[n])
+        own = slice(begin, begin + length)
+        k, v, r, gy = (z[:, own] for z in (x.k, x.v, x.r, x.gy))
+        row = begin // interval + n
+        rows = checkpoints[:, row : row + -(-length // interval)]
+        given = (x.w, x.u, k, v, x.state[n : n + 1], r, None)
+        alone = gpu_host.forward(run, *given, True)
+        for a, b in zip(alone, (y[:, own], states[n : n + 1], rows), strict=True):
+            assert torch.equal(a, b)
+        _, _, gk, gv, gstate, gr = gpu_host.backward(run, *given, rows, gy, x.gstate[n : n + 1])
+        for a, b in zip((gk, gv, gr), (packed[2], packed[3], packed[5]), strict=True):
+            assert torch.equal(a, b[:, own])
+        assert torch.equal(gstate, packed[4][n : n + 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=gpu_host.name_of)
+def test_an_open_gate_changes_no_bit(dtype: torch.dtype) -> None:
+    x = make(Problem(B=2, T=300, C=70, with_state=True), dtype)
+    run, r = gpu_host.Emulator("shuffled"), torch.full_like(x.k, torch.inf)
+    plain = gpu_host.forward(run, *x.inputs, True)
+    gated = gpu_host.forward(run, *x.inputs, r, None, True)
+    gradients = gpu_host.backward(run, *x.inputs, plain[2], x.gy, x.gstate)
+    *of_gated, gr = gpu_host.backward(run, *x.inputs, r, None, plain[2], x.gy, x.gstate)
+    for a, b in zip((*plain, *gradients), (*gated, *of_gated), strict=True):
+        assert torch.equal(a, b)
+    assert not gr.any()
+
+
+def test_packed_sequences_may_be_more_than_a_side_of_a_grid() -> None:
+    tensors = make(Problem(C=1, lengths=(1,) * 33_000 + (0, 2), with_state=True, gated=True))
+    with emulated_backend.emulated(gpu_host.Emulator(limits=gpu_host.T4)) as backend:
+        assert_solves(tensors, backend, exact_backend="cpu")
+
+
+def bad_boundaries(total: int, seed: int) -> list[Tensor]:
+    """Of up to 40 sequences: in the wrong order, beyond the ends, and as far as numbers go."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def integers(low: int, high: int, N: int) -> Tensor:
+        return torch.randint(low, high, (N + 1,), generator=draw)
+
+    extremes = torch.tensor([-(2**63), 2**63 - 1, -1, 0, 2**31, 2**32 + 3, total])
+    return [
+        boundaries
+        for N in (1, 2, 7, 40)
+        for boundaries in (
+            integers(0, total + 1, N),
+            integers(-5, total + 6, N).int(),
+            extremes[integers(0, len(extremes), N)],
+        )
+    ]
+
+
+def run_bad_boundaries(executor: Any, dtype: torch.dtype, total: int, seed: int) -> None:
+    """Such a call ends, and touches nothing outside its tensors; what it returns is anything."""
+    for cu_seqlens in bad_boundaries(total, seed):
+        x = make(Problem(B=1, T=total, C=6, gated=True), dtype)
+        N = cu_seqlens.shape[0] - 1
+        state = torch.rand(N, 3, 6, dtype=x.gstate.dtype)
+        given = (x.w, x.u, x.k, x.v, state, x.r, cu_seqlens)
+        _, _, checkpoints = gpu_host.forward(executor, *given, True)
+        gpu_host.backward(executor, *given, torch.rand_like(checkpoints), x.gy, state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=gpu_host.name_of)
+@pytest.mark.parametrize("limits", ["H100", "small_tiles"])
+def test_boundaries_that_are_none_end_and_touch_nothing_else(limits: str, dtype: torch.dtype) -> None:
+    for seed, total in enumerate((1, 64, 300, 701)):
+        run_bad_boundaries(gpu_host.Emulator("shuffled", seed, limits=LIMITS[limits]), dtype, total, seed)
 
 
 # ---- barriers ----

@@ -16,7 +16,7 @@ T4 = {"multiprocessors": 40, "shared_per_block": 65536, "shared_per_multiprocess
 # The shared memory of every GPU of 8.6, 8.9 and 12.0.
 A10 = {"multiprocessors": 72, "shared_per_block": 101376, "shared_per_multiprocessor": 102400, "architecture": 860}
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-OPERATIONS = ("forward", "backward")
+OPERATIONS = ("forward", "backward", "mixing_forward", "mixing_backward")
 
 # Bytes of shared memory that a GPU reserves for each block; Turing reserves none.
 RESERVED = 1024
@@ -27,7 +27,7 @@ MESSAGE_BYTES, TICKET_BYTES = 3 * 64 * 4, 4
 _HEADER = (Path(__file__).parent.parent / "csrc" / "gpu" / "tuning.h").read_text()
 CHOSEN = {name: int(value) for name, value in re.findall(r"constexpr int(?:64_t)? k(\w+) = (\d+);", _HEADER)}
 WARP_THREADS, ANCHOR = CHOSEN["WarpThreads"], CHOSEN["Anchor"]
-STEPS = {"forward": CHOSEN["ForwardSteps"], "backward": CHOSEN["BackwardSteps"]}  # of a thread
+STEPS = {name: CHOSEN["ForwardSteps" if "forward" in name else "BackwardSteps"] for name in OPERATIONS}  # of a thread
 
 
 def _forward_warps(dtype: str, limits: Limits) -> int:
@@ -72,7 +72,7 @@ def test_the_plan_covers_every_element_once_and_fits_the_device(seed: int) -> No
         assert (plan["chunks"] - 1) * chunk_steps < T <= plan["chunks"] * chunk_steps, case
         assert plan["tile_steps"] == plan["warps"] * STEPS[operation], case
         assert plan["threads"] == plan["warps"] * WARP_THREADS <= 256, case
-        if operation == "forward":
+        if "forward" in operation:
             assert plan["warps"] in (1, 2, 4, 8), case
             assert _least_warps(dtype) <= plan["warps"] <= _forward_warps(dtype, limits), case
             assert plan["warps"] == _least_warps(dtype) or plan["tile_steps"] // 2 < T, (
@@ -100,9 +100,37 @@ def test_memory_is_that_of_partials_messages_and_tickets(dtype: str, operation: 
     for B, T, C in [(1, 1, 1), (3, 1000, 100), (200, 1000, 100), (1, 10**7, 64)]:
         plan = _plan(operation, dtype, B, T, C)
         columns, chunks = B * plan["channel_tiles"], plan["chunks"]
-        partials = B * chunks * 2 * C * (8 if dtype == "float64" else 4) if operation == "backward" else 0
+        partials = B * chunks * 2 * C * (8 if dtype == "float64" else 4) if "backward" in operation else 0
         exchange = columns * ((chunks - 1) * MESSAGE_BYTES + TICKET_BYTES) if chunks > 1 else 0
         assert plan["workspace_bytes"] == partials + exchange
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_plan_of_packed_sequences_has_a_row_for_every_chunk_of_any_lengths(seed: int) -> None:
+    draw = random.Random(seed)
+    for _ in range(100):
+        operation, dtype = draw.choice(OPERATIONS[2:]), draw.choice(DTYPES)
+        lengths = [int(10 ** draw.uniform(-1, 4)) for _ in range(draw.randint(1, 50))]
+        N, total, C = len(lengths), max(sum(lengths), 1), draw.randint(1, 3000)
+        limits = draw.choice([H100, T4, A10])
+        plan = _introspection.packed_plan_cuda(operation, dtype, N, total, C, limits)
+        case = (operation, dtype, lengths, C, limits, plan)
+        rows = N if dtype == "float64" else plan["chunks"]
+        partials = rows * 2 * C * (8 if dtype == "float64" else 4) if "backward" in operation else 0
+        messages = plan["channel_tiles"] * ((plan["chunks"] - 1) * MESSAGE_BYTES + TICKET_BYTES)
+        assert plan["workspace_bytes"] == partials + (messages if plan["chunks"] > 1 else 0), case
+        assert plan["shared_bytes"] <= limits["shared_per_block"], case
+        if dtype == "float64":
+            assert plan["chunks"] == 1, case
+            continue
+        assert (plan["chunk_tiles"], plan["anchor"]) == (1, ANCHOR), case
+        begin, taken = 0, set()
+        for n, length in enumerate(lengths):
+            first = begin // plan["tile_steps"] + n
+            own = range(first, first + max(_ceil_div(length, plan["tile_steps"]), 1))
+            assert taken.isdisjoint(own) and own[-1] < plan["chunks"], case
+            taken.update(own)
+            begin += length
 
 
 def test_chunks_are_of_several_tiles_where_columns_fill_the_device() -> None:
@@ -141,6 +169,16 @@ def test_a_multiprocessor_has_room_for_several_blocks(dtype: str) -> None:
     assert _blocks_that_fit("backward", dtype, H100, RESERVED) >= 3
     assert _blocks_that_fit("backward", dtype, A10, RESERVED) >= (3 if of_16_bits else 2)
     assert _blocks_that_fit("backward", dtype, T4, 0) >= (2 if of_16_bits else 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_gate_leaves_room_for_two_blocks_but_backward_on_the_smallest_multiprocessors(dtype: str) -> None:
+    for limits in (H100, A10, T4):
+        assert _blocks_that_fit("mixing_forward", dtype, limits, RESERVED) >= 2
+    assert _plan("mixing_forward", dtype, 8, 1024, 768, H100)["warps"] == _forward_warps(dtype, H100)
+    assert _blocks_that_fit("mixing_backward", dtype, H100, RESERVED) >= 3
+    assert _blocks_that_fit("mixing_backward", dtype, A10, RESERVED) >= 2
+    assert _blocks_that_fit("mixing_backward", dtype, T4, 0) >= 1
 
 
 def test_forward_takes_fewer_warps_where_two_blocks_of_more_have_no_room() -> None:
@@ -185,7 +223,10 @@ def test_messages_of_chunks_are_small(dtype: str, limits: Limits) -> None:
     ("arguments", "message"),
     [
         (("forward", "int8", 1, 1, 1), "dtype: expected float32, float16, bfloat16 or float64, got int8"),
-        (("sideways", "float32", 1, 1, 1), "operation: expected forward or backward, got sideways"),
+        (
+            ("sideways", "float32", 1, 1, 1),
+            "operation: expected forward, backward, mixing_forward or mixing_backward, got sideways",
+        ),
         (("forward", "float32", 0, 1, 1), "plan: expected B, T and C of at least 1"),
         (("backward", "float32", 1, 0, 1), "plan: expected B, T and C of at least 1"),
         (("forward", "float64", 1, 1, -1), "plan: expected B, T and C of at least 1"),
@@ -201,6 +242,13 @@ def test_messages_of_chunks_are_small(dtype: str, limits: Limits) -> None:
 def test_a_plan_that_cannot_be_is_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _introspection.plan_cuda(*arguments)
+
+
+def test_packed_sequences_that_cannot_be_counted_are_refused() -> None:
+    with pytest.raises(ValueError, match="plan: expected N, total and C of at least 1"):
+        _introspection.packed_plan_cuda("mixing_forward", "float32", 0, 1, 1)
+    with pytest.raises(ValueError, match="packed sequences have .* chunks, 44000000 at most can be counted"):
+        _introspection.packed_plan_cuda("mixing_backward", "float32", 45_000_000, 45_000_000, 1)
 
 
 def test_the_largest_grid_is_not_refused() -> None:

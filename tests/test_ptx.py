@@ -18,8 +18,8 @@ from typing import NamedTuple
 import ptx
 import pytest
 import torch
-from problems import PROBLEMS, Problem, assert_solves, make, solve
-from test_gpu_emulated import LIMITS, OVER_ANCHORS, SEVERAL_TILES, plan_of
+from problems import MIXING_PROBLEMS, PROBLEMS, Problem, assert_solves, make, solve
+from test_gpu_emulated import LIMITS, LONG_AMONG_SHORT, OVER_ANCHORS, SEVERAL_TILES, plan_of, run_bad_boundaries
 from torch import Tensor
 
 from rwkv_kernels.inputs import DTYPES
@@ -125,6 +125,40 @@ def test_states_pass_through_many_chunks(problem: str, dtype: torch.dtype, folde
         assert_solves(make(given, dtype), backend, "cpu")
 
 
+# ---- gates and packed sequences ----
+
+MIXING = {
+    **{name: MIXING_PROBLEMS[name] for name in ("gated_above_a_checkpoint", "gated_k_of_20", "packed_of_all_lengths")},
+    **{name: MIXING_PROBLEMS[name] for name in ("packed_many_tiny", "packed_one_huge", "gated_and_packed_k_of_20")},
+    "gated_whole_vectors": replace(WHOLE_VECTORS, gated=True),
+    "gated_several_tiles": replace(SEVERAL_TILES, C=8, gated=True),
+    "gated_and_packed": replace(LONG_AMONG_SHORT, C=8),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=gpu_host.name_of)
+@pytest.mark.parametrize("limits", ["H100", "small_tiles"])
+def test_gates_and_packed_sequences_equal_the_oracle_in_any_order(
+    limits: str, dtype: torch.dtype, folder: Path
+) -> None:
+    for name, problem in MIXING.items():
+        tensors = make(problem, dtype)
+        runner = gpu_host.PtxRunner(folder, SUITE_ARCHITECTURE, limits=LIMITS[limits], resident=1)
+        with emulated_backend.emulated(runner) as backend:
+            assert_solves(tensors, backend)
+            expected = solve(tensors, backend)
+            runner.resident = 0
+            for runner.order in ("reversed", "shuffled"):
+                for output, value in solve(tensors, backend).items():
+                    assert torch.equal(value, expected[output]), (name, runner.order, output)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=gpu_host.name_of)
+def test_boundaries_that_are_none_end_and_touch_nothing_else(dtype: torch.dtype, folder: Path) -> None:
+    for seed, (total, order) in enumerate([(64, "forward"), (300, "reversed"), (701, "shuffled")]):
+        run_bad_boundaries(gpu_host.PtxRunner(folder, SUITE_ARCHITECTURE, order, resident=1), dtype, total, seed)
+
+
 # ---- executed instructions ----
 
 
@@ -160,10 +194,15 @@ class Load(NamedTuple):
     chunk_tiles: int  # of backward, whose tiles are the smaller ones
 
 
-# The sequences fill a device of this few multiprocessors, as a large problem fills any.
 LOADS = {
     "few_columns": Load(Problem(B=33, T=512, C=64), gpu_host.H100, 1),
+    # The sequences fill a device of this few multiprocessors, as a large problem fills any.
     "full": Load(Problem(B=33, T=2048, C=64), {**gpu_host.H100, "multiprocessors": 4}, 8),
+    "gated": Load(Problem(B=33, T=512, C=64, gated=True), gpu_host.H100, 1),
+    # Of as many steps, which no boundary divides within a tile.
+    "gated_and_packed": Load(Problem(C=64, lengths=(512,) * 33, gated=True), gpu_host.H100, 1),
+    # Most tiles are not full, and a part of the blocks has no steps.
+    "short": Load(Problem(C=64, lengths=(96, 32) * 132, gated=True), gpu_host.H100, 1),
 }
 
 # 2% above the counts. Traffic: three tensors forward, five backward; checkpoints every 64 steps; messages, written once
@@ -177,6 +216,19 @@ BUDGETS = {
     ("backward", "few_columns", "float32"): Budget(66.8, 2.43, 21.49),
     ("backward", "full", "bfloat16"): Budget(64.8, 2.34, 10.46),
     ("backward", "full", "float32"): Budget(61.2, 2.34, 20.46),
+    # One tensor more forward and two backward.
+    ("mixing_forward", "gated", "bfloat16"): Budget(40.1, 3.15, 8.30),
+    ("mixing_forward", "gated", "float32"): Budget(38.1, 3.18, 16.49),
+    ("mixing_forward", "gated_and_packed", "bfloat16"): Budget(40.5, 3.15, 8.35),
+    ("mixing_forward", "gated_and_packed", "float32"): Budget(38.3, 3.18, 16.58),
+    ("mixing_forward", "short", "bfloat16"): Budget(48.8, 3.30, 9.16),
+    ("mixing_forward", "short", "float32"): Budget(46.5, 3.30, 17.16),
+    ("mixing_backward", "gated", "bfloat16"): Budget(90.6, 3.45, 15.49),
+    ("mixing_backward", "gated", "float32"): Budget(86.2, 3.45, 29.49),
+    ("mixing_backward", "gated_and_packed", "bfloat16"): Budget(90.9, 3.45, 15.60),
+    ("mixing_backward", "gated_and_packed", "float32"): Budget(86.5, 3.45, 29.60),
+    ("mixing_backward", "short", "bfloat16"): Budget(104.7, 3.58, 15.75),
+    ("mixing_backward", "short", "float32"): Budget(100.1, 3.58, 29.75),
 }
 
 
@@ -186,8 +238,9 @@ def _counts(load: Load, dtype: torch.dtype, folder: Path) -> dict[str, Budget]:
     problem, limits, _ = load
     runner = gpu_host.PtxRunner(folder, SUITE_ARCHITECTURE, counted=executed, limits=limits)
     with emulated_backend.emulated(runner) as backend:
-        solve(make(problem, dtype), backend)
-    elements = problem.B * problem.T * problem.C
+        tensors = make(problem, dtype)
+        solve(tensors, backend)
+    elements = tensors.k.numel()
     return {kernel: _spent(counts, elements) for kernel, counts in executed.items()}
 
 
@@ -195,12 +248,13 @@ def _counts(load: Load, dtype: torch.dtype, folder: Path) -> dict[str, Budget]:
 @pytest.mark.parametrize("load", LOADS)
 def test_a_kernel_keeps_to_its_budget(load: str, dtype: torch.dtype, folder: Path) -> None:
     problem, limits, chunk_tiles = LOADS[load]
-    assert plan_of("backward", dtype, problem, limits)["chunk_tiles"] == chunk_tiles
+    if problem.lengths is None:
+        assert plan_of("backward", dtype, problem, limits)["chunk_tiles"] == chunk_tiles
     name = gpu_host.name_of(dtype)
     counts = _counts(LOADS[load], dtype, folder)
     for kernel, spent in counts.items():
         print(f"{kernel} {load} {name}", *(f"{value:.3f}" for value in spent))
-    for kernel in ("forward", "backward"):
+    for kernel in counts.keys() - {"reduce"}:
         spent, budget = counts[kernel], BUDGETS[kernel, load, name]
         assert all(value <= limit for value, limit in zip(spent, budget, strict=True)), (kernel, spent, budget)
 

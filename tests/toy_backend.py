@@ -13,11 +13,24 @@ LEAST = -1e300  # finite, because a difference of infinities is NaN
 
 
 def _forward(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, r: Tensor | None, cu_seqlens: None
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, r: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    decay, bonus = w.double().exp(), u.double()
     if state is None:
-        state = rwkv_kernels.empty_state(k.shape[0], k.shape[2])
+        sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        state = rwkv_kernels.empty_state(sequences, k.shape[2])
+    if cu_seqlens is None:
+        return _sequences(w, u, k, v, state, r)
+    steps = cu_seqlens.diff().tolist()
+    gates = [None] * len(steps) if r is None else r.split(steps, 1)
+    pieces = zip(k.split(steps, 1), v.split(steps, 1), state.split(1), gates, strict=True)
+    ys, states = zip(*(_sequences(w, u, *piece) for piece in pieces), strict=True)
+    return torch.cat(ys, 1), torch.cat(states)
+
+
+def _sequences(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not k.shape[1]:
+        return v, state.to(torch.promote_types(k.dtype, torch.float32))
+    decay, bonus = w.double().exp(), u.double()
     num, den, top = state.double().unbind(1)
     empty = den == 0
     den = torch.where(empty, 1, den)
@@ -41,7 +54,6 @@ register(
         "toy",
         _forward,
         device_types=("cpu",),
-        packs=False,
         why_not=lambda k: None if k.shape[1] else "k has no steps",
     )
 )

@@ -24,7 +24,7 @@ def main(architectures: tuple[str, ...]) -> None:
     require(build.cuda is not None, str(build.why_cuda_missing))
     require(build.cuda_architectures == architectures, f"made for {build.cuda_architectures}, expected {architectures}")
 
-    for name in ("wkv_forward", "_wkv_backward", "wkv_step"):
+    for name in ("wkv_forward", "_wkv_backward", "wkv_mixing_forward", "_wkv_mixing_backward", "wkv_step"):
         for key in ("CPU", "CUDA"):
             has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"{native.NAMESPACE}::{name}", key)
             require(has_kernel, f"{name} has no {key} kernel")

@@ -108,9 +108,10 @@ class Block:
     elements: int = 0
 
 
-NAMES = ("forward", "backward", "reduce", "step")
+OPERATIONS = ("forward", "backward", "mixing_forward", "mixing_backward")
+NAMES = {name.title().replace("_", ""): name for name in (*OPERATIONS, "reduce", "step")}  # by their types
 DTYPES = {"f": "float32", "NS_4HalfE": "float16", "NS_8Bfloat16E": "bfloat16", "d": "float64"}
-MANGLED = re.compile(rf"wkv_kernelINS_\d+({'|'.join(map(str.title, NAMES))})I({'|'.join(DTYPES)})EE")
+MANGLED = re.compile(rf"wkv_kernelINS_\d+({'|'.join(NAMES)})I({'|'.join(DTYPES)})EE")
 
 # Instructions and MUFU, which compute exponentials and quotients, of the code for a full tile on 9.0, for each of a
 # thread's elements: the code around the recurrence must stay small.
@@ -119,12 +120,18 @@ CODE_LIMITS = {
     ("forward", "float32"): (28, 2.3),
     ("backward", "bfloat16"): (68, 2.5),
     ("backward", "float32"): (65, 2.5),
+    ("mixing_forward", "bfloat16"): (40, 3.3),
+    ("mixing_forward", "float32"): (39, 3.3),
+    ("mixing_backward", "bfloat16"): (87, 3.5),
+    ("mixing_backward", "float32"): (84, 3.5),
 }
 
 # Blocks of a kernel that must fit on a multiprocessor: one works while another waits. Shared memory or registers allow
 # no more in most places; a T4 has 64 KB and 1024 threads.
 _FORWARD = dict.fromkeys(DEVICES, 2)
 _BACKWARD_16_BITS = {**dict.fromkeys(DEVICES, 3), "7.5": 2}
+# r is one more tile.
+_MIXING_BACKWARD_16_BITS = {**dict.fromkeys(DEVICES, 3), "7.5": 1, "8.6": 2, "8.9": 2, "12.0": 2}
 LEAST_BLOCKS = {
     ("forward", "float32"): _FORWARD,
     ("forward", "float16"): _FORWARD,
@@ -132,6 +139,12 @@ LEAST_BLOCKS = {
     ("backward", "float32"): {"7.5": 1, "8.0": 2, "8.6": 2, "8.9": 2, "9.0": 3, "10.0": 2, "12.0": 2},
     ("backward", "float16"): _BACKWARD_16_BITS,
     ("backward", "bfloat16"): _BACKWARD_16_BITS,
+    ("mixing_forward", "float32"): _FORWARD,
+    ("mixing_forward", "float16"): _FORWARD,
+    ("mixing_forward", "bfloat16"): _FORWARD,
+    ("mixing_backward", "float32"): {"7.5": 1, "8.0": 2, "8.6": 2, "8.9": 2, "9.0": 3, "10.0": 2, "12.0": 2},
+    ("mixing_backward", "float16"): _MIXING_BACKWARD_16_BITS,
+    ("mixing_backward", "bfloat16"): _MIXING_BACKWARD_16_BITS,
 }
 
 
@@ -140,7 +153,7 @@ def identity(mangled: str) -> tuple[str, str]:
     match = MANGLED.search(mangled)
     if match is None:
         sys.exit(f"kernel report: which kernel is {mangled}?")
-    return match[1].lower(), DTYPES[match[2]]
+    return NAMES[match[1]], DTYPES[match[2]]
 
 
 # ---- machine code: compiled here, or out of a library ----
@@ -181,7 +194,7 @@ def kernels(nvcc: Path, library: Path | None, counted: tuple[str, ...]) -> dict[
             for mangled, code in sass.kernels(sass.listing(made.result()))
         }
         resources = {name: {identity(k): used for k, used in sass.resources(cubins[name]).items()} for name in DEVICES}
-    order = [(name, dtype) for name in NAMES for dtype in DTYPES.values()]
+    order = [(name, dtype) for name in NAMES.values() for dtype in DTYPES.values()]
     return {
         name: [Kernel(*key, *used[key], codes.get((name, *key))) for key in sorted(used, key=order.index)]
         for name, used in resources.items()
@@ -195,7 +208,7 @@ def blocks(architecture: str) -> dict[tuple[str, str], Block]:
     """The blocks that the operators launch on a device, by kernel and dtype."""
     found = {}
     for dtype in DTYPES.values():
-        for operation in ("forward", "backward"):
+        for operation in OPERATIONS:
             plan = _introspection.plan_cuda(operation, dtype, *PROBLEM, DEVICES[architecture].limits(architecture))
             elements = plan["tile_steps"] * TILE_CHANNELS // plan["threads"]
             found[operation, dtype] = Block(plan["threads"], plan["shared_bytes"], elements)

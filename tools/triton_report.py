@@ -259,7 +259,7 @@ def _cuda_counts() -> dict[tuple[str, str], str]:
         [cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")
     )
     place = columns.index(f"{COMPARED[3:-1]}.{COMPARED[-1]}")
-    return {(row[0], row[1]): row[place] for row in rows}
+    return {(row[0], row[1]): row[place] for row in rows if row[0] in LOOPS}
 
 
 def short_report(rows: list[dict[str, Any]]) -> list[str]:

@@ -100,12 +100,11 @@ WKV_HD RunningSides<Real> sides_of(RunningScale<Real> scale) {
   return {scale};
 }
 
-// The logits of a subchunk of both sides.
+// The logits of a subchunk of both sides. It has two steps at least, so that every read has a side whose state is one
+// after a step of it, and in the range.
 template <class Real>
-WKV_HD LogitRange<Real> join_ranges(Channel<Real> channel, LogitRange<Real> before, LogitRange<Real> after) {
-  // A state that is read may be lower than the one after the step where weights grow with the distance.
-  const Real growth = larger(channel.log_decay, Real(0));
-  return {larger(before.top(), after.top()), before.running, smaller(before.lowest, after.lowest) - growth};
+WKV_HD LogitRange<Real> join_ranges(LogitRange<Real> before, LogitRange<Real> after) {
+  return {larger(before.top(), after.top()), before.running, smaller(before.lowest, after.lowest)};
 }
 
 // ---- a read ----

@@ -145,7 +145,7 @@ struct BiKernel : Kernel<dtype> {
       after.add(channels.channel, load(interval.keys.row(step)));
     }
     sides.max_after = after.running;
-    const auto range = join_ranges(channels.channel, sides.before, after);
+    const auto range = join_ranges(sides.before, after);
     sides.is_shared = steps > 1 && all(range.fits(channels.channel));
     if (__builtin_expect(!sides.is_shared, 0)) return;
     sides.reference_log2 = range.reference(channels.channel) * Vec(Real(kLog2E));

@@ -96,6 +96,22 @@ void join_states(const ForwardParams& params, const Work& work) {
   });
 }
 
+// The state after all steps, from each chunk's sum of its own steps, where none is before them.
+template <class Real>
+void last_states(const ForwardParams& params, const Work& work) {
+  const int64_t C = params.C;
+  const Real* log_decay = static_cast<const Real*>(params.channels.log_decay);
+  for_each_cut_channel(work, [&](const Chunk& first, int64_t chunks, int64_t c) {
+    State<Real> after = empty_state<Real>();
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t steps = std::min(work.plan.chunk_steps, first.sequence.steps - chunk * work.plan.chunk_steps);
+      const Real* const own = static_cast<const Real*>(params.states) + (first.row + chunk) * 3 * C + c;
+      after = join(after, Real(steps) * log_decay[c], load_state(own, C));
+    }
+    store_state(static_cast<Real*>(params.state_out) + first.n * 3 * C + c, C, after);
+  });
+}
+
 // The gradient of (num, den) after all steps of a channel; `gstate_out` is [rows, 3, C], or null for zero.
 template <class Real>
 Sums<Real> last_adjoint(const void* gstate_out, int64_t row, int64_t c, int64_t C) {
@@ -116,17 +132,25 @@ void first_adjoints(const BackwardParams& params, const Work& work) {
   });
 }
 
-// Turns the adjoint that each chunk computes from `first_adjoints` into the one after each chunk. Scales are those of
-// the checkpoints, so that no maxima are joined.
+// The part of an adjoint after a chunk that is in the one before it. Scales are those of the checkpoints, so that no
+// maxima are joined.
+template <class Real>
+Real adjoint_decay(const BackwardParams& params, const Work& work, const Chunk& first, int64_t chunk, int64_t c) {
+  const int64_t C = params.C, chunk_steps = work.plan.chunk_steps;
+  const auto max_before = [&](int64_t chunk) {
+    if (chunk == 0) return first_state<Real>(params.state, first.n, c, C).max;
+    const int64_t row = first.sequence.checkpoint_row(params.dtype, chunk * chunk_steps);
+    return static_cast<const Real*>(params.checkpoints)[row * 3 * C + 2 * C + c];
+  };
+  const Real log_decay = static_cast<const Real*>(params.channels.log_decay)[c];
+  return std::exp(Real(chunk_steps) * log_decay + max_before(chunk) - max_before(chunk + 1));
+}
+
+// Turns the adjoint that each chunk computes from `first_adjoints` into the one after each chunk.
 template <class Real>
 void join_adjoints(const BackwardParams& params, const Work& work) {
-  const int64_t C = params.C, chunk_steps = work.plan.chunk_steps;
-  const Real* log_decay = static_cast<const Real*>(params.channels.log_decay);
+  const int64_t C = params.C;
   for_each_cut_channel(work, [&](const Chunk& first, int64_t chunks, int64_t c) {
-    const auto max_before = [&](int64_t chunk) {
-      const int64_t row = first.sequence.checkpoint_row(params.dtype, chunk * chunk_steps);
-      return static_cast<const Real*>(params.checkpoints)[row * 3 * C + 2 * C + c];
-    };
     Sums<Real> after = last_adjoint<Real>(params.gstate_out, first.n, c, C);
     for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
       Real* const at = static_cast<Real*>(params.adjoints) + (first.row + chunk) * 2 * C + c;
@@ -134,11 +158,34 @@ void join_adjoints(const BackwardParams& params, const Work& work) {
       store_sums(at, C, after);
       if (chunk == 0) break;
       // The last chunk's own adjoint is complete.
-      const bool last = chunk == chunks - 1;
-      const Real decay =
-          last ? Real(0) : std::exp(Real(chunk_steps) * log_decay[c] + max_before(chunk) - max_before(chunk + 1));
+      const Real decay = chunk == chunks - 1 ? Real(0) : adjoint_decay<Real>(params, work, first, chunk, c);
       after = {own.num + decay * after.num, own.den + decay * after.den};
     }
+  });
+}
+
+// The adjoint [B, 2, C] before all steps, from the one that each chunk computes of its own steps; that of a first chunk
+// is in `gstate`.
+template <class Real>
+void adjoints_before(const BackwardParams& params, const Work& work, void* target) {
+  const int64_t C = params.C;
+  const Real* adjoints = static_cast<const Real*>(params.adjoints);
+  const Real* gstate = static_cast<const Real*>(params.gstate);
+  Real* const before = static_cast<Real*>(target);
+  for_each_channel(params.B, C, [&](int64_t b, int64_t c) {
+    store_sums(before + b * 2 * C + c, C, load_sums(gstate + b * 3 * C + c, C));
+  });
+  for_each_cut_channel(work, [&](const Chunk& first, int64_t chunks, int64_t c) {
+    const auto own = [&](int64_t chunk) {
+      return chunk == 0 ? load_sums(gstate + first.n * 3 * C + c, C)
+                        : load_sums(adjoints + (first.row + chunk) * 2 * C + c, C);
+    };
+    Sums<Real> after = own(chunks - 1);
+    for (int64_t chunk = chunks - 2; chunk >= 0; --chunk) {
+      const Real decay = adjoint_decay<Real>(params, work, first, chunk, c);
+      after = {own(chunk).num + decay * after.num, own(chunk).den + decay * after.den};
+    }
+    store_sums(before + first.n * 2 * C + c, C, after);
   });
 }
 

@@ -73,6 +73,33 @@ void run_backward(const Arguments& arguments, BackwardParams params, void* gw, v
   reduce_partials<Real>(params.partials, work.partial_rows, C, params.channels, factor, gw, gu);
 }
 
+// The first pass of either direction alone, over every chunk. `params` comes without y and states.
+template <class Real>
+void run_summary(const Arguments& arguments, ForwardParams params) {
+  const ChannelTable<Real> channels(arguments, /*is_raw=*/true);
+  const Work work = work_of(arguments);
+  const Scratch<Real> states(work.cut_rows * 3 * params.C);
+  params.channels = channels.rows;
+  params.states = states.data();
+  fill_empty_states<Real>(params.states, work.cut_rows, params.C);
+  for_each(work, Order::ascending, [&](const WorkItem& item) { selected_kernels().forward(params, item); });
+  last_states<Real>(params, work);
+}
+
+// `params` comes without adjoints, and without gstate_out and partials, which there are none of.
+template <class Real>
+void run_adjoint_summary(const Arguments& arguments, BackwardParams params, void* adjoint) {
+  const ChannelTable<Real> channels(arguments, /*is_raw=*/true);
+  const Work work = work_of(arguments);
+  const Scratch<Real> adjoints(work.cut_rows * 2 * params.C), gstate(params.B * 3 * params.C);
+  params.channels = channels.rows;
+  params.adjoints = adjoints.data();
+  params.gstate = gstate.data();
+  std::fill(adjoints.data(), adjoints.data() + work.cut_rows * 2 * params.C, Real(0));
+  for_each(work, Order::descending, [&](const WorkItem& item) { selected_kernels().backward(params, item); });
+  adjoints_before<Real>(params, work, adjoint);
+}
+
 struct Gradients {
   Tensor gw, gu, gk, gv, gstate;
 };
@@ -138,6 +165,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wkv_mixing_backward(
   return {gw, gu, gk, gv, gstate, gr};
 }
 
+Tensor wkv_summary(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v) {
+  const Arguments arguments(w, u, k, v, std::nullopt);
+  const Tensor state = arguments.empty_state(arguments.device);
+  ForwardParams params{params_of(arguments)};
+  params.state_out = state.mutable_data_ptr();
+  with_dtype(params.dtype, [&](auto type) {
+    using Real = RealOf<type.value>;
+    if (!arguments.nothing_to_do()) return run_summary<Real>(arguments, params);
+    copy_first_states<Real>(nullptr, params.state_out, params.B, params.C);
+  });
+  return state;
+}
+
+Tensor wkv_adjoint_summary(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                           const std::optional<Tensor>& state, const std::optional<Tensor>& r,
+                           const Tensor& checkpoints, const Tensor& gy) {
+  const Arguments arguments(w, u, k, v, state, r);
+  const GradientArguments given(arguments, checkpoints, gy, std::nullopt);
+  const Tensor adjoint = arguments.device.empty({arguments.B, 2, arguments.C}, state_type(arguments.dtype));
+  if (arguments.nothing_to_do()) {
+    set_zero(adjoint);
+    return adjoint;
+  }
+  BackwardParams params{params_of(arguments)};
+  params.gy = sequence_of(given.gy);
+  params.state = data_or_null(arguments.state);
+  params.checkpoints = data_of(given.checkpoints);
+  with_dtype(params.dtype, [&](auto type) {
+    run_adjoint_summary<RealOf<type.value>>(arguments, params, adjoint.mutable_data_ptr());
+  });
+  return adjoint;
+}
+
 Tensor wkv_step(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Tensor& state,
                 const std::optional<Tensor>& r) {
   const TokenArguments arguments(w, u, k, v, state, r);
@@ -169,5 +229,7 @@ WKV_LIBRARY_IMPL(WKV_NAMESPACE, CPU, m) {
   m.impl("_wkv_backward", TORCH_BOX(&wkv::cpu::wkv_backward));
   m.impl("wkv_mixing_forward", TORCH_BOX(&wkv::cpu::wkv_mixing_forward));
   m.impl("_wkv_mixing_backward", TORCH_BOX(&wkv::cpu::wkv_mixing_backward));
+  m.impl("_wkv_summary", TORCH_BOX(&wkv::cpu::wkv_summary));
+  m.impl("_wkv_adjoint_summary", TORCH_BOX(&wkv::cpu::wkv_adjoint_summary));
   m.impl("wkv_step", TORCH_BOX(&wkv::cpu::wkv_step));
 }

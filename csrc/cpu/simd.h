@@ -93,7 +93,7 @@ WKV_INLINE Vec<Real> rounded(Vec<Real> x) {
   return x;
 }
 
-// 2^x for x <= 0, down to x = -127, where it is 0. The polynomial is the minimax fit of degree 6 to 2^f on [-1/2, 1/2],
+// 2^x for x <= 0, down to x = -128, where it is 0. The polynomial is the minimax fit of degree 6 to 2^f on [-1/2, 1/2],
 // 2e-9 relative.
 WKV_INLINE Vec<float> exp2_in_range(Vec<float> x) {
   using Native = Vec<float>::Native;
@@ -101,29 +101,34 @@ WKV_INLINE Vec<float> exp2_in_range(Vec<float> x) {
   // These map -inf to 0 and underflow gradually: any x is in range.
   const __m512 whole = _mm512_roundscale_ps((__m512)x.native, _MM_FROUND_TO_NEAREST_INT);
   const Native f = (Native)_mm512_reduce_ps((__m512)x.native, _MM_FROUND_TO_NEAREST_INT);
+  constexpr float kFactor = 1;
 #else
-  // Adding 1.5 · 2^23 rounds to an integer and leaves it in the low bits.
-  const Native shifted = x.native + 12582912.0f;
-  const Native f = x.native - (shifted - 12582912.0f);
+  // Adding 1.5 · 2^23 rounds to an integer and leaves it in the low bits. With 128 more it is an exponent of twice the
+  // result, as 127, being odd, would round ties to the other side.
+  constexpr float kRound = 12582912.0f + 128.0f, kFactor = 0.5f;
+  const Native shifted = x.native + kRound;
+  const Native f = x.native - (shifted - kRound);
 #endif
-  Native p = 1.5353362e-4f * f + 1.3398875e-3f;
-  p = p * f + 9.6184369e-3f;
-  p = p * f + 5.5503324e-2f;
-  p = p * f + 0.24022648f;
-  p = p * f + 0.69314718f;
-  p = p * f + 1.0f;
+  Native p = kFactor * 1.5353362e-4f * f + kFactor * 1.3398875e-3f;
+  p = p * f + kFactor * 9.6184369e-3f;
+  p = p * f + kFactor * 5.5503324e-2f;
+  p = p * f + kFactor * 0.24022648f;
+  p = p * f + kFactor * 0.69314718f;
+  p = p * f + kFactor;
 #if WKV_SIMD_BYTES == 64
   return (Native)_mm512_scalef_ps((__m512)p, whole);
 #else
   // A product rather than a sum of exponents, so that NaN stays NaN.
-  return p * (Native)(((Vec<float>::NativeInteger)shifted + 127) << 23);
+  return p * (Native)((Vec<float>::NativeInteger)shifted << 23);
 #endif
 }
 
-// x, or `least` where it is below.
+// x, or `least` where it is below; NaN stays.
 WKV_INLINE Vec<float> clamped(Vec<float> x, float least) {
 #if WKV_SIMD_BYTES == 64
   return x;
+#elif WKV_SIMD_BYTES == 32
+  return (Vec<float>::Native)_mm256_max_ps((__m256)(Vec<float>::Native{} + least), (__m256)x.native);
 #else
   return x.native < least ? Vec<float>::Native{} + least : x.native;
 #endif
@@ -142,7 +147,7 @@ WKV_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
 WKV_INLINE Vec<float> exp_minus_abs(Vec<float> x) {
   using Integer = Vec<float>::NativeInteger;
   const Integer bits = (Integer)(x.native * 1.44269504f) | (Integer{} + INT32_MIN);
-  return exp2_in_range(clamped((Vec<float>::Native)bits, -127.0f));
+  return exp2_in_range(clamped((Vec<float>::Native)bits, -128.0f));
 }
 
 template <class Function>

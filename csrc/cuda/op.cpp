@@ -74,6 +74,8 @@ class CudaLauncher {
 WKV_LIBRARY_IMPL(WKV_NAMESPACE, CUDA, m) {
   m.impl("wkv_forward", TORCH_BOX(&wkv::gpu_forward<wkv::CudaLauncher>));
   m.impl("_wkv_backward", TORCH_BOX(&wkv::gpu_backward<wkv::CudaLauncher>));
+  m.impl("wkv_mixing_forward", TORCH_BOX(&wkv::gpu_mixing_forward<wkv::CudaLauncher>));
+  m.impl("_wkv_mixing_backward", TORCH_BOX(&wkv::gpu_mixing_backward<wkv::CudaLauncher>));
   m.impl("wkv_step", TORCH_BOX(&wkv::gpu_step<wkv::CudaLauncher>));
 }
 

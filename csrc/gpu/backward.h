@@ -9,12 +9,14 @@
 
 namespace wkv {
 
-template <class Element_>
+template <class Element_, bool kMixing>
 struct BackwardPass {
   using Element = Element_;
-  static constexpr bool kReverse = true, kFinishes = true;
-  static constexpr int kInputs = 3, kOutputs = 2, kFirstOutput = 0, kSteps = kBackwardSteps;
-  using Block = ScanBlock<Element, kInputs, kSteps, kBackwardWarps>;
+  static constexpr bool kReverse = true, kFinishes = true, kMixes = kMixing;
+  // Where shared memory has room for r as well.
+  static constexpr bool kStagesGate = kMixing && backward_stages_gate(kTypeOf<Element>, kCudaArch);
+  static constexpr int kInputs = 3, kOutputs = 2, kFirstOutput = 0, kSteps = kBackwardSteps, kGy = 2;
+  using Block = ScanBlock<Element, kInputs + kStagesGate, kSteps, kBackwardWarps, kReverse, kMixing>;
   using Tile = wkv::Tile<kSteps>;
   static_assert(kBackwardWarps * kSteps == checkpoint_interval(Block::kType));
 
@@ -34,13 +36,16 @@ struct BackwardPass {
   }
   WKV_HD static Scaled normalised(Scaled adjoint) { return normalised_adjoint(adjoint); }
   // In gy, after the reverse loop: each warp's sum, and the adjoint that enters the tile.
-  WKV_HD static Rows64 own_of(const Block& block, int warp) { return block.rows_of(2, warp, 0); }
-  WKV_HD static Rows64 carry(const Block& block) { return block.rows_of(2, 0, 3); }
-  // In k: states of the warps, when keys are in registers; messages, when states are of no use any more.
+  WKV_HD static Rows64 own_of(const Block& block, int warp) { return block.rows_of(kGy, warp, 0); }
+  WKV_HD static Rows64 carry(const Block& block) { return block.rows_of(kGy, 0, 3); }
+  // In k: each warp's largest keys, then its states, when keys are in registers; messages, when states are of no use
+  // any more.
+  static constexpr int kHighestRows = Block::kWarpRows;
+  WKV_HD static Rows64 highest_of(const Block& block, int warp) { return block.rows_of(0, warp, 0); }
   WKV_HD static Rows64 state_after(const Block& block, int warp) { return block.rows_of(0, warp, 1); }
   WKV_HD static Rows64 message(const Block& block, int i) { return block.rows_of(0, 0, 3 * i); }
   // In gy as well, the parts of a chunk's gradients.
-  WKV_HD static Rows64 partials_of(const Block& block, int warp) { return block.rows_of(2, warp, 6); }
+  WKV_HD static Rows64 partials_of(const Block& block, int warp) { return block.rows_of(kGy, warp, 6); }
   static_assert(Block::kWarpRows >= 8 && kBackwardWarps * Block::kWarpRows >= 3 * (kAnchor + 1));
 
   WKV_HD static Scaled load_start(const Block& block, const Tile& tile, const Thread& thread) {
@@ -60,8 +65,8 @@ struct BackwardPass {
   WKV_HD static Scaled first(const Block& block, const Thread& thread) {
     const auto& params = block.params;
     if (params.gstate_out == nullptr) return empty_scaled();
-    const Sums<Pair> given = block.load_state(block.row_of(params.gstate_out, block.b, 3, thread)).sums;
-    const Pair max = state_of(block.load_checkpoint(params.T, thread)).max;
+    const Sums<Pair> given = block.load_state(block.state_row(params.gstate_out, thread)).sums;
+    const Pair max = state_of(block.load_checkpoint(block.place().steps(params), thread)).max;
     // The gradient of an empty state reaches nothing.
     const auto has_no_max = max == Pair(kEmptyMax);
     const Sums<Pair> adjoint{select(has_no_max, Pair(0), given.num), select(has_no_max, Pair(0), given.den)};
@@ -71,12 +76,68 @@ struct BackwardPass {
   // registers.
   WKV_HD static Rows64 parked(const Block& block) { return block.rows_of(0, 0, 4); }
   WKV_HD static void keep(const Block&, const Tile&, Scaled after, Thread& thread) { thread.after = after; }
-  WKV_HD static void park(const Block& block, Thread& thread) {
+  static constexpr bool kStagesLate = false;
+  WKV_HD static void park(const Block& block, const Tile&, Thread& thread) {
     if (thread.warp() == 0) parked(block).set_scaled(thread.lane(), thread.after);
     thread.after = empty_scaled();
   }
   WKV_HD static Scaled kept(const Block& block, const Thread& thread) {
     return parked(block).get_scaled(thread.lane());
+  }
+
+  // A thread's steps of r, and of its gradient, which takes its place.
+  struct StagedGates {
+    Column<Element> r;
+
+    WKV_HD StagedGates(const Block& block, const Tile&, const Thread& thread) : r(block.column_of(kGy + 1, thread)) {}
+    WKV_HD Gate<Pair> get(int step) const { return gate_of(r.get(step)); }
+    WKV_HD void set_gradient(int step, Pair value) const { r.set(step, value); }
+  };
+  // The same in memory; a prefetch takes most of the latency.
+  struct DistantGates {
+    Rows<const Element> r;
+    Rows<Element> gr;
+    uint32_t t;
+    int channels;  // 0 without r
+
+    WKV_HD DistantGates(const Block& block, const Tile& tile, const Thread& thread)
+        : r(rows_from<Element>(block.params.r, block.place().b, block.channel_of(thread))),
+          gr(rows_from<Element>(block.params.gr, block.params.T, block.params.C, block.place().b,
+                                block.channel_of(thread))),
+          t(block.place().begin() + tile.t + thread.warp() * kSteps),
+          channels(block.params.r.data == nullptr ? 0 : block.channels_of(thread)) {}
+    WKV_HD Gate<Pair> get(int step) const {
+      const Element* const at = r.at(t + step);
+      return gate_of(Pair(kFullTilesOnly || channels > 0 ? to_real(load_constant(at)) : float(INFINITY),
+                          kFullTilesOnly || channels > 1 ? to_real(load_constant(at + 1)) : float(INFINITY)));
+    }
+    WKV_HD void set_gradient(int step, Pair value) const {
+      Element* const at = gr.at(t + step);
+      if (kFullTilesOnly || channels > 0) from_real(value.x, at[0]);
+      if (kFullTilesOnly || channels > 1) from_real(value.y, at[1]);
+    }
+  };
+  struct NoGates {
+    WKV_HD NoGates(const Block&, const Tile&, const Thread&) {}
+    WKV_HD NoGate get(int) const { return {}; }
+    WKV_HD void set_gradient(int, Pair) const {}
+  };
+  using Gates = std::conditional_t<kStagesGate, StagedGates, std::conditional_t<kMixing, DistantGates, NoGates>>;
+
+  WKV_HD static void stage_gate(const Block& block, const Tile& tile, const Thread& thread) {
+    if constexpr (kStagesGate) {
+      block.stage_gate(kGy + 1, tile, thread);
+    } else if constexpr (kMixing) {
+      if (!kFullTilesOnly && block.params.r.data == nullptr) return;
+      const int warp = thread.warp();
+      prefetch_rows(rows_from<Element>(block.params.r, block.place().b, block.c),
+                    block.place().begin() + tile.t + warp * kSteps, tile.steps_of(warp), block.columns, thread.lane());
+    }
+  }
+  WKV_HD static void unstage_gate(const Block& block, const Tile& tile, const Thread& thread) {
+    if constexpr (kStagesGate) {
+      if (kFullTilesOnly || block.params.gr != nullptr) block.unstage(kGy + 1, block.params.gr, tile, thread);
+    }
   }
 
   template <class Team, class Leave>
@@ -125,7 +186,7 @@ struct BackwardPass {
 
   WKV_HD static void reverse_together(const Block& block, const Tile& tile, Thread& thread) {
     const int lane = thread.lane(), steps = tile.steps_of(thread.warp());
-    const Column<Element> v = block.column_of(1, thread), gy = block.column_of(2, thread);
+    const Column<Element> v = block.column_of(1, thread), gy = block.column_of(kGy, thread);
     const Pair decay = block.channels.decay(lane), bonus = block.channels.bonus(lane);
     const Pair subchunk_decay = exp2(block.channels.decay_log2(lane, kSteps));
     Sums<Pair> in{Pair(0), Pair(0)}, decayed{Pair(0), Pair(0)};
@@ -144,13 +205,16 @@ struct BackwardPass {
     });
     thread.decayed = decayed;
     thread.max_after = Pair(0);
+    const Gates gates(block, tile, thread);
 
     Sums<Pair> adjoint{Pair(0), Pair(0)};
     Pair g_log_decay(0), gu(0);
     for_steps_back<kSteps>(steps, [&](int step) {
       const auto [sums, weight] = thread.steps[step];
       const Pair vt = v.get(step), present = bonus * weight;
-      const auto [y, h] = divide(present * vt + sums.num, gy.get(step), sums.den + present);
+      const Sums<Pair> now{present * vt + sums.num, sums.den + present};
+      const auto [y, h, gr] = gated_mean_adjoint(now, gates.get(step), gy.get(step));
+      gates.set_gradient(step, gr);
       const Pair h_present = present * h, gu_step = h_present * (vt - y);
       g_log_decay = g_log_decay + sums.num * adjoint.num + sums.den * adjoint.den;
       gu = gu + gu_step;
@@ -164,7 +228,7 @@ struct BackwardPass {
 
   WKV_HD static void reverse_spread(const Block& block, const Tile& tile, Thread& thread) {
     const int lane = thread.lane(), steps = tile.steps_of(thread.warp());
-    const Column<Element> v = block.column_of(1, thread), gy = block.column_of(2, thread);
+    const Column<Element> v = block.column_of(1, thread), gy = block.column_of(kGy, thread);
     const auto scale = block.running_scale(thread);
     Scaled before = load_start(block, tile, thread);
 #pragma unroll 1
@@ -184,11 +248,13 @@ struct BackwardPass {
     });
     thread.decayed = decayed;
     thread.max_after = state.max;
+    const Gates gates(block, tile, thread);
 
     Sums<Pair> adjoint{Pair(0), Pair(0)};
     Pair g_log_decay(0), gu(0);
     for_steps_back<kSteps>(steps, [&](int step) {
-      const auto of_step = step_adjoint(scale, thread.steps[step], v.get(step), gy.get(step), adjoint);
+      const auto of_step = step_adjoint(scale, thread.steps[step], v.get(step), gy.get(step), adjoint, gates.get(step));
+      gates.set_gradient(step, of_step.gr);
       thread.steps[step].sums = {of_step.gk, of_step.gv};
       g_log_decay = g_log_decay + of_step.g_log_decay;
       gu = gu + of_step.gu;
@@ -241,26 +307,47 @@ struct BackwardPass {
     partials_of(block, thread.warp()).set_sums(thread.lane(), thread.partials);
   }
 
-  WKV_HD static void finish(const Block& block, uint32_t position, const Thread& thread) {
+  WKV_HD static void finish(const Block& block, const Thread& thread) {
     if (thread.warp() != 0) return;
     const auto& params = block.params;
     const int lane = thread.lane();
     Sums<Pair> total = partials_of(block, 0).get_sums(lane);
 #pragma unroll 1
     for (int warp = 1; warp < block.warps; ++warp) total = total + partials_of(block, warp).get_sums(lane);
-    const ChannelRow partials = block.row_of(params.partials, block.b * params.chunking.chunks + position, 2, thread);
-    partials.store(0, total.num);
-    partials.store(params.C, total.den);
-    if (kFullTilesOnly || position + 1 < params.chunking.chunks) return;
+    store_partials(block, thread, total);
+    if (kFullTilesOnly || block.place().position + 1 < block.place().chunks(params)) return;
     const auto [sums, max] = block.first_state(thread);
     const Sums<Pair> adjoint = exp2(sum_log2(max, thread.after.exponent)) * thread.after.sums;
     // The gradient of max follows from the others for consumers that respect the state's gauge.
-    block.store_state(block.row_of(params.state_out, block.b, 3, thread),
+    block.store_state(block.state_row(params.state_out, thread),
                       {adjoint, sums.num * adjoint.num + sums.den * adjoint.den});
+  }
+
+  // The row is the block's alone.
+  WKV_HD static void store_partials(const Block& block, const Thread& thread, Sums<Pair> total) {
+    const auto& params = block.params;
+    const auto& place = block.place();
+    const ChannelRow row = block.row_of(params.partials, place.b * params.chunking.chunks + place.ticket(), 2, thread);
+    row.store(0, total.num);
+    row.store(params.C, total.den);
+  }
+  WKV_HD static void leave_nothing(const Block& block, const Thread& thread) {
+    store_partials(block, thread, {Pair(0), Pair(0)});
+  }
+  WKV_HD static void hand_on(const Block& block, const Thread& thread) {
+    const auto& params = block.params;
+    const State<Pair> none{{Pair(0), Pair(0)}, Pair(0)};
+    block.store_state(
+        block.state_row(params.state_out, thread),
+        params.gstate_out == nullptr ? none : block.load_state(block.state_row(params.gstate_out, thread)));
   }
 };
 
 template <class Element>
-struct Backward : Scan<BackwardPass<Element>> {};
+struct Backward : Scan<BackwardPass<Element, false>> {};
+
+// With a gate, packed sequences, or both.
+template <class Element>
+struct MixingBackward : Scan<BackwardPass<Element, true>> {};
 
 }  // namespace wkv

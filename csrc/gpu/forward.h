@@ -6,27 +6,37 @@
 
 namespace wkv {
 
-template <class Element_>
+template <class Element_, bool kMixing>
 struct ForwardPass {
   using Element = Element_;
-  static constexpr bool kReverse = false, kFinishes = false;
+  static constexpr bool kReverse = false, kFinishes = false, kMixes = kMixing;
   static constexpr int kInputs = 2, kOutputs = 1, kFirstOutput = 1, kSteps = kForwardSteps;
-  using Block = ScanBlock<Element, kInputs, kSteps, 0>;
+  using Block = ScanBlock<Element, kInputs, kSteps, 0, kReverse, kMixing>;
   using Tile = wkv::Tile<kSteps>;
   struct Thread : ScanThread<Element, kSteps> {
     Pair weights[kSteps];  // of the keys, in the tile's scale; of keys that spread, the keys
   };
 
   WKV_HD static void begin(Thread&) {}
+  WKV_HD static void stage_gate(const Block&, const Tile&, const Thread&) {}
+  WKV_HD static void unstage_gate(const Block&, const Tile&, const Thread&) {}
   WKV_HD static void range(const Block&, const Tile&, Thread&) {}
   WKV_HD static Scaled normalised(Scaled state) { return normalised_state(state); }
-  // In k, when keys are in registers: messages, and each warp's sum, the last one where the tile's own message may be;
-  // once the messages have been joined, the state before the tile, in the place of the first.
-  WKV_HD static Rows64 message(const Block& block, int i) { return block.rows_of(0, 0, 3 * i); }
+  // In k, when keys are in registers, or where r takes its place in rows of their own: messages, and each warp's sum,
+  // the last one where the tile's own message may be; once the messages have been joined, the state before the tile, in
+  // the place of the first.
+  WKV_HD static Rows64 message(const Block& block, int i) {
+    return kMixing ? block.messages.from(3 * i) : block.rows_of(0, 0, 3 * i);
+  }
   WKV_HD static Rows64 own_of(const Block& block, int warp) { return message(block, kAnchor + block.warps - 1 - warp); }
   WKV_HD static Rows64 carry(const Block& block) { return message(block, 0); }
+  // In the same place, until the tile's reference is known: each warp's largest keys.
+  static constexpr int kHighestRows = kMixing ? 1 : Block::kWarpRows;
+  WKV_HD static Rows64 highest_of(const Block& block, int warp) {
+    return kMixing ? block.messages.from(warp) : block.rows_of(0, warp, 0);
+  }
   static constexpr int kLeastWarps = forward_least_warps(Block::kType);
-  static_assert(kLeastWarps * Block::kWarpRows >= 3 * (kAnchor + kLeastWarps) && Block::kWarpRows >= 3);
+  static_assert(kLeastWarps * Block::kWarpRows >= forward_message_rows(kLeastWarps) && Block::kWarpRows >= 3);
   WKV_HD static Scaled first(const Block& block, const Thread& thread) {
     return normalised_state(scaled(block.first_state(thread)));
   }
@@ -71,10 +81,21 @@ struct ForwardPass {
     if (!tile.ends_chunk) block.kept.set_scaled(thread.lane(), after);
     if (kFullTilesOnly || !tile.ends_scan) return;
     const auto& params = block.params;
-    block.store_state(block.row_of(params.state_out, block.b, 3, thread), state_of(after));
-    if (params.checkpoints != nullptr) block.store_checkpoint(params.T, thread, after);
+    block.store_state(block.state_row(params.state_out, thread), state_of(after));
+    if (params.checkpoints != nullptr) block.store_checkpoint(block.place().steps(params), thread, after);
   }
-  WKV_HD static void park(const Block&, const Thread&) {}
+  // r comes in the place of k, when keys are in registers.
+  static constexpr bool kStagesLate = kMixing;
+  WKV_HD static void park(const Block& block, const Tile& tile, const Thread& thread) {
+    if constexpr (kMixing) block.stage_gate(0, tile, thread);
+  }
+  WKV_HD static auto gate_at(const Block& block, const Thread& thread, int step) {
+    if constexpr (kMixing) {
+      return gate_of(block.column_of(0, thread).get(step));
+    } else {
+      return NoGate{};
+    }
+  }
   WKV_HD static Scaled kept(const Block& block, const Thread& thread) { return block.kept.get_scaled(thread.lane()); }
 
   WKV_HD static void correct(const Block& block, const Tile& tile, bool fit, Thread& thread) {
@@ -99,7 +120,8 @@ struct ForwardPass {
       Sums<Pair> sums = in.sums;
       for_steps<kSteps>(steps, [&](int step) {
         const Pair weight = thread.weights[step], num = weight * v.get(step);
-        v.set(step, (bonus * num + sums.num) / (bonus * weight + sums.den));
+        const Sums<Pair> now{bonus * num + sums.num, bonus * weight + sums.den};
+        v.set(step, gated_mean(now, gate_at(block, thread, step)));
         sums = {decay * sums.num + num, decay * sums.den + weight};
       });
       return;
@@ -110,7 +132,7 @@ struct ForwardPass {
       for_steps<kSteps>(steps, [&](int step) {
         const Pair logit = key(thread.weights[step]), vt = v.get(step);
         const auto weights = scale.weights(scale.at(state.max, logit));
-        v.set(step, read(state.sums, weights.read, vt));
+        v.set(step, read(state.sums, weights.read, vt, gate_at(block, thread, step)));
         state = advance(scale, state, weights.advance, logit, vt);
       });
     };
@@ -125,10 +147,18 @@ struct ForwardPass {
   }
 
   WKV_HD static void leave(const Block&, const Thread&) {}
-  WKV_HD static void finish(const Block&, uint32_t, const Thread&) {}
+  WKV_HD static void finish(const Block&, const Thread&) {}
+  WKV_HD static void leave_nothing(const Block&, const Thread&) {}
+  WKV_HD static void hand_on(const Block& block, const Thread& thread) {
+    block.store_state(block.state_row(block.params.state_out, thread), block.first_state(thread));
+  }
 };
 
 template <class Element>
-struct Forward : Scan<ForwardPass<Element>> {};
+struct Forward : Scan<ForwardPass<Element, false>> {};
+
+// With a gate, packed sequences, or both.
+template <class Element>
+struct MixingForward : Scan<ForwardPass<Element, true>> {};
 
 }  // namespace wkv

@@ -39,10 +39,14 @@ struct Bounds<Forward<Element>> {
   static constexpr int blocks = forward_blocks(dtype, kCudaArch);
 };
 template <class Element>
+struct Bounds<MixingForward<Element>> : Bounds<Forward<Element>> {};
+template <class Element>
 struct Bounds<Backward<Element>> {
   static constexpr int threads = kBackwardWarps * kWarpThreads;
   static constexpr int blocks = backward_blocks(kTypeOf<Element>, kCudaArch);
 };
+template <class Element>
+struct Bounds<MixingBackward<Element>> : Bounds<Backward<Element>> {};
 template <>
 struct Bounds<Forward<double>> {
   static constexpr int threads = kDoubleThreads, blocks = 1;

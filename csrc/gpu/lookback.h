@@ -13,25 +13,25 @@
 
 namespace wkv {
 
-// A block's position among the chunks of its column, and its messages.
+// A block's position among the chunks of its sequence, and the messages of its column.
 struct LookBack {
-  Word* messages;  // of the column
-  uint32_t position;
+  Word* messages;  // of the column, by tickets
+  uint32_t ticket;
   int predecessors;  // that the chunk waits for
   bool has_successor, is_anchor;
 
-  WKV_HD LookBack(const Chunking& chunking, uint32_t column, uint32_t position) : position(position) {
+  WKV_HD LookBack(const Chunking& chunking, uint32_t column, uint32_t position, uint32_t ticket) : ticket(ticket) {
     const uint32_t since_anchor = position & (chunking.anchor - 1);
-    // 32 bits suffice: a grid has room for 65535 chunks.
+    // 32 bits suffice: plan.h.
     const uint32_t words_of_column = (chunking.chunks - 1) * kWordsOfMessage;
     messages = static_cast<Word*>(chunking.messages) + static_cast<uint64_t>(column) * words_of_column;
     predecessors = static_cast<int>(position <= since_anchor ? position : since_anchor + 1);
-    has_successor = position + 1 < chunking.chunks;
+    has_successor = ticket + 1 < chunking.chunks;
     is_anchor = since_anchor + 1 == chunking.anchor;
   }
 
   WKV_HD void publish(int lane, Scaled state) const {
-    Word* message = message_of(position, lane);
+    Word* message = message_of(ticket, lane);
     store_relaxed(message, word_of(state.sums.num));
     store_relaxed(message + kWarpThreads, word_of(state.sums.den));
     store_relaxed(message + 2 * kWarpThreads, word_of(state.exponent));
@@ -39,7 +39,7 @@ struct LookBack {
 
   // Waits for the state that the i-th predecessor publishes.
   WKV_HD Scaled wait(int i, int lane) const {
-    const Word* message = message_of(position - predecessors + i, lane);
+    const Word* message = message_of(ticket - predecessors + i, lane);
     for (;;) {
       const Word num = load_relaxed(message), den = load_relaxed(message + kWarpThreads),
                  exponent = load_relaxed(message + 2 * kWarpThreads);
@@ -72,8 +72,8 @@ struct LookBack {
   WKV_HD static bool is_written(Word word) { return static_cast<uint32_t>(word) != kNothing; }
 };
 
-// The position of the block's chunk in the order of look-back; one thread takes it for the block.
-WKV_HD uint32_t take_position(const Chunking& chunking, uint32_t column) {
+// The block's turn among those of its column; one thread takes it for the block.
+WKV_HD uint32_t take_turn(const Chunking& chunking, uint32_t column) {
   return chunking.tickets == nullptr ? 0 : take_ticket(chunking.tickets + column);
 }
 

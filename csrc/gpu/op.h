@@ -46,12 +46,14 @@ inline void count_version(Tensor tensor) { set_zero(torch::stable::narrow(tensor
 // Kernels count sequences, steps, channels, checkpoints and columns in 32 bits.
 inline void check_sizes(const Arguments& arguments) {
   constexpr int64_t kMost = 2147483647 - 4096;
-  for (const auto& [name, size] : {std::pair{"B", arguments.B}, {"T", arguments.T}, {"C", arguments.C}}) {
+  const int64_t N = arguments.sequences;
+  for (const auto& [name, size] : {std::pair{"B", arguments.B}, {"T", arguments.T}, {"C", arguments.C}, {"N", N}}) {
     require(size <= kMost, "wkv: ", name, ": expected at most ", kMost, " on a GPU, got ", size);
   }
   if (arguments.nothing_to_do()) return;
+  require(N > 0, "cu_seqlens: expected to end at ", arguments.T, ", the steps of k, got no sequence");
   constexpr int64_t kMostOfBatch = int64_t{1} << 37;
-  const int64_t of_batch = arguments.B * std::max(arguments.T, arguments.C);
+  const int64_t of_batch = std::max(arguments.B * std::max(arguments.T, arguments.C), N * arguments.C);
   require(of_batch <= kMostOfBatch, "wkv: B * T and B * C: expected at most ", kMostOfBatch, " on a GPU, got ",
           of_batch);
 }
@@ -66,39 +68,78 @@ inline ChannelParameters channel_parameters(const Arguments& arguments) {
 
 // The params that forward and backward have in common.
 inline SequenceParams sequence_params(Arguments& arguments) {
+  const auto& boundaries = arguments.cu_seqlens;
   return {.parameters = channel_parameters(arguments),
           .B = static_cast<uint32_t>(arguments.B),
           .T = static_cast<uint32_t>(arguments.T),
           .C = static_cast<uint32_t>(arguments.C),
+          .N = static_cast<uint32_t>(arguments.sequences),
+          .boundaries = {data_or_null(boundaries),
+                         boundaries.has_value() && torch_type_of(*boundaries) == aoti_torch_dtype_int64()},
           .inputs = {gpu_sequence(arguments.k), gpu_sequence(arguments.v)},
+          .r = arguments.r.has_value() ? gpu_sequence(*arguments.r) : Sequence{},
           .state = data_or_null(arguments.state)};
 }
 
-// The blocks of a plan, in as many launches as its sequences take. Returns the memory behind params.partials, which
-// this fills in.
+inline Kernel kernel_of(Operation operation) {
+  switch (operation) {
+    case Operation::forward:
+      return Kernel::forward;
+    case Operation::backward:
+      return Kernel::backward;
+    case Operation::mixing_forward:
+      return Kernel::mixing_forward;
+    default:
+      return Kernel::mixing_backward;
+  }
+}
+
+// A plan, and its launches: the workspace holds params.partials, which `launch_operation` fills in.
+struct Launched {
+  Plan plan;
+  Tensor workspace;
+};
+
+// The blocks of an operation, in as many launches as its sequences take. Absent options take the plain kernels.
 template <class Launcher>
-Tensor launch_plan(Launcher& launcher, Kernel kernel, DType dtype, const Plan& plan, SequenceParams& params) {
+Launched launch_operation(Launcher& launcher, const Arguments& arguments, bool forward, SequenceParams& params) {
+  const auto& [dtype, B, T, C, N] =
+      std::tie(arguments.dtype, arguments.B, arguments.T, arguments.C, arguments.sequences);
+  const bool is_packed = arguments.cu_seqlens.has_value(), mixing = is_packed || arguments.r.has_value();
+  const Operation operation = mixing    ? forward ? Operation::mixing_forward : Operation::mixing_backward
+                              : forward ? Operation::forward
+                                        : Operation::backward;
+  const Plan plan = is_packed ? make_packed_plan(operation, dtype, N, T, C, launcher.limits())
+                              : make_plan(operation, dtype, B, T, C, launcher.limits());
   // Parts of gradients, then messages and tickets, in whole float64 elements, which torch's allocator aligns for any
   // type.
   const Tensor workspace = launcher.empty({(plan.partial_bytes + plan.exchange_bytes + 7) / 8}, DType::float64);
   params.partials = workspace.mutable_data_ptr();
   char* const exchange = static_cast<char*>(params.partials) + plan.partial_bytes;
-  params.chunking = chunking_of(plan, params.B, exchange);
+  params.chunking = chunking_of(plan, B, exchange);
   if (plan.exchange_bytes > 0) launcher.set_all_bits(exchange, plan.exchange_bytes);
-  for (int64_t first = 0; first < params.B; first += kMaxGridYZ) {
-    params.chunking.first_batch = static_cast<uint32_t>(first);
-    launcher.launch(
-        {kernel,
-         dtype,
-         // Blocks start chunk by chunk: a device takes them in this order.
-         {static_cast<unsigned>(plan.channel_tiles),
-          static_cast<unsigned>(std::min(int64_t{params.B} - first, kMaxGridYZ)), static_cast<unsigned>(plan.chunks)},
-         plan.threads,
-         plan.shared_bytes,
-         &params,
-         sizeof params});
+  // Blocks start chunk by chunk: a device takes them in this order.
+  Launch launch = {kernel_of(operation),
+                   dtype,
+                   {static_cast<unsigned>(plan.channel_tiles), 1, 1},
+                   plan.threads,
+                   plan.shared_bytes,
+                   &params,
+                   sizeof params};
+  if (is_packed && dtype != DType::float64) {
+    const auto chunks = static_cast<unsigned>(plan.chunks);
+    launch.grid.y = std::min(chunks, kPackedRows);
+    launch.grid.z = (chunks + kPackedRows - 1) / kPackedRows;
+    launcher.launch(launch);
+    return {plan, workspace};
   }
-  return workspace;
+  launch.grid.z = static_cast<unsigned>(plan.chunks);
+  for (int64_t first = 0; first < N; first += kMaxGridYZ) {
+    params.chunking.first_batch = static_cast<uint32_t>(first);
+    launch.grid.y = static_cast<unsigned>(std::min(N - first, kMaxGridYZ));
+    launcher.launch(launch);
+  }
+  return {plan, workspace};
 }
 
 // The blocks of a launch with one thread, or one group of threads, for each of `count` items.
@@ -109,11 +150,12 @@ inline unsigned blocks_for(int64_t count, int of_block) {
 }
 
 template <class Launcher>
-std::tuple<Tensor, Tensor, Tensor> gpu_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
-                                               const std::optional<Tensor>& state, bool checkpoint) {
-  Arguments arguments(w, u, k, v, state);
+std::tuple<Tensor, Tensor, Tensor> gpu_mixing_forward(const Tensor& w, const Tensor& u, const Tensor& k,
+                                                      const Tensor& v, const std::optional<Tensor>& state,
+                                                      const std::optional<Tensor>& r,
+                                                      const std::optional<Tensor>& cu_seqlens, bool checkpoint) {
+  Arguments arguments(w, u, k, v, state, r, cu_seqlens);
   check_sizes(arguments);
-  const auto& [dtype, B, T, C] = std::tie(arguments.dtype, arguments.B, arguments.T, arguments.C);
   Launcher launcher(arguments.device);
   const Tensor y = arguments.empty_sequence(launcher);
   const Tensor state_out = arguments.empty_state(launcher);
@@ -126,24 +168,33 @@ std::tuple<Tensor, Tensor, Tensor> gpu_forward(const Tensor& w, const Tensor& u,
   params.outputs[0] = y.mutable_data_ptr();
   params.checkpoints = checkpoint ? checkpoints.mutable_data_ptr() : nullptr;
   params.state_out = state_out.mutable_data_ptr();
-  const Plan plan = make_plan(Operation::forward, dtype, B, T, C, launcher.limits());
-  launch_plan(launcher, Kernel::forward, dtype, plan, params);
+  launch_operation(launcher, arguments, true, params);
   return {y, state_out, checkpoints};
 }
 
 template <class Launcher>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gpu_backward(const Tensor& w, const Tensor& u, const Tensor& k,
-                                                                const Tensor& v, const std::optional<Tensor>& state,
-                                                                const Tensor& checkpoints, const Tensor& gy,
-                                                                const std::optional<Tensor>& gstate_out) {
-  Arguments arguments(w, u, k, v, state);
+std::tuple<Tensor, Tensor, Tensor> gpu_forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                                               const std::optional<Tensor>& state, bool checkpoint) {
+  return gpu_mixing_forward<Launcher>(w, u, k, v, state, std::nullopt, std::nullopt, checkpoint);
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// gr, where it is wanted, is the gradient of r, without steps if there is none.
+template <class Launcher>
+Gradients gpu_gradients(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                        const std::optional<Tensor>& state, const std::optional<Tensor>& r,
+                        const std::optional<Tensor>& cu_seqlens, const Tensor& checkpoints, const Tensor& gy,
+                        const std::optional<Tensor>& gstate_out, std::optional<Tensor>* gr) {
+  Arguments arguments(w, u, k, v, state, r, cu_seqlens);
   check_sizes(arguments);
   GradientArguments gradients(arguments, checkpoints, gy, gstate_out);
-  const auto& [dtype, B, T, C] = std::tie(arguments.dtype, arguments.B, arguments.T, arguments.C);
+  const auto& [dtype, C] = std::tie(arguments.dtype, arguments.C);
   Launcher launcher(arguments.device);
   const Tensor gw = launcher.empty({C}, arguments.w_dtype), gu = launcher.empty({C}, arguments.u_dtype);
   const Tensor gk = arguments.empty_sequence(launcher), gv = arguments.empty_sequence(launcher);
   const Tensor gstate = arguments.empty_state(launcher);
+  if (gr != nullptr) *gr = arguments.empty_gate_gradient(launcher);
   if (arguments.nothing_to_do()) {
     gradients.after_no_steps(gw, gu, gstate);
     return {gw, gu, gk, gv, gstate};
@@ -152,15 +203,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gpu_backward(const Tensor& w,
   params.inputs[2] = gpu_sequence(gradients.gy);
   params.outputs[0] = gk.mutable_data_ptr();
   params.outputs[1] = gv.mutable_data_ptr();
+  params.gr = arguments.r.has_value() ? (*gr)->mutable_data_ptr() : nullptr;
   params.checkpoints = gradients.checkpoints.mutable_data_ptr();
   params.state_out = gstate.mutable_data_ptr();
   params.gstate_out = data_or_null(gradients.gstate_out);
-  const Plan plan = make_plan(Operation::backward, dtype, B, T, C, launcher.limits());
-  const Tensor workspace = launch_plan(launcher, Kernel::backward, dtype, plan, params);
+  const auto [plan, workspace] = launch_operation(launcher, arguments, false, params);
   const ReduceParams reduce = {.parameters = params.parameters,
                                .C = C,
                                .partials = params.partials,
-                               .rows = B * plan.chunks,
+                               .rows = plan.partial_bytes / (2 * C * state_bytes(dtype)),
                                .gw = gw.mutable_data_ptr(),
                                .gu = gu.mutable_data_ptr()};
   constexpr int kThreads = kReduceLanes * kReduceGroups;
@@ -172,6 +223,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gpu_backward(const Tensor& w,
                    &reduce,
                    sizeof reduce});
   return {gw, gu, gk, gv, gstate};
+}
+
+template <class Launcher>
+Gradients gpu_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                       const std::optional<Tensor>& state, const Tensor& checkpoints, const Tensor& gy,
+                       const std::optional<Tensor>& gstate_out) {
+  return gpu_gradients<Launcher>(w, u, k, v, state, std::nullopt, std::nullopt, checkpoints, gy, gstate_out, nullptr);
+}
+
+template <class Launcher>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gpu_mixing_backward(
+    const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const std::optional<Tensor>& state,
+    const std::optional<Tensor>& r, const std::optional<Tensor>& cu_seqlens, const Tensor& checkpoints,
+    const Tensor& gy, const std::optional<Tensor>& gstate_out) {
+  std::optional<Tensor> gr;
+  const Gradients others = gpu_gradients<Launcher>(w, u, k, v, state, r, cu_seqlens, checkpoints, gy, gstate_out, &gr);
+  return std::tuple_cat(others, std::tuple(*gr));
 }
 
 template <class Launcher>

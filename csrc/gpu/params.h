@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <iterator>
 
 #include "../common/params.h"
 
@@ -17,25 +18,30 @@ struct ChannelParameters {
 // The mapping of a launch's blocks to the problem, and the memory of look-back between the chunks of a column, the same
 // channels of the same sequence: lookback.h.
 struct Chunking {
-  uint32_t first_batch;    // of this launch; a grid has no room for more than 65535 sequences
-  uint32_t chunks;         // of a sequence
-  int32_t chunk_tiles;     // tiles of a chunk
-  uint32_t channel_tiles;  // columns of a sequence
-  uint32_t anchor;         // a power of two: every `anchor`-th chunk publishes its inclusive state
-  uint32_t* tickets;       // for each column, of the chunks that blocks have taken; null where there is one chunk
-  void* messages;          // of each column's chunks but the last
+  uint32_t first_batch;        // of this launch; a grid has no room for more than 65535 sequences
+  uint32_t chunks;             // of a sequence
+  int32_t chunk_tiles;         // tiles of a chunk
+  uint32_t channel_tiles;      // columns of a sequence
+  uint32_t anchor;             // a power of two: every `anchor`-th chunk publishes its inclusive state
+  uint32_t* tickets;           // for each column, of the chunks that blocks have taken; null where there is one chunk
+  void* messages;              // of each column's chunks but the last
+  uint32_t log2_packed_steps;  // of the steps of a packed sequence's chunk
 };
 
 // The params of forward and backward.
 struct SequenceParams {
   ChannelParameters parameters;
   uint32_t B, T, C;        // below 2^31; B·T/64 and B·C/64 below 2^32
+  uint32_t N;              // sequences: B, or those that are packed
+  Boundaries boundaries;   // mixing: of packed sequences, in the range of T
   Sequence inputs[3];      // element [B, T, C]: k, v and, backward, gy
-  const void* state;       // state [B, 3, C], or null for an empty one
+  Sequence r;              // mixing: likewise, or null data where nothing gates y
+  const void* state;       // state [N, 3, C], or null for an empty one
   void* outputs[2];        // element [B, T, C]: y, or gk and gv
-  void* checkpoints;       // state [B, checkpoint_count, 3, C], or null: written by forward, read by backward
-  void* state_out;         // state [B, 3, C]: the final state, or the gradient of the first one
-  const void* gstate_out;  // backward: state [B, 3, C], the gradient of the final state, or null for zero
+  void* gr;                // mixing, backward: element [B, T, C], or null as r
+  void* checkpoints;       // state [B, rows, 3, C], or null: written by forward, read by backward
+  void* state_out;         // state [N, 3, C]: the final state, or the gradient of the first one
+  const void* gstate_out;  // backward: state [N, 3, C], the gradient of the final state, or null for zero
   void* partials;          // backward: state [B, chunks, 2, C], of the gradients of the log-decay and of u
   Chunking chunking;
 };
@@ -65,13 +71,12 @@ enum class Kernel {
 #undef WKV_KERNEL
 };
 
-inline const char* name_of(Kernel kernel) {
-  static constexpr const char* names[] = {
+inline constexpr const char* kKernelNames[] = {
 #define WKV_KERNEL(name, Type) #name,
 #include "kernels.def"
 #undef WKV_KERNEL
-  };
-  return names[static_cast<int>(kernel)];
-}
+};
+inline constexpr int kKernels = static_cast<int>(std::size(kKernelNames));
+inline const char* name_of(Kernel kernel) { return kKernelNames[static_cast<int>(kernel)]; }
 
 }  // namespace wkv

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <stdexcept>
 #include <string>
 
@@ -24,6 +25,8 @@ struct DeviceLimits {
 
 inline constexpr int64_t kMaxGridX = 2147483647;
 inline constexpr int64_t kMaxGridYZ = 65535;
+// Words of messages of a column are counted in 32 bits, 96 a chunk.
+inline constexpr int64_t kMostPackedChunks = 44'000'000;
 
 // Shared memory that the device reserves for each block, in bytes.
 inline constexpr int64_t kReservedShared = 1024;
@@ -32,14 +35,19 @@ constexpr int tile_bytes(DType dtype, int steps) {
   return steps * kTileChannels * static_cast<int>(element_bytes(dtype));
 }
 
-// Of k, v, channels, ticket, and the state that the next tile starts from.
-constexpr int forward_shared_bytes(DType dtype, int warps) {
-  return 2 * tile_bytes(dtype, warps * kForwardSteps) + kChannelRows * kRowBytes + kTicketBytes + kStateBytes;
+// Of k, v, channels, ticket, and the state that the next tile starts from. r takes the place of k, where messages would
+// be.
+constexpr int forward_shared_bytes(DType dtype, int warps, bool mixing = false) {
+  const int of_mixing = mixing ? forward_message_rows(warps) * kRowBytes + kPlaceBytes : 0;
+  return 2 * tile_bytes(dtype, warps * kForwardSteps) + kChannelRows * kRowBytes + kTicketBytes + kStateBytes +
+         of_mixing;
 }
 
-// Of k, v, gy, channels and ticket.
-constexpr int backward_shared_bytes(DType dtype) {
-  return 3 * tile_bytes(dtype, kBackwardWarps * kBackwardSteps) + kChannelRows * kRowBytes + kTicketBytes;
+// Of k, v, gy, perhaps r, channels and ticket.
+constexpr int backward_shared_bytes(DType dtype, int64_t architecture, bool mixing = false) {
+  const int inputs = mixing && backward_stages_gate(dtype, architecture) ? 4 : 3;
+  return inputs * tile_bytes(dtype, kBackwardWarps * kBackwardSteps) + kChannelRows * kRowBytes + kTicketBytes +
+         (mixing ? kPlaceBytes : 0);
 }
 
 struct Plan {
@@ -61,9 +69,9 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 [[noreturn]] inline void refuse(const std::string& what) { throw std::invalid_argument("plan: " + what); }
 
-inline int forward_warps(DType dtype, int64_t T, const DeviceLimits& limits) {
+inline int forward_warps(DType dtype, int64_t T, const DeviceLimits& limits, bool mixing) {
   const auto fits = [&](int warps) {
-    const int64_t shared = forward_shared_bytes(dtype, warps);
+    const int64_t shared = forward_shared_bytes(dtype, warps, mixing);
     return shared <= limits.shared_per_block && 2 * (shared + kReservedShared) <= limits.shared_per_multiprocessor;
   };
   int warps = forward_warps(dtype, limits.architecture);
@@ -71,13 +79,9 @@ inline int forward_warps(DType dtype, int64_t T, const DeviceLimits& limits) {
   return warps;
 }
 
-}  // namespace plan_detail
-
-// Throws std::invalid_argument for a problem that no grid can hold.
-inline Plan make_plan(Operation operation, DType dtype, int64_t B, int64_t T, int64_t C, const DeviceLimits& limits) {
-  using namespace plan_detail;
-  if (B < 1 || T < 1 || C < 1) refuse("expected B, T and C of at least 1");
-  const bool forward = operation == Operation::forward;
+// The blocks for sequences of T steps, without chunks.
+inline Plan plan_of_blocks(Operation operation, DType dtype, int64_t T, int64_t C, const DeviceLimits& limits) {
+  const bool forward = is_forward(operation), mixing = is_mixing(operation);
   Plan plan = {};
   plan.channel_tiles = ceil_div(C, dtype == DType::float64 ? kDoubleThreads : kTileChannels);
   if (plan.channel_tiles > kMaxGridX) {
@@ -88,39 +92,75 @@ inline Plan make_plan(Operation operation, DType dtype, int64_t B, int64_t T, in
     plan.chunks = 1;
     plan.threads = kDoubleThreads;
     plan.shared_bytes = forward ? 0 : kDoubleThreads * kDoubleSegments * 3 * 8;
-    plan.partial_bytes = forward ? 0 : B * 2 * C * 8;
     return plan;
   }
-  plan.warps = forward ? forward_warps(dtype, T, limits) : kBackwardWarps;
+  plan.warps = forward ? forward_warps(dtype, T, limits, mixing) : kBackwardWarps;
   plan.tile_steps = plan.warps * (forward ? kForwardSteps : kBackwardSteps);
   plan.threads = plan.warps * kWarpThreads;
-  plan.shared_bytes = forward ? forward_shared_bytes(dtype, plan.warps) : backward_shared_bytes(dtype);
+  plan.shared_bytes = forward ? forward_shared_bytes(dtype, plan.warps, mixing)
+                              : backward_shared_bytes(dtype, limits.architecture, mixing);
   if (plan.shared_bytes > limits.shared_per_block) {
     refuse("a block needs " + std::to_string(plan.shared_bytes) + " bytes of shared memory, the device has " +
            std::to_string(limits.shared_per_block));
   }
-
-  const int64_t tiles = ceil_div(T, plan.tile_steps);
-  const bool columns_suffice = plan.channel_tiles >= ceil_div(kColumnsPerMultiprocessor * limits.multiprocessors, B);
-  plan.chunk_tiles = ceil_div(tiles, kMaxGridYZ);
-  if (columns_suffice) {
-    const int64_t chunks = ceil_div(kBlocksPerMultiprocessor * limits.multiprocessors, B * plan.channel_tiles);
-    plan.chunk_tiles = std::max(plan.chunk_tiles, tiles / chunks);
-  }
-  plan.chunks = ceil_div(tiles, plan.chunk_tiles);
-  // A chunk of several tiles knows its sum only after it has received the state before it: it has no partial to
-  // publish.
-  plan.anchor = columns_suffice || plan.chunk_tiles > 1 ? 1 : kAnchor;
-
-  const int64_t columns = B * plan.channel_tiles;
-  if (!forward) plan.partial_bytes = B * plan.chunks * 2 * C * state_bytes(dtype);
-  if (plan.chunks > 1) {
-    plan.exchange_bytes = columns * ((plan.chunks - 1) * kStateBytes + static_cast<int64_t>(sizeof(uint32_t)));
-  }
   return plan;
 }
 
-// A plan of B sequences as kernels see it; `exchange` has the plan's exchange_bytes, of messages and then tickets.
+// Of so many rows of partials and columns of chunks.
+inline void add_memory(Plan& plan, Operation operation, DType dtype, int64_t rows, int64_t C, int64_t columns) {
+  if (!is_forward(operation)) plan.partial_bytes = rows * 2 * C * state_bytes(dtype);
+  if (plan.chunks > 1) {
+    plan.exchange_bytes = columns * ((plan.chunks - 1) * kStateBytes + static_cast<int64_t>(sizeof(uint32_t)));
+  }
+}
+
+}  // namespace plan_detail
+
+// Throws std::invalid_argument for a problem that no grid can hold.
+inline Plan make_plan(Operation operation, DType dtype, int64_t B, int64_t T, int64_t C, const DeviceLimits& limits) {
+  using namespace plan_detail;
+  if (B < 1 || T < 1 || C < 1) refuse("expected B, T and C of at least 1");
+  Plan plan = plan_of_blocks(operation, dtype, T, C, limits);
+  if (dtype != DType::float64) {
+    const int64_t tiles = ceil_div(T, plan.tile_steps);
+    const bool columns_suffice = plan.channel_tiles >= ceil_div(kColumnsPerMultiprocessor * limits.multiprocessors, B);
+    plan.chunk_tiles = ceil_div(tiles, kMaxGridYZ);
+    if (columns_suffice) {
+      const int64_t chunks = ceil_div(kBlocksPerMultiprocessor * limits.multiprocessors, B * plan.channel_tiles);
+      plan.chunk_tiles = std::max(plan.chunk_tiles, tiles / chunks);
+    }
+    plan.chunks = ceil_div(tiles, plan.chunk_tiles);
+    // A chunk of several tiles knows its sum only after it has received the state before it: it has no partial to
+    // publish.
+    plan.anchor = columns_suffice || plan.chunk_tiles > 1 ? 1 : kAnchor;
+  }
+  add_memory(plan, operation, dtype, B * plan.chunks, C, B * plan.channel_tiles);
+  return plan;
+}
+
+// Of N sequences that are packed into `total` steps. How long each is, no host knows: a tile is that of the mean
+// length, and a chunk is one tile, so that a long sequence among short ones has as many blocks as it has alone. All
+// chunks of the same channels are one column.
+inline Plan make_packed_plan(Operation operation, DType dtype, int64_t N, int64_t total, int64_t C,
+                             const DeviceLimits& limits) {
+  using namespace plan_detail;
+  if (N < 1 || total < 1 || C < 1) refuse("expected N, total and C of at least 1");
+  Plan plan = plan_of_blocks(operation, dtype, ceil_div(total, N), C, limits);
+  if (dtype != DType::float64) {
+    plan.chunk_tiles = 1;
+    plan.chunks = packed_row(total, N, plan.tile_steps);
+    if (plan.chunks > kMostPackedChunks) {
+      refuse("packed sequences have " + std::to_string(plan.chunks) + " chunks, " + std::to_string(kMostPackedChunks) +
+             " at most can be counted");
+    }
+    plan.anchor = kAnchor;
+  }
+  add_memory(plan, operation, dtype, dtype == DType::float64 ? N : plan.chunks, C, plan.channel_tiles);
+  return plan;
+}
+
+// A plan as kernels see it, of B sequences that are not packed, or B = 1; `exchange` has the plan's exchange_bytes, of
+// messages and then tickets.
 inline Chunking chunking_of(const Plan& plan, int64_t B, void* exchange) {
   const int64_t message_bytes = B * plan.channel_tiles * (plan.chunks - 1) * kStateBytes;
   char* const tickets = static_cast<char*>(exchange) + message_bytes;
@@ -130,7 +170,8 @@ inline Chunking chunking_of(const Plan& plan, int64_t B, void* exchange) {
           .channel_tiles = static_cast<uint32_t>(plan.channel_tiles),
           .anchor = static_cast<uint32_t>(plan.anchor),
           .tickets = plan.chunks > 1 ? reinterpret_cast<uint32_t*>(tickets) : nullptr,
-          .messages = exchange};
+          .messages = exchange,
+          .log2_packed_steps = static_cast<uint32_t>(std::bit_width(static_cast<uint64_t>(plan.tile_steps)) - 1)};
 }
 
 }  // namespace wkv

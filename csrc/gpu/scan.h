@@ -14,6 +14,7 @@
 
 #include "keys.h"
 #include "lookback.h"
+#include "place.h"
 
 namespace wkv {
 
@@ -27,33 +28,49 @@ struct Tile {
   WKV_HD int last_warp() const { return static_cast<unsigned>(rows - 1) / kSteps; }
 };
 
-// The channels and the shared memory of a block of `kWarps` warps; 0 stands for as many as it is launched with.
-template <class Element, int kInputs, int kSteps, int kWarps>
+// The channels, the place and the shared memory of a block of `kWarps` warps; 0 stands for as many as it is launched
+// with.
+template <class Element, int kInputs, int kSteps, int kWarps, bool kReverse, bool kMixing>
 struct ScanBlock {
   static constexpr DType kType = kTypeOf<Element>;
+  using Place = wkv::Place<kReverse, kType, kMixing>;
   static constexpr int kSubchunk = kSteps * kTileChannels;
   // Rows of 64 floats that a warp's part of a tile has room for.
   static constexpr int kWarpRows = kSubchunk * static_cast<int>(sizeof(Element)) / kRowBytes;
 
   const SequenceParams& params;
-  uint32_t b, c, column;
+  Place* shared_place;  // mixing
+  Place own_place;      // otherwise
+  uint32_t c, column;
   int columns, warps;
   Element* tiles;
+  Rows64 messages;  // mixing, forward
   SharedChannels channels;
   Rows64 kept;
   uint32_t* ticket;
 
   WKV_HD ScanBlock(const SequenceParams& params, BlockIndex index, int threads, char* shared)
       : params(params),
-        b(params.chunking.first_batch + index.y),
         c(index.x * kTileChannels),
-        column(b * params.chunking.channel_tiles + index.x),
+        column(Place::column(params, index)),
         columns(kFullTilesOnly ? kTileChannels : clamp_count(int64_t{params.C} - c, kTileChannels)),
         warps(kWarps > 0 ? kWarps : static_cast<unsigned>(threads) / kWarpThreads),
         tiles(reinterpret_cast<Element*>(shared)) {
-    channels = {{reinterpret_cast<Pair*>(tiles + kInputs * warps * kSubchunk)}};
+    messages = {reinterpret_cast<Pair*>(tiles + kInputs * warps * kSubchunk)};
+    constexpr bool kHasMessages = kMixing && !kReverse;
+    channels = {messages.from(kHasMessages ? forward_message_rows(warps) : 0)};
     ticket = reinterpret_cast<uint32_t*>(channels.rows.first + kChannelRows * kWarpThreads);
-    kept = {reinterpret_cast<Pair*>(ticket + kTicketBytes / 4)};
+    shared_place = reinterpret_cast<Place*>(ticket + kTicketBytes / 4);
+    kept = {reinterpret_cast<Pair*>(ticket + (kTicketBytes + (kMixing ? kPlaceBytes : 0)) / 4)};
+    static_assert(!kMixing || sizeof(Place) <= kPlaceBytes);
+  }
+
+  WKV_HD const Place& place() const {
+    if constexpr (kMixing) {
+      return *shared_place;
+    } else {
+      return own_place;
+    }
   }
 
   WKV_HD int channels_of(TileThread thread) const { return clamp_count(columns - 2 * thread.lane(), 2); }
@@ -64,13 +81,27 @@ struct ScanBlock {
   WKV_HD Column<Element> column_of(int i, TileThread thread) const {
     return {subchunk(i, thread.warp()) + 2 * thread.lane()};
   }
+  // A warp's part of r in the place of the i-th input; without an r, an open gate.
+  WKV_HD void stage_gate(int i, const Tile<kSteps>& tile, TileThread thread) const {
+    const int steps = tile.steps_of(thread.warp());
+    if (kFullTilesOnly || params.r.data != nullptr) {
+      stage<kSteps, Element>(subchunk(i, thread.warp()), rows_from<Element>(params.r, place().b, c),
+                             place().begin() + tile.t + thread.warp() * kSteps, steps, columns, thread.lane());
+      return;
+    }
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) column_of(i, thread).set(step, Pair(INFINITY));
+  }
+  // A warp's part of an output in the place of the i-th input.
+  WKV_HD void unstage(int i, void* output, const Tile<kSteps>& tile, TileThread thread) const {
+    wkv::unstage<kSteps, Element>(rows_from<Element>(output, params.T, params.C, place().b, c),
+                                  place().begin() + tile.t + thread.warp() * kSteps, subchunk(i, thread.warp()),
+                                  tile.steps_of(thread.warp()), columns, thread.lane());
+  }
   // Rows of 64 floats in the place of an input that is no longer needed.
   WKV_HD Rows64 rows_of(int i, int warp, int row) const {
     return {reinterpret_cast<Pair*>(subchunk(i, warp)) + row * kWarpThreads};
   }
-  // In k, from the time keys are in registers to the end of the recurrence.
-  WKV_HD Rows64 highest_of(int warp) const { return rows_of(0, warp, 0); }
-
   // Of values [rows, values_of_row, C], of the channels of a thread.
   WKV_HD ChannelRow row_of(const void* values, uint32_t row, int values_of_row, TileThread thread) const {
     const uint64_t offset = static_cast<uint64_t>(row) * params.C * values_of_row + channel_of(thread);
@@ -78,7 +109,11 @@ struct ScanBlock {
     return {const_cast<float*>(static_cast<const float*>(values)) + offset, channels_of(thread), is_aligned};
   }
   WKV_HD ChannelRow checkpoint_at(uint32_t t, TileThread thread) const {
-    return row_of(params.checkpoints, checkpoint_row<uint32_t>(kType, params.T, b, t), 3, thread);
+    return row_of(params.checkpoints, place().checkpoint_row(params, t), 3, thread);
+  }
+  // That of the sequence, of values [N, 3, C].
+  WKV_HD ChannelRow state_row(const void* values, TileThread thread) const {
+    return row_of(values, place().state_row(), 3, thread);
   }
   WKV_HD State<Pair> load_state(ChannelRow row) const {
     return {{row.load(0), row.load(params.C)}, row.load(2 * int64_t{params.C})};
@@ -98,7 +133,7 @@ struct ScanBlock {
   }
   WKV_HD State<Pair> first_state(TileThread thread) const {
     if (params.state == nullptr) return empty_state<Pair>();
-    return or_empty(load_state(row_of(params.state, b, 3, thread)));
+    return or_empty(load_state(state_row(params.state, thread)));
   }
   WKV_HD RunningScale<Pair> running_scale(TileThread thread) const {
     return wkv::running_scale(params.parameters, channel_of(thread), channels_of(thread), channels, thread.lane());
@@ -122,11 +157,11 @@ struct Scan {
   using Element = typename Pass::Element;
   static constexpr int kSteps = Pass::kSteps;
   using Tile = wkv::Tile<kSteps>;
+  using Place = typename Block::Place;
 
-  WKV_HD static Tile tile_at(const Params& params, int tile_steps, uint32_t position, int i) {
-    const Chunking& chunking = params.chunking;
-    const int T = static_cast<int>(params.T), chunk_steps = chunking.chunk_tiles * tile_steps;
-    const int chunk = static_cast<int>(Pass::kReverse ? chunking.chunks - 1 - position : position);
+  WKV_HD static Tile tile_at(const Params& params, const Place& place, int tile_steps, int i) {
+    const int T = static_cast<int>(place.steps(params)), chunk_steps = params.chunking.chunk_tiles * tile_steps;
+    const int chunk = static_cast<int>(Pass::kReverse ? place.chunks(params) - 1 - place.position : place.position);
     const int first = chunk * chunk_steps;
     if (kFullTilesOnly) return {first, tile_steps, false, true};
     const int end = T - first > chunk_steps ? first + chunk_steps : T;
@@ -139,23 +174,22 @@ struct Scan {
   }
 
   WKV_HD static void stage_tile(const Block& block, const Tile& tile, const Thread& thread) {
+    const Place& place = block.place();
     const int warp = thread.warp();
 #pragma unroll
     for (int i = 0; i < Pass::kInputs; ++i) {
-      stage<kSteps, Element>(block.subchunk(i, warp), rows_from<Element>(block.params.inputs[i], block.b, block.c),
-                             tile.t + warp * kSteps, tile.steps_of(warp), block.columns, thread.lane());
+      stage<kSteps, Element>(block.subchunk(i, warp), rows_from<Element>(block.params.inputs[i], place.b, block.c),
+                             place.begin() + tile.t + warp * kSteps, tile.steps_of(warp), block.columns, thread.lane());
     }
+    Pass::stage_gate(block, tile, thread);
   }
 
   WKV_HD static void unstage_tile(const Block& block, const Tile& tile, const Thread& thread) {
-    const auto& params = block.params;
-    const int warp = thread.warp();
 #pragma unroll
     for (int i = 0; i < Pass::kOutputs; ++i) {
-      unstage<kSteps, Element>(rows_from<Element>(params.outputs[i], params.T, params.C, block.b, block.c),
-                               tile.t + warp * kSteps, block.subchunk(Pass::kFirstOutput + i, warp),
-                               tile.steps_of(warp), block.columns, thread.lane());
+      block.unstage(Pass::kFirstOutput + i, block.params.outputs[i], tile, thread);
     }
+    Pass::unstage_gate(block, tile, thread);
   }
 
   // The last warp in the order of the scan.
@@ -205,29 +239,63 @@ struct Scan {
       sum = join(sum, i == own ? own_decay : chunk_decay, Pass::message(block, i).get_scaled(lane));
     }
     sum = Pass::normalised(sum);
-    if (tile.ends_chunk && look_back.has_successor && (look_back.is_anchor || look_back.position == 0)) {
+    if (tile.ends_chunk && look_back.has_successor && (look_back.is_anchor || block.place().position == 0)) {
       look_back.publish(lane, sum);
     }
     Pass::keep(block, tile, sum, thread);
   }
 
+  // The rest of a block without steps.
+  WKV_HD static void pass_by(const Block& block, const Thread& thread) {
+    wait_for_copies();
+    const Place& place = block.place();
+    if (thread.warp() != 0 || !place.is_listed) return;
+    const LookBack look_back(block.params.chunking, block.column, 0, place.ticket());
+    if (look_back.has_successor) look_back.publish(thread.lane(), empty_scaled());
+    Pass::leave_nothing(block, thread);
+    if (place.hands_on) Pass::hand_on(block, thread);
+  }
+
   template <class Team>
   WKV_HD static void run(const Params& params, BlockIndex index, int threads, Team& team, char* shared) {
-    const Block block(params, index, threads, shared);
+    Block block(params, index, threads, shared);
     const int tile_steps = block.warps * kSteps;
-    // The most likely position of the block. Where tickets are taken in another order than blocks start, the tile is
+    // The most likely place of the block. Where tickets are taken in another order than blocks start, the tile is
     // staged again.
-    uint32_t position = index.z;
+    const uint32_t likely_ticket = Place::likely_ticket(params, index);
+    if constexpr (Pass::kMixes) {
+      team.phase([&](Thread& thread) {
+        if (thread.index == 0) *block.shared_place = Place(params, index, likely_ticket);
+      });
+    } else {
+      block.own_place = Place(params, index, likely_ticket);
+    }
+    const bool has_channels = block.place().has_steps;
     team.phase([&](Thread& thread) {
-      if (thread.index == 0) *block.ticket = take_position(params.chunking, block.column);
-      stage_tile(block, tile_at(params, tile_steps, position, 0), thread);
-      block.channels.load(params.parameters, block.c, block.columns, thread.index, threads);
+      if (thread.index == 0) *block.ticket = take_turn(params.chunking, block.column);
+      if (has_channels) {
+        stage_tile(block, tile_at(params, block.place(), tile_steps, 0), thread);
+        block.channels.load(params.parameters, block.c, block.columns, thread.index, threads);
+      }
       Pass::begin(thread);
     });
-    bool is_staged = kFullTilesOnly || *block.ticket == position;
-    position = *block.ticket;
+    bool is_staged = kFullTilesOnly || *block.ticket == likely_ticket;
+    if constexpr (!Pass::kMixes) {
+      block.own_place = Place(params, index, *block.ticket);
+    } else if (!is_staged) {
+      team.phase([&](Thread& thread) {
+        if (thread.index == 0) *block.shared_place = Place(params, index, *block.ticket);
+        if (!has_channels) block.channels.load(params.parameters, block.c, block.columns, thread.index, threads);
+      });
+    }
+    const Place& place = block.place();
+    if (!kFullTilesOnly && !place.has_steps) {
+      team.last_phase([&](Thread& thread) { pass_by(block, thread); });
+      return;
+    }
+    const LookBack look_back(params.chunking, block.column, place.position, place.ticket());
     for (int i = 0;; ++i) {
-      const Tile tile = tile_at(params, tile_steps, position, i);
+      const Tile tile = tile_at(params, place, tile_steps, i);
       // A lane stages the same rows and columns of each tile: no other lane writes to them.
       team.warp_phase([&](Thread& thread) {
         wait_for_copies();
@@ -236,19 +304,18 @@ struct Scan {
         wait_for_copies();
       });
       is_staged = false;
-      const LookBack look_back(params.chunking, block.column, position);
-      const bool waits = kFullTilesOnly || (i == 0 && position > 0);
+      const bool waits = kFullTilesOnly || (i == 0 && place.position > 0);
       team.warp_phase([&](Thread& thread) {
         thread.keys.load(block.column_of(0, thread), tile.steps_of(thread.warp()));
         Pass::range(block, tile, thread);
       });
       team.phase([&](Thread& thread) {
-        block.highest_of(thread.warp()).set(0, thread.lane(), thread.keys.highest);
-        Pass::park(block, thread);
+        Pass::highest_of(block, thread.warp()).set(0, thread.lane(), thread.keys.highest);
+        Pass::park(block, tile, thread);
       });
       const bool fit = team.agree([&](Thread& thread) {
         const int lane = thread.lane();
-        thread.reference = reference_of(block.highest_of(0), Block::kWarpRows, block.warps, lane);
+        thread.reference = reference_of(Pass::highest_of(block, 0), Pass::kHighestRows, block.warps, lane);
         return tile_fits(thread.reference, thread.keys.lowest, block.channels.bonus(lane));
       });
       Pass::recur(block, tile, fit, team, [&](Thread& thread) {
@@ -272,6 +339,7 @@ struct Scan {
         }
       });
       team.phase([&](Thread& thread) {
+        if (Pass::kStagesLate) wait_for_copies();
         if (thread.warp() == last_warp(tile)) join_predecessors(block, look_back, tile, waits, thread);
       });
       team.warp_phase([&](Thread& thread) {
@@ -285,7 +353,7 @@ struct Scan {
       team.phase([&](Thread& thread) { unstage_tile(block, tile, thread); });
       if (kFullTilesOnly || tile.ends_chunk) break;
     }
-    team.last_phase([&](Thread& thread) { Pass::finish(block, position, thread); });
+    team.last_phase([&](Thread& thread) { Pass::finish(block, thread); });
   }
 };
 

@@ -91,66 +91,84 @@ struct Reduce {
 
 // ---- float64 ----
 
-// A thread's channel of a [B, 3, C] or [B, n, 3, C] tensor, and of sequences.
+// A thread's channel of a sequence; `r` is a gate where there is one.
 struct DoubleChannel {
-  int64_t b, c;
+  SequenceView<int64_t> view;
+  int64_t n, c, C;
   RunningScale<double> scale;
 
-  WKV_HD static State<double> load(const void* states, int64_t row, int64_t C, int64_t c) {
+  WKV_HD State<double> load(const void* states, int64_t row) const {
     const double* at = static_cast<const double*>(states) + row * 3 * C + c;
     return {{at[0], at[C]}, at[2 * C]};
   }
-  WKV_HD static void store(void* states, int64_t row, int64_t C, int64_t c, State<double> state) {
+  WKV_HD void store(void* states, int64_t row, State<double> state) const {
     double* at = static_cast<double*>(states) + row * 3 * C + c;
     at[0] = state.sums.num;
     at[C] = state.sums.den;
     at[2 * C] = state.max;
   }
   WKV_HD State<double> first_state(const SequenceParams& params) const {
-    if (params.state == nullptr) return empty_state<double>();
-    return or_empty(load(params.state, b, params.C, c));
+    return params.state == nullptr ? empty_state<double>() : or_empty(load(params.state, n));
   }
+  WKV_HD int64_t checkpoint_row(int64_t t) const { return view.checkpoint_row(DType::float64, t); }
   WKV_HD double at(const Sequence& sequence, int64_t t) const {
-    return static_cast<const double*>(sequence.data)[b * sequence.batch_stride + t * sequence.time_stride + c];
+    const int64_t offset = view.b * sequence.batch_stride + (view.begin + t) * sequence.time_stride;
+    return static_cast<const double*>(sequence.data)[offset + c];
+  }
+  template <bool kMixing>
+  WKV_HD auto gate_at(const SequenceParams& params, int64_t t) const {
+    if constexpr (kMixing) {
+      return gate_of(params.r.data == nullptr ? double(INFINITY) : at(params.r, t));
+    } else {
+      return NoGate{};
+    }
+  }
+  // Of a contiguous output.
+  WKV_HD double* first(void* output, const SequenceParams& params) const {
+    return static_cast<double*>(output) + (view.b * params.T + view.begin) * C + c;
   }
 };
 
-// Calls function(channel) for each thread that has one.
-template <class Team, class Function>
+// Calls function(channel, thread) for each thread that has one.
+template <bool kMixing, class Team, class Function>
 WKV_HD void for_double_channels(const SequenceParams& params, BlockIndex block, int threads, Team& team,
                                 const Function& function) {
   team.last_phase([&](PlainThread& thread) {
-    const int64_t b = int64_t{params.chunking.first_batch} + block.y,
+    const int64_t n = int64_t{params.chunking.first_batch} + block.y, T = params.T,
                   c = static_cast<int64_t>(block.x) * threads + thread.index;
-    if (c < params.C) function(DoubleChannel{b, c, {load_channel<double>(params.parameters, c)}}, thread.index);
+    if (c >= params.C) return;
+    SequenceView<int64_t> view = view_of_batch<int64_t>(DType::float64, T, n);
+    if (kMixing && params.boundaries.data != nullptr) {
+      view = view_of_packed<int64_t>(DType::float64, params.boundaries, T, n);
+    }
+    function(DoubleChannel{view, n, c, params.C, {load_channel<double>(params.parameters, c)}}, thread.index);
   });
 }
 
-template <>
-struct Forward<double> {
+template <bool kMixing>
+struct DoubleForward {
   using Params = SequenceParams;
   using Thread = PlainThread;
 
   template <class Team>
   WKV_HD static void run(const Params& params, BlockIndex block, int threads, Team& team, char*) {
-    for_double_channels(params, block, threads, team, [&](const DoubleChannel& channel, int) {
-      const auto& [b, c, scale] = channel;
-      const int64_t T = params.T, C = params.C;
+    for_double_channels<kMixing>(params, block, threads, team, [&](const DoubleChannel& channel, int) {
+      const auto& [view, n, c, C, scale] = channel;
       State<double> state = channel.first_state(params);
-      double* const y = static_cast<double*>(params.outputs[0]) + b * T * C + c;
+      double* const y = channel.first(params.outputs[0], params);
 #pragma unroll 1
-      for (int64_t t = 0; t < T; ++t) {
+      for (int64_t t = 0; t < view.steps; ++t) {
         if (params.checkpoints != nullptr && t > 0 && t % checkpoint_interval(DType::float64) == 0) {
-          DoubleChannel::store(params.checkpoints, checkpoint_row(DType::float64, T, b, t), C, c, state);
+          channel.store(params.checkpoints, channel.checkpoint_row(t), state);
         }
         const double k = key_logit(channel.at(params.inputs[0], t)), v = channel.at(params.inputs[1], t);
         const auto weights = scale.weights(scale.at(state.max, k));
-        y[t * C] = read(state.sums, weights.read, v);
+        y[t * C] = read(state.sums, weights.read, v, channel.template gate_at<kMixing>(params, t));
         state = advance(scale, state, weights.advance, k, v);
       }
-      DoubleChannel::store(params.state_out, b, C, c, state);
-      if (params.checkpoints != nullptr) {
-        DoubleChannel::store(params.checkpoints, checkpoint_row(DType::float64, T, b, T), C, c, state);
+      channel.store(params.state_out, n, state);
+      if (params.checkpoints != nullptr && view.steps > 0) {
+        channel.store(params.checkpoints, channel.checkpoint_row(view.steps), state);
       }
     });
   }
@@ -158,28 +176,33 @@ struct Forward<double> {
 
 // The recurrence runs over an interval twice: once for the states every `kDoubleSteps`, which go to shared memory, and
 // from each of these once more, before the steps after it are taken backward.
-template <>
-struct Backward<double> {
+template <bool kMixing>
+struct DoubleBackward {
   using Params = SequenceParams;
   using Thread = PlainThread;
 
   template <class Team>
   WKV_HD static void run(const Params& params, BlockIndex block, int threads, Team& team, char* shared) {
-    for_double_channels(params, block, threads, team, [&](const DoubleChannel& channel, int thread) {
-      const auto& [b, c, scale] = channel;
-      const int64_t T = params.T, C = params.C;
+    for_double_channels<kMixing>(params, block, threads, team, [&](const DoubleChannel& channel, int thread) {
+      const auto& [view, n, c, C, scale] = channel;
+      const int64_t T = view.steps;
       constexpr int64_t kInterval = checkpoint_interval(DType::float64);
       State<double>* const saved = reinterpret_cast<State<double>*>(shared) + thread * kDoubleSegments;
-      double* const gk = static_cast<double*>(params.outputs[0]) + b * T * C + c;
-      double* const gv = static_cast<double*>(params.outputs[1]) + b * T * C + c;
+      double* const gk = channel.first(params.outputs[0], params);
+      double* const gv = channel.first(params.outputs[1], params);
+      double* const gr = kMixing && params.gr != nullptr ? channel.first(params.gr, params) : nullptr;
       Sums<double> adjoint{0, 0}, partials{0, 0};
-      if (params.gstate_out != nullptr) adjoint = DoubleChannel::load(params.gstate_out, b, C, c).sums;
+      double g_max = 0;
+      if (params.gstate_out != nullptr) {
+        const State<double> given = channel.load(params.gstate_out, n);
+        adjoint = given.sums;
+        g_max = given.max;
+      }
 #pragma unroll 1
-      for (int64_t begin = (T - 1) / kInterval * kInterval; begin >= 0; begin -= kInterval) {
+      for (int64_t begin = (T + kInterval - 1) / kInterval * kInterval - kInterval; begin >= 0; begin -= kInterval) {
         const int64_t end = begin + kInterval < T ? begin + kInterval : T;
         State<double> state =
-            begin == 0 ? channel.first_state(params)
-                       : DoubleChannel::load(params.checkpoints, checkpoint_row(DType::float64, T, b, begin), C, c);
+            begin == 0 ? channel.first_state(params) : channel.load(params.checkpoints, channel.checkpoint_row(begin));
 #pragma unroll 1
         for (int64_t t = begin; t < end; ++t) {
           if ((t - begin) % kDoubleSteps == 0) saved[(t - begin) / kDoubleSteps] = state;
@@ -205,22 +228,35 @@ struct Backward<double> {
           for (int step = kDoubleSteps - 1; step >= 0; --step) {
             if (step >= count) continue;
             const int64_t t = first + step;
-            const auto of_step = step_adjoint(scale, before[step], channel.at(params.inputs[1], t),
-                                              channel.at(params.inputs[2], t), adjoint);
+            const auto of_step =
+                step_adjoint(scale, before[step], channel.at(params.inputs[1], t), channel.at(params.inputs[2], t),
+                             adjoint, channel.template gate_at<kMixing>(params, t));
             gk[t * C] = of_step.gk;
             gv[t * C] = of_step.gv;
+            if (kMixing && gr != nullptr) gr[t * C] = of_step.gr;
             partials = {partials.num + of_step.g_log_decay, partials.den + of_step.gu};
           }
         }
       }
-      double* const parts = static_cast<double*>(params.partials) + b * 2 * C + c;
+      double* const parts = static_cast<double*>(params.partials) + n * 2 * C + c;
       parts[0] = partials.num;
       parts[C] = partials.den;
-      // The gradient of max follows from the others for consumers that respect the state's gauge.
+      // The gradient of max follows from the others for consumers that respect the state's gauge. Without steps all of
+      // it is handed on.
       const Sums<double> first = channel.first_state(params).sums;
-      DoubleChannel::store(params.state_out, b, C, c, {adjoint, first.num * adjoint.num + first.den * adjoint.den});
+      if (!kMixing || T > 0) g_max = first.num * adjoint.num + first.den * adjoint.den;
+      channel.store(params.state_out, n, {adjoint, g_max});
     });
   }
 };
+
+template <>
+struct Forward<double> : DoubleForward<false> {};
+template <>
+struct MixingForward<double> : DoubleForward<true> {};
+template <>
+struct Backward<double> : DoubleBackward<false> {};
+template <>
+struct MixingBackward<double> : DoubleBackward<true> {};
 
 }  // namespace wkv

@@ -210,6 +210,29 @@ WKV_HD void wait_for_copies() {
 #endif
 }
 
+// Loads what no thread of the launch writes, so that loads need not wait for stores.
+template <class Element>
+WKV_HD Element load_constant(const Element* at) {
+#if WKV_ON_DEVICE
+  if constexpr (sizeof(Element) == 2) {
+    return bits_as<Element>(__ldg(reinterpret_cast<const unsigned short*>(at)));
+  } else {
+    return __ldg(at);
+  }
+#else
+  return *at;
+#endif
+}
+
+// Brings a line to the L2 cache, for a load that follows.
+WKV_HD void prefetch(const void* global) {
+#if WKV_ON_DEVICE
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+#else
+  static_cast<void>(global);
+#endif
+}
+
 // A message is words of 64 bits that are written and read whole, each of two floats. The words need no order among
 // themselves: each shows by itself whether it has been written, because memory is set to `kNothing` before the launch,
 // and no word that is published has these bits in its lower half.

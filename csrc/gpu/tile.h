@@ -66,6 +66,8 @@ struct Rows64 {
   WKV_HD Pair get(int row, int lane) const { return first[row * kWarpThreads + lane]; }
   WKV_HD void set(int row, int lane, Pair value) const { first[row * kWarpThreads + lane] = value; }
 
+  WKV_HD Rows64 from(int row) const { return {first + row * kWarpThreads}; }
+
   WKV_HD Scaled get_scaled(int lane) const { return {{get(0, lane), get(1, lane)}, get(2, lane)}; }
   WKV_HD void set_scaled(int lane, Scaled value) const {
     set(0, lane, value.sums.num);
@@ -267,6 +269,14 @@ WKV_HD void for_steps(int count, const Function& function) {
 template <int kSteps, class Function>
 WKV_HD void for_steps_back(int count, const Function& function) {
   for_steps<kSteps, true>(count, function);
+}
+
+// A line of 128 bytes for each lane, of at most 32 lines.
+template <class Element>
+WKV_HD void prefetch_rows(Rows<const Element> rows, uint32_t t, int steps, int columns, unsigned lane) {
+  constexpr unsigned kColumns = 128 / sizeof(Element), kLines = kTileChannels / kColumns;
+  const int row = static_cast<int>(lane / kLines), column = static_cast<int>(lane % kLines * kColumns);
+  if (row < steps && column < columns) prefetch(rows.at(t + row) + column);
 }
 
 }  // namespace wkv

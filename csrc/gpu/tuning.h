@@ -7,7 +7,13 @@
 
 namespace wkv {
 
-enum class Operation { forward, backward };
+enum class Operation { forward, backward, mixing_forward, mixing_backward };
+constexpr bool is_forward(Operation operation) {
+  return operation == Operation::forward || operation == Operation::mixing_forward;
+}
+constexpr bool is_mixing(Operation operation) {
+  return operation == Operation::mixing_forward || operation == Operation::mixing_backward;
+}
 
 // A row of a tile is 128 bytes or more, a whole cache line.
 inline constexpr int kWarpThreads = 32;
@@ -19,6 +25,8 @@ inline constexpr int kRowBytes = 4 * kTileChannels;
 inline constexpr int kChannelRows = 3;
 inline constexpr int kStateBytes = 3 * kRowBytes;
 inline constexpr int kTicketBytes = 16;
+// Of the mixing kernels, where the chunk of a block lies.
+inline constexpr int kPlaceBytes = 48;
 
 // Steps of a subchunk. Counted: with twice as many, the other work of a thread costs half as much per step. The values
 // kept for the steps stay in registers: 64 for 32 steps forward, and 96 for 16 backward, the state and the weight of
@@ -26,6 +34,10 @@ inline constexpr int kTicketBytes = 16;
 inline constexpr int kForwardSteps = 32;
 inline constexpr int kBackwardSteps = 16;
 inline constexpr int kDoubleSteps = 16;
+
+// Every kAnchor-th chunk publishes its inclusive state, the others their partial: a chunk waits for at most kAnchor
+// messages, all at once. The state of a long sequence passes from anchor to anchor, about 1 µs each: modelled.
+inline constexpr int kAnchor = 8;
 
 // The most warps of a forward tile. The plan takes as many, a power of two, as leave shared memory for two blocks on a
 // multiprocessor, one of which works while the other waits. Registers are a further bound: 128 for each of 2 * 256
@@ -38,7 +50,9 @@ constexpr int forward_blocks(DType dtype, int64_t architecture) {
   const bool has_spills = dtype == DType::float32 && architecture != 900;
   return forward_warps(dtype, architecture) == 8 || has_spills ? 2 : 3;
 }
-// The fewest warps of a forward tile: the place of k must hold the messages and the warps' sums.
+// Rows for messages, the warps' sums and the tile's own message in forward.
+constexpr int forward_message_rows(int warps) { return 3 * (kAnchor + warps); }
+// The fewest warps of a forward tile: the place of k must hold these rows.
 constexpr int forward_least_warps(DType dtype) { return dtype == DType::float32 ? 1 : 2; }
 
 // A tile of backward lies between two checkpoints. Three blocks fit if a thread takes 168 registers; by shared memory
@@ -50,16 +64,20 @@ constexpr int backward_blocks(DType dtype, int64_t architecture) {
   return architecture < 800 ? 2 : 3;
 }
 static_assert(kBackwardWarps * kBackwardSteps == checkpoint_interval(DType::float32));
-
-// Every kAnchor-th chunk publishes its inclusive state, the others their partial: a chunk waits for at most kAnchor
-// messages, all at once. The state of a long sequence passes from anchor to anchor, about 1 µs each: modelled.
-inline constexpr int kAnchor = 8;
+// Whether backward stages r in shared memory beside k, v and gy. In float32 four inputs are more than Turing has, and
+// leave room for one block instead of two on 8.6, 8.9 and 12.0: threads read and write there step by step.
+constexpr bool backward_stages_gate(DType dtype, int64_t architecture) {
+  return element_bytes(dtype) == 2 || architecture == 800 || architecture == 900 || architecture == 1000;
+}
 
 // From kColumnsPerMultiprocessor columns for each multiprocessor on, the predecessors of a chunk have ended when it
 // starts. Then every chunk is an anchor, and chunks may have several tiles while kBlocksPerMultiprocessor blocks remain
 // for each multiprocessor to balance the end of the launch: modelled.
 inline constexpr int64_t kColumnsPerMultiprocessor = 4;
 inline constexpr int64_t kBlocksPerMultiprocessor = 32;
+
+// Rows of a grid for the chunks of packed sequences, which may be more than a grid's y or z has room for.
+inline constexpr unsigned kPackedRows = 32768;
 
 // Threads of a block in the kernels of one thread for each channel.
 inline constexpr int kPlainThreads = 128;

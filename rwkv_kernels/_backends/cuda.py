@@ -46,20 +46,11 @@ def _why_not(k: Tensor) -> str | None:
     return why_unavailable() or why_uncovered(k.device.index)
 
 
-def _forward(
-    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, r: Tensor | None, cu_seqlens: None
-) -> tuple[Tensor, Tensor]:
-    """The plain kernels, and the gate in a pass of its own."""
-    y, state_out = compiled.forward(w, u, k, v, state)
-    return (y if r is None else torch.sigmoid(r) * y), state_out
-
-
 BACKEND = Backend(
     "cuda",
-    _forward,
+    compiled.forward,
     compiled.step,
     device_types=("cuda",),
-    packs=False,
     automatic=True,
     why_unavailable=why_unavailable,
     why_not=_why_not,

@@ -56,7 +56,6 @@ class Backend:
             backend has no bidirectional operator, and refuses it.
         device_types: Of the tensors that it takes, the usual one first; None for all.
         dtypes: Of the k that it takes.
-        packs: Whether it takes cu_seqlens.
         automatic: Whether "auto" may choose it.
         why_unavailable: () -> what this machine or build lacks, or None.
         why_not: (k) -> why it refuses a call with this k, of its devices and dtypes, or None.
@@ -68,7 +67,6 @@ class Backend:
     bi_forward: BiForward | None = None
     device_types: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] = DTYPES
-    packs: bool = True
     automatic: bool = False
     why_unavailable: Callable[[], str | None] = lambda: None
     why_not: Callable[[Tensor], str | None] = lambda k: None
@@ -140,30 +138,28 @@ def _check_name(name: str) -> None:
         raise ValueError(f"wkv backend {name!r} is unknown. Known: auto, {', '.join(BACKENDS)}.")
 
 
-def _lacks(backend: Backend, function: str, packed: bool) -> str | None:
-    if function == "bi_wkv" and backend.bi_forward is None:
-        return f"this backend has no {function}"
-    return "it takes no cu_seqlens" if packed and not backend.packs else None
+def _lacks(backend: Backend, function: str) -> str | None:
+    return f"this backend has no {function}" if function == "bi_wkv" and backend.bi_forward is None else None
 
 
-def _can(backend: Backend, k: Tensor, packed: bool, function: str) -> bool:
+def _can(backend: Backend, k: Tensor, function: str) -> bool:
     # In this order, so that no call on the CPU makes torch look for GPUs, which would break processes that fork later.
     return (
         (backend.device_types is None or k.device.type in backend.device_types)
         and k.dtype in backend.dtypes
-        and _lacks(backend, function, packed) is None
+        and _lacks(backend, function) is None
         and backend.why_not(k) is None
         and backend.why_unavailable() is None
     )
 
 
-def _why_not(backend: Backend, k: Tensor, packed: bool, function: str) -> str | None:
-    reason = backend.why_unavailable() or backend.why_elsewhere(k) or _lacks(backend, function, packed)
+def _why_not(backend: Backend, k: Tensor, function: str) -> str | None:
+    reason = backend.why_unavailable() or backend.why_elsewhere(k) or _lacks(backend, function)
     return reason or backend.why_not(k)
 
 
-def select(name: str, k: Tensor, packed: bool = False, function: str = "wkv") -> Backend:
-    """The backend for a call of `function`, wkv or bi_wkv, with this k, with cu_seqlens if `packed`.
+def select(name: str, k: Tensor, function: str = "wkv") -> Backend:
+    """The backend for a call of `function`, wkv or bi_wkv, with this k.
 
     Raises ValueError for an unknown name, BackendUnavailable for a refusal.
     """
@@ -172,10 +168,10 @@ def select(name: str, k: Tensor, packed: bool = False, function: str = "wkv") ->
     _check_name(name)
     candidates = AUTOMATIC if name == "auto" else (name,)
     for candidate in candidates:
-        if _can(backend := BACKENDS[candidate], k, packed, function):
+        if _can(backend := BACKENDS[candidate], k, function):
             return backend
-    reasons = "; ".join(f"{each}: {_why_not(BACKENDS[each], k, packed, function)}" for each in candidates)
-    can = [backend.name for backend in BACKENDS.values() if _can(backend, k, packed, function)]
+    reasons = "; ".join(f"{each}: {_why_not(BACKENDS[each], k, function)}" for each in candidates)
+    can = [backend.name for backend in BACKENDS.values() if _can(backend, k, function)]
     raise BackendUnavailable(
         f"{function} backend {name!r} refused ({reasons}). Available for this call: {', '.join(can)}."
     )

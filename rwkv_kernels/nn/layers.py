@@ -55,7 +55,7 @@ def _mix(x: Tensor, previous: Tensor, mix: Tensor) -> Tensor:
     return torch.lerp(previous, x, _in(x.dtype, mix).view(-1))
 
 
-def _of_the_sums(state: Tensor, x: Tensor) -> Tensor:
+def of_the_sums(state: Tensor, x: Tensor) -> Tensor:
     """A WKV state of any model in the dtype that the sums over x have."""
     if not isinstance(state, Tensor):
         return state  # a proxy of torch.fx, whose tensor the operator will check
@@ -174,7 +174,7 @@ class TimeMix(nn.Module):
         one token; such a call is not differentiable.
         """
         if state is not None:
-            state = _of_the_sums(state, x)
+            state = of_the_sums(state, x)
         if _is_eager_token(x, packing) and in_place and shift is not None and state is not None:
             x = x.squeeze(1)  # torch.nn.Linear is faster without the dimension of time
             k, v, r = self._project(x, _in(x.dtype, shift))
