@@ -45,11 +45,12 @@ INTERPRETED_MIXING = (
 INTERPRETED_BIDIRECTIONAL = (
     "triton and ("
     "(outputs_and_gradients and float32 and "
-    "(small or one_ or two_steps or interval or image or strong or at_once or of_minus_50 or k_of_20-"
-    " or k_of_1000 or every_second or time_major or gated or packed)) or "
-    "(outputs_and_gradients and bfloat16 and (small or gated_and_packed)) or "
-    "nan or minus_infinity or without_any or (beyond and bfloat16) or depend or nothing or large_values or "
-    "(extremes and 10000.0-1.0) or explains"
+    "(two_intervals or image or strong or at_once or of_minus_50 or k_of_1000 or -time_major or gated_and_packed"
+    " or of_all_lengths)) or "
+    "(outputs_and_gradients and bfloat16 and gated_and_packed) or "
+    "(nan_takes and float32-nan) or (same_places and (log_decay or -r)) or "
+    "minus_infinity or without_any or (beyond and bfloat16 and inf) or depend or nothing or "
+    "(extremes and 10000.0-1.0 and triton-0.0) or explains"
     ")"
 )
 CHOSEN = {"mixing": INTERPRETED_MIXING, "bidirectional": INTERPRETED_BIDIRECTIONAL}
