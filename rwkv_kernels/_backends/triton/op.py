@@ -286,7 +286,10 @@ def bi_backward(channels: int, inputs: BiInputs, gy: Tensor) -> tuple[tuple[Tens
     results = (gk, gv, None if r is None else gr)
     arguments = (log_decay, u, k, v, r, cu_seqlens, gy, parked, *results, partials, *strides, *sizes)
     constants = {"CHANNELS": channels, "ALIGNMENT": alignment}
-    launches = [Launch("bi_backward", programs, arguments, constants), _reduction(None, partials, g_log_decay, gu)]
+    launches = [
+        Launch("bi_backward", programs, arguments, constants, registers=255),
+        _reduction(None, partials, g_log_decay, gu),
+    ]
     return (g_log_decay, gu, gk, gv, gr), launches
 
 
