@@ -56,6 +56,7 @@ INTERPRETED_BIDIRECTIONAL = (
 CHOSEN = {"mixing": INTERPRETED_MIXING, "bidirectional": INTERPRETED_BIDIRECTIONAL}
 
 
+@pytest.mark.ptx
 @pytest.mark.skipif(op.INTERPRETED, reason="this is the interpreter's run")
 @pytest.mark.skipif(op.why_unavailable() is None, reason="the compiled kernels pass these tests here")
 @pytest.mark.parametrize(
