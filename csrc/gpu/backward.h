@@ -85,34 +85,38 @@ struct BackwardPass {
     return parked(block).get_scaled(thread.lane());
   }
 
-  // A thread's steps of r, and of its gradient, which takes its place.
+  // A thread's steps of r, and of its gradient, which takes its place. Without r the gate is open.
   struct StagedGates {
     Column<Element> r;
+    bool is_gated;
 
-    WKV_HD StagedGates(const Block& block, const Tile&, const Thread& thread) : r(block.column_of(kGy + 1, thread)) {}
-    WKV_HD Gate<Pair> get(int step) const { return gate_of(r.get(step)); }
+    WKV_HD StagedGates(const Block& block, const Tile&, const Thread& thread)
+        : r(block.column_of(kGy + 1, thread)), is_gated(block.is_gated()) {}
+    WKV_HD Gate<Pair> get(int step) const { return gate_of(is_gated ? r.get(step) : Pair(INFINITY)); }
     WKV_HD void set_gradient(int step, Pair value) const { r.set(step, value); }
   };
   // The same in memory; a prefetch takes most of the latency.
   struct DistantGates {
-    Rows<const Element> r;
+    Rows<const Element> r;  // from the thread's first step on
     Rows<Element> gr;
-    uint32_t t;
     int channels;  // 0 without r
 
     WKV_HD DistantGates(const Block& block, const Tile& tile, const Thread& thread)
         : r(rows_from<Element>(block.params.r, block.place().b, block.channel_of(thread))),
           gr(rows_from<Element>(block.params.gr, block.params.T, block.params.C, block.place().b,
                                 block.channel_of(thread))),
-          t(block.place().begin() + tile.t + thread.warp() * kSteps),
-          channels(block.params.r.data == nullptr ? 0 : block.channels_of(thread)) {}
+          channels(block.is_gated() ? block.channels_of(thread) : 0) {
+      const int first = block.place().begin() + tile.t + thread.warp() * kSteps;
+      r.data = r.at(first);
+      gr.data = gr.at(first);
+    }
     WKV_HD Gate<Pair> get(int step) const {
-      const Element* const at = r.at(t + step);
+      const Element* const at = r.at(step);
       return gate_of(Pair(kFullTilesOnly || channels > 0 ? to_real(load_constant(at)) : float(INFINITY),
                           kFullTilesOnly || channels > 1 ? to_real(load_constant(at + 1)) : float(INFINITY)));
     }
     WKV_HD void set_gradient(int step, Pair value) const {
-      Element* const at = gr.at(t + step);
+      Element* const at = gr.at(step);
       if (kFullTilesOnly || channels > 0) from_real(value.x, at[0]);
       if (kFullTilesOnly || channels > 1) from_real(value.y, at[1]);
     }
@@ -123,12 +127,22 @@ struct BackwardPass {
     WKV_HD void set_gradient(int, Pair) const {}
   };
   using Gates = std::conditional_t<kStagesGate, StagedGates, std::conditional_t<kMixing, DistantGates, NoGates>>;
+  // Calls function(gates), with none where there is no r. Keys that spread take an open gate: for a loop without one
+  // they lack registers.
+  template <class Function>
+  WKV_HD static void with_gates(const Block& block, const Tile& tile, const Thread& thread, const Function& function) {
+    if (block.is_gated()) {
+      function(Gates(block, tile, thread));
+    } else {
+      function(NoGates(block, tile, thread));
+    }
+  }
 
   WKV_HD static void stage_gate(const Block& block, const Tile& tile, const Thread& thread) {
+    if (!block.is_gated()) return;
     if constexpr (kStagesGate) {
-      block.stage_gate(kGy + 1, tile, thread);
-    } else if constexpr (kMixing) {
-      if (!kFullTilesOnly && block.params.r.data == nullptr) return;
+      block.stage(kGy + 1, block.params.r, tile, thread);
+    } else {
       const int warp = thread.warp();
       prefetch_rows(rows_from<Element>(block.params.r, block.place().b, block.c),
                     block.place().begin() + tile.t + warp * kSteps, tile.steps_of(warp), block.columns, thread.lane());
@@ -149,7 +163,8 @@ struct BackwardPass {
         replay_spread(block, tile, thread);
       }
     });
-    team.warp_phase([&](Thread& thread) {
+    // Inlined by force, as `correct` is.
+    team.warp_phase([&](Thread& thread) __attribute__((always_inline)) {
       if (kFullTilesOnly || fit) {
         reverse_together(block, tile, thread);
       } else {
@@ -205,21 +220,23 @@ struct BackwardPass {
     });
     thread.decayed = decayed;
     thread.max_after = Pair(0);
-    const Gates gates(block, tile, thread);
 
     Sums<Pair> adjoint{Pair(0), Pair(0)};
     Pair g_log_decay(0), gu(0);
-    for_steps_back<kSteps>(steps, [&](int step) {
-      const auto [sums, weight] = thread.steps[step];
-      const Pair vt = v.get(step), present = bonus * weight;
-      const Sums<Pair> now{present * vt + sums.num, sums.den + present};
-      const auto [y, h, gr] = gated_mean_adjoint(now, gates.get(step), gy.get(step));
-      gates.set_gradient(step, gr);
-      const Pair h_present = present * h, gu_step = h_present * (vt - y);
-      g_log_decay = g_log_decay + sums.num * adjoint.num + sums.den * adjoint.den;
-      gu = gu + gu_step;
-      thread.steps[step].sums = {weight * (vt * adjoint.num + adjoint.den) + gu_step, weight * adjoint.num + h_present};
-      adjoint = {decay * adjoint.num + h, decay * adjoint.den - h * y};
+    with_gates(block, tile, thread, [&](const auto& gates) {
+      for_steps_back<kSteps>(steps, [&](int step) {
+        const auto [sums, weight] = thread.steps[step];
+        const Pair vt = v.get(step), present = bonus * weight;
+        const Sums<Pair> now{present * vt + sums.num, sums.den + present};
+        const auto [y, h, gr] = gated_mean_adjoint(now, gates.get(step), gy.get(step));
+        gates.set_gradient(step, gr);
+        const Pair h_present = present * h, gu_step = h_present * (vt - y);
+        g_log_decay = g_log_decay + sums.num * adjoint.num + sums.den * adjoint.den;
+        gu = gu + gu_step;
+        const Pair gk = weight * (vt * adjoint.num + adjoint.den) + gu_step;
+        thread.steps[step].sums = {gk, weight * adjoint.num + h_present};
+        adjoint = {decay * adjoint.num + h, decay * adjoint.den - h * y};
+      });
     });
     thread.g_log_decay = g_log_decay;
     thread.partials.den = thread.partials.den + gu;

@@ -81,16 +81,15 @@ struct ScanBlock {
   WKV_HD Column<Element> column_of(int i, TileThread thread) const {
     return {subchunk(i, thread.warp()) + 2 * thread.lane()};
   }
-  // A warp's part of r in the place of the i-th input; without an r, an open gate.
-  WKV_HD void stage_gate(int i, const Tile<kSteps>& tile, TileThread thread) const {
-    const int steps = tile.steps_of(thread.warp());
-    if (kFullTilesOnly || params.r.data != nullptr) {
-      stage<kSteps, Element>(subchunk(i, thread.warp()), rows_from<Element>(params.r, place().b, c),
-                             place().begin() + tile.t + thread.warp() * kSteps, steps, columns, thread.lane());
-      return;
-    }
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) column_of(i, thread).set(step, Pair(INFINITY));
+  // The same for all threads. Packed sequences may come without r: one branch around the loop over the steps leaves out
+  // all of the gate.
+  WKV_HD bool is_gated() const { return kMixing && (kFullTilesOnly || params.r.data != nullptr); }
+
+  // A warp's part of a sequence in the place of the i-th input.
+  WKV_HD void stage(int i, const Sequence& sequence, const Tile<kSteps>& tile, TileThread thread) const {
+    wkv::stage<kSteps, Element>(subchunk(i, thread.warp()), rows_from<Element>(sequence, place().b, c),
+                                place().begin() + tile.t + thread.warp() * kSteps, tile.steps_of(thread.warp()),
+                                columns, thread.lane());
   }
   // A warp's part of an output in the place of the i-th input.
   WKV_HD void unstage(int i, void* output, const Tile<kSteps>& tile, TileThread thread) const {
@@ -174,13 +173,8 @@ struct Scan {
   }
 
   WKV_HD static void stage_tile(const Block& block, const Tile& tile, const Thread& thread) {
-    const Place& place = block.place();
-    const int warp = thread.warp();
 #pragma unroll
-    for (int i = 0; i < Pass::kInputs; ++i) {
-      stage<kSteps, Element>(block.subchunk(i, warp), rows_from<Element>(block.params.inputs[i], place.b, block.c),
-                             place.begin() + tile.t + warp * kSteps, tile.steps_of(warp), block.columns, thread.lane());
-    }
+    for (int i = 0; i < Pass::kInputs; ++i) block.stage(i, block.params.inputs[i], tile, thread);
     Pass::stage_gate(block, tile, thread);
   }
 
@@ -342,7 +336,8 @@ struct Scan {
         if (Pass::kStagesLate) wait_for_copies();
         if (thread.warp() == last_warp(tile)) join_predecessors(block, look_back, tile, waits, thread);
       });
-      team.warp_phase([&](Thread& thread) {
+      // Inlined by force: with a loop for a gate and one without, the compiler finds it too large.
+      team.warp_phase([&](Thread& thread) __attribute__((always_inline)) {
         if (kFullTilesOnly || tile.steps_of(thread.warp()) > 0) Pass::correct(block, tile, fit, thread);
         if (tile.ends_chunk) Pass::leave(block, thread);
       });
