@@ -195,11 +195,12 @@ def _row(launch: Launch, form: str, target: GPUTarget, dtype: torch.dtype, chann
                 listing = sass.listing(Path(file.name))
                 instructions, mufu = _per_element(launch.kernel, form, listing, channels // target.warp_size)
     else:
-        names = "vgpr_count|vgpr_spill_count|private_segment_fixed_size"
+        names = "vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size"
         facts = {name: int(n) for name, n in re.findall(rf"\.({names}):\s+(\d+)", compiled.asm["amdgcn"])}
         registers = facts["vgpr_count"]
-        # Scalar registers that do not fit are kept in vector ones, which takes no memory: they do not count.
-        spilled = max(4 * facts["vgpr_spill_count"], facts["private_segment_fixed_size"])
+        # Scalar registers are spilled into vector ones, which takes no memory.
+        spilled = 4 * (facts["vgpr_spill_count"] + facts["sgpr_spill_count"])
+        spilled = max(spilled, facts["private_segment_fixed_size"])
     shared = int(compiled.metadata.shared)
     return Row(launch.kernel, form, DTYPES[dtype], channels, registers, spilled, shared, instructions, mufu)
 

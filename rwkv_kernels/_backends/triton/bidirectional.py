@@ -150,7 +150,7 @@ def place_of(cu_seqlens, n, T):
 
 
 @triton.jit
-def parked_of(parked, n, first, slots, C, stride, CHANNELS: tl.constexpr):
+def parked_of(parked, n, first, slots, C, STRIDE: tl.constexpr, CHANNELS: tl.constexpr):
     """The program's first slot of `slots` in its tile of channels: a sequence has one for every group.
 
     A group is REPLAYED steps, or one of the steps that are left over, so that sequence n has its slots from
@@ -158,7 +158,7 @@ def parked_of(parked, n, first, slots, C, stride, CHANNELS: tl.constexpr):
     """
     tile = tl.program_id(0) % tl.cdiv(C, CHANNELS)
     slot = tile * slots + first // REPLAYED + n * (REPLAYED - 1)
-    parked += slot * stride
+    parked += slot * STRIDE
     return tl.max_contiguous(tl.multiple_of(parked + tl.arange(0, CHANNELS), 16), 16)
 
 
@@ -175,18 +175,18 @@ def park_after(k, v, t, slot, log_decay, after, exists, STEPS: tl.constexpr, CHA
 
 
 @triton.jit
-def park_all_after(k, v, T, whole, parked, stride, log_decay, CHANNELS: tl.constexpr):
-    """Parks the state after every group, from the last one to the first."""
+def park_all_after(k, v, T, whole, slot, log_decay, STRIDE: tl.constexpr, CHANNELS: tl.constexpr):
+    """Parks the state after every group, from the last one to the first; `slot` is beyond the last one's."""
     zero = tl.zeros(log_decay.shape, tl.float32)
     everyone = tl.full(log_decay.shape, 1, tl.int1)
     after = (zero, zero, zero + EMPTY_MAX)
     for behind in range(T - whole):
         t = T - 1 - behind
-        slot = parked + (whole // REPLAYED + t - whole) * stride
+        slot -= STRIDE
         after = park_after(k, v, t, slot, log_decay, after, everyone, 1, CHANNELS)
     for behind in range(REPLAYED, whole + 1, REPLAYED):
         t = whole - behind
-        slot = parked + t // REPLAYED * stride
+        slot -= STRIDE
         after = park_after(k, v, t, slot, log_decay, after, everyone, REPLAYED, CHANNELS)
     # Triton may give a channel's store and load to two threads.
     tl.debug_barrier()
@@ -233,17 +233,18 @@ def bi_forward(
     if r is not None:
         r = sequence(r, start, r_start_stride, r_time_stride, c, ALIGNMENT)
     y = columns(y + first * C, c, ALIGNMENT)
-    stride = tl.full([], FORWARD_PARKED * CHANNELS, tl.int64)
-    parked = parked_of(parked, n, first, slots, C, stride, CHANNELS)
+    STRIDE: tl.constexpr = FORWARD_PARKED * CHANNELS
+    slot = parked_of(parked, n, first, slots, C, STRIDE, CHANNELS)
     whole = T - T % REPLAYED
-    park_all_after(k, v, T, whole, parked, stride, log_decay, CHANNELS)
+    groups = (whole // REPLAYED + T - whole).to(tl.int64)
+    park_all_after(k, v, T, whole, slot + groups * STRIDE, log_decay, STRIDE, CHANNELS)
     before = load_first_state(None, n, C, c, ALIGNMENT)
     for t in range(0, whole, REPLAYED):
-        slot = parked + t // REPLAYED * stride
         before = bi_forward_steps(k, v, r, y, t, C, slot, log_decay, u, before, exists, REPLAYED, CHANNELS)
+        slot += STRIDE
     for t in range(whole, T):
-        slot = parked + (whole // REPLAYED + t - whole) * stride
         before = bi_forward_steps(k, v, r, y, t, C, slot, log_decay, u, before, exists, 1, CHANNELS)
+        slot += STRIDE
 
 
 # ---- backward ----
@@ -373,38 +374,39 @@ def bi_backward(
     gy = sequence(gy, start, gy_start_stride, gy_time_stride, c, ALIGNMENT)
     gk = columns(gk + first * C, c, ALIGNMENT)
     gv = columns(gv + first * C, c, ALIGNMENT)
-    stride = tl.full([], BACKWARD_PARKED * CHANNELS, tl.int64)
-    parked = parked_of(parked, n, first, slots, C, stride, CHANNELS)
+    STRIDE: tl.constexpr = BACKWARD_PARKED * CHANNELS
+    slot = parked_of(parked, n, first, slots, C, STRIDE, CHANNELS)
     whole = T - T % REPLAYED
-    park_all_after(k, v, T, whole, parked, stride, log_decay, CHANNELS)
+    groups = (whole // REPLAYED + T - whole).to(tl.int64)
+    park_all_after(k, v, T, whole, slot + groups * STRIDE, log_decay, STRIDE, CHANNELS)
 
     before = load_first_state(None, n, C, c, ALIGNMENT)
     zero = tl.zeros(c.shape, tl.float32)
     everyone = tl.full(c.shape, 1, tl.int1)
     adjoint = (zero, zero)
     for t in range(0, whole, REPLAYED):
-        slot = parked + t // REPLAYED * stride
         before, adjoint = adjoint_after_steps(
             k, v, r, gy, t, slot, log_decay, u, before, adjoint, everyone, REPLAYED, CHANNELS
         )
+        slot += STRIDE
     for t in range(whole, T):
-        slot = parked + (whole // REPLAYED + t - whole) * stride
         before, adjoint = adjoint_after_steps(
             k, v, r, gy, t, slot, log_decay, u, before, adjoint, everyone, 1, CHANNELS
         )
+        slot += STRIDE
     tl.debug_barrier()
 
     adjoint = (zero, zero)
     sums = (zero, zero)
     for behind in range(T - whole):
         t = T - 1 - behind
-        slot = parked + (whole // REPLAYED + t - whole) * stride
+        slot -= STRIDE
         adjoint, sums = bi_backward_steps(
             k, v, r, gy, gk, gv, gr, t, C, slot, log_decay, u, adjoint, sums, exists, 1, CHANNELS
         )
     for behind in range(REPLAYED, whole + 1, REPLAYED):
         t = whole - behind
-        slot = parked + t // REPLAYED * stride
+        slot -= STRIDE
         adjoint, sums = bi_backward_steps(
             k, v, r, gy, gk, gv, gr, t, C, slot, log_decay, u, adjoint, sums, exists, REPLAYED, CHANNELS
         )
