@@ -57,7 +57,8 @@ test: setup
 	@printf 'test: pytest, $(or $(WORKERS),1) at a time\n'
 	@$(PYTEST) -m 'not ptx and not aotinductor'
 
-# The GPU kernels on this processor, from their PTX, by tools/ptx; what needs nvcc, Triton or g++ is skipped without it.
+# The GPU kernels on this processor, from their PTX, by tools/ptx, and Triton's in its interpreter; what needs nvcc, Triton
+# or g++ is skipped without it.
 test-ptx: setup
 	@printf 'test-ptx: pytest, $(or $(WORKERS),1) at a time\n'
 	@$(PYTEST) -m ptx

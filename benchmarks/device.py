@@ -57,12 +57,11 @@ def powers_of_two(first: int, last: int) -> list[int]:
     return [first << i for i in range((last // first).bit_length())]
 
 
-def takes(backend: str, device: str, packed: bool = False) -> bool:
-    """Whether the backend runs on tensors of this type of device, and here; with `packed`, on packed sequences."""
+def takes(backend: str, device: str) -> bool:
+    """Whether the backend runs on tensors of this type of device, and here."""
     w, nothing = torch.empty(1, device=device), torch.empty(1, 0, 1, device=device)
-    boundaries = torch.zeros(2, dtype=torch.int32, device=device) if packed else None
     try:
-        rwkv_kernels.wkv(w, w, nothing, nothing, cu_seqlens=boundaries, backend=backend)
+        rwkv_kernels.wkv(w, w, nothing, nothing, backend=backend)
     except rwkv_kernels.BackendUnavailable:
         return False
     return True
@@ -151,10 +150,10 @@ class Device:
         return torch.cuda.max_memory_allocated() - before
 
 
-def backends(device: Device, packed: bool = False) -> list[str]:
-    """The backends that run on the device, without the oracle; with `packed`, those that take packed sequences."""
+def backends(device: Device) -> list[str]:
+    """The backends that run on the device, without the oracle."""
     names = [info.name for info in rwkv_kernels.backends() if info.name != "reference"]
-    return [name for name in names if takes(name, device.type, packed)]
+    return [name for name in names if takes(name, device.type)]
 
 
 def _cpu_seconds(calls: list[Call], evict: Call) -> list[float]:

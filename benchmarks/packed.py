@@ -87,7 +87,7 @@ def run(device: Device, record: Record) -> None:
     lengths = draw_lengths(total)
     rows: list[Row] = []
     for dtype in DTYPES:
-        for backend in backends(device, packed=True):
+        for backend in backends(device):
             with record.attempt(f"{name_of(dtype)}, {backend}"):
                 rows += _rows(device, [Way(name, lengths, backend) for name in WAYS], channels, dtype)
                 record.add(TITLE, ["dtype", "backend", "operation", "way"], rows)

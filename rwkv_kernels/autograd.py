@@ -29,10 +29,21 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from .inputs import BACKWARD, BOUNDARY_DTYPES, FORWARD, MIXING_BACKWARD, MIXING_FORWARD, STEP, BiInputs, Inputs
+from .inputs import (
+    BACKWARD,
+    BI_BACKWARD,
+    BI_FORWARD,
+    BOUNDARY_DTYPES,
+    FORWARD,
+    MIXING_BACKWARD,
+    MIXING_FORWARD,
+    STEP,
+    BiInputs,
+    Inputs,
+)
 from .reference import state_dtype
 
-__all__ = ["attach", "attach_bi", "define", "refuse_onnx", "untraced"]
+__all__ = ["attach", "attach_bi", "define", "define_bi", "refuse_onnx", "untraced"]
 
 Outputs = tuple[Tensor, ...]
 Differentiable = Callable[..., Any]
@@ -173,6 +184,22 @@ def define(
         if function is not None:
             library.define(operator + schema)
             library.impl(operator, function, torch._C._dispatch_key_for_device(device_type))
+
+
+def define_bi(
+    library: torch.library.Library,
+    name: str,
+    device_type: str,
+    forward: Callable[..., Outputs],
+    backward: Callable[..., Outputs],
+) -> None:
+    """Defines the bidirectional operators of a backend in Python."""
+    for operator, schema, function in (
+        (f"{name}_forward", BI_FORWARD, forward),
+        (f"_{name}_backward", BI_BACKWARD, backward),
+    ):
+        library.define(operator + schema)
+        library.impl(operator, function, torch._C._dispatch_key_for_device(device_type))
 
 
 def _pairs(name: str) -> tuple[tuple[str, str], tuple[str, str]]:

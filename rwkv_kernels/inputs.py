@@ -94,6 +94,11 @@ class BiInputs(NamedTuple):
     r: Tensor | None = None  # [B, T, C]: y is gated by its sigmoid
     cu_seqlens: Tensor | None = None  # [N + 1], of sequences packed into B = 1
 
+    @property
+    def sequences(self) -> int:
+        """N."""
+        return _sequences(self.k, self.cu_seqlens)
+
     def checkpoint_shape(self, interval: int) -> tuple[int, ...]:
         """Of the states that backward replays from, those before and after each interval."""
         B, _, C = self.k.shape

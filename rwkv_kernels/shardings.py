@@ -53,7 +53,7 @@ def register() -> None:
     from torch.distributed.tensor.experimental import register_sharding
 
     namespace = getattr(torch.ops, native.NAMESPACE)
-    for prefix in ("wkv", "triton", "bi_wkv"):
+    for prefix in ("wkv", "triton", "bi_wkv", "triton_bi"):
         for name in ("_forward", "_mixing_forward", "_backward", "_mixing_backward", "_step"):
             full = f"{'_' * name.endswith('backward')}{prefix}{name}"
             if hasattr(namespace, full):

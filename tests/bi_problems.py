@@ -185,7 +185,12 @@ def least_scale(name: str, tensors: Tensors) -> float:
 
 def assert_solves(tensors: Tensors, backend: str, exact: Callable[..., Tensor] = direct) -> None:
     """y and its gradients equal the exact ones, which are computed on the CPU."""
-    found = {name: x.cpu() for name, x in solve_by(tensors, backend).items()}
+    assert_all_close(solve_by(tensors, backend), tensors, exact)
+
+
+def assert_all_close(results: dict[str, Tensor], tensors: Tensors, exact: Callable[..., Tensor] = direct) -> None:
+    """The same of results that are there, by name."""
+    found = {name: x.cpu() for name, x in results.items()}
     on_cpu = tensors.changed(Tensor.cpu)
     logit, dtype = largest_logit(on_cpu), tensors.k.dtype
     for name, right in solve(on_cpu.exact(), exact).items():

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from rwkv_kernels import autograd
 from rwkv_kernels._backends import registry
-from rwkv_kernels.inputs import BI_BACKWARD, BI_FORWARD
 
 NAME = "emulated"
 
@@ -43,10 +42,13 @@ autograd.define(
     lambda *arguments: gpu_host.forward(_Current.executor, *arguments),
     lambda *arguments: gpu_host.backward(_Current.executor, *arguments),
 )
-_library.define("emulated_bi_forward" + BI_FORWARD)
-_library.define("_emulated_bi_backward" + BI_BACKWARD)
-_library.impl("emulated_bi_forward", lambda *arguments: gpu_host.bi_forward(_Current.executor, *arguments), "CPU")
-_library.impl("_emulated_bi_backward", lambda *arguments: gpu_host.bi_backward(_Current.executor, *arguments), "CPU")
+autograd.define_bi(
+    _library,
+    f"{NAME}_bi",
+    "cpu",
+    lambda *arguments: gpu_host.bi_forward(_Current.executor, *arguments),
+    lambda *arguments: gpu_host.bi_backward(_Current.executor, *arguments),
+)
 _forward, _ = autograd.attach(_library, NAME, checkpoint_interval)
 _bi_forward = autograd.attach_bi(_library, f"{NAME}_bi", checkpoint_interval)
 _backend = registry.Backend(NAME, _forward, _step, _bi_forward, device_types=("cpu",))

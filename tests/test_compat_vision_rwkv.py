@@ -76,6 +76,8 @@ def test_run_cuda_checks_its_arguments() -> None:
         RUN_CUDA(B, 12, C, *inputs)
     with pytest.raises(TypeError, match="got 3 arguments"):
         RUN_CUDA(*inputs[:3])  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"w: expected a torch.Tensor, got float"):
+        RUN_CUDA(0.1, *inputs[1:])  # type: ignore[call-overload]
 
 
 def _thread_after_thread(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

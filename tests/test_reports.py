@@ -54,4 +54,4 @@ def test_the_triton_report_finds_the_counts_of_the_cuda_kernels() -> None:
 
 
 def test_the_reports_fit_on_two_pages() -> None:
-    assert sum(len((DOCS / f"{name}-report.md").read_text().splitlines()) for name in ("kernel", "triton")) <= 130
+    assert sum(len((DOCS / f"{name}-report.md").read_text().splitlines()) for name in ("kernel", "triton")) <= 140

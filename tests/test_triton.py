@@ -42,17 +42,32 @@ INTERPRETED_MIXING = (
     "boundaries or depend or hand_their_states_on or no_steps or at_their_ends or keeps_its_digits or refused"
     ")"
 )
+INTERPRETED_BIDIRECTIONAL = (
+    "triton and ("
+    "(outputs_and_gradients and float32 and "
+    "(two_intervals or image or strong or at_once or of_minus_50 or k_of_1000 or -time_major or gated_and_packed"
+    " or of_all_lengths)) or "
+    "(outputs_and_gradients and bfloat16 and gated_and_packed) or "
+    "(nan_takes and float32-nan) or (same_places and (log_decay or -r)) or "
+    "minus_infinity or without_any or (beyond and bfloat16 and inf) or depend or nothing or "
+    "(extremes and 10000.0-1.0 and triton-0.0) or explains"
+    ")"
+)
+CHOSEN = {"mixing": INTERPRETED_MIXING, "bidirectional": INTERPRETED_BIDIRECTIONAL}
 
 
+@pytest.mark.ptx
 @pytest.mark.skipif(op.INTERPRETED, reason="this is the interpreter's run")
 @pytest.mark.skipif(op.why_unavailable() is None, reason="the compiled kernels pass these tests here")
 @pytest.mark.parametrize(
-    "names", [["operator"], ["special_values"], ["mixing"], ["state", "errors", "torch", "triton"]], ids=" ".join
+    "names",
+    [["operator"], ["special_values"], ["mixing"], ["bidirectional"], ["state", "errors", "torch", "triton"]],
+    ids=" ".join,
 )
 def test_the_interpreter_passes_the_same_tests(names: list[str]) -> None:
     pytest.importorskip("triton")
     files = [str(HERE / f"test_{name}.py") for name in names]
-    chosen = INTERPRETED_MIXING if names == ["mixing"] else INTERPRETED
+    chosen = CHOSEN.get(names[0], INTERPRETED)
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", chosen],
         env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import bi_problems
 import numpy
 import ptx
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from rwkv_kernels._backends.triton import op
 from rwkv_kernels._backends.triton.op import Launch
 from rwkv_kernels._backends.triton.plan import Plan
-from rwkv_kernels.inputs import Inputs
+from rwkv_kernels.inputs import BiInputs, Inputs
 
 triton = pytest.importorskip("triton")
 triton_report = pytest.importorskip("triton_report")
@@ -151,6 +152,33 @@ def test_ptx_equals_the_oracle(name: str) -> None:
     assert_close(found, expected, tensors)
 
 
+BI_PTX_CASES = {
+    "an_image": (Problem(B=2, T=61, C=80, log_decay=bi_problems.EITHER_SIGN), torch.float32),
+    "gated_bfloat16": (Problem(B=2, T=70, C=64, gated=True), torch.bfloat16),
+    "growing": (Problem(B=1, T=130, C=16, log_decay=3.0), torch.float32),
+    "k_of_1000": (Problem(B=1, T=66, C=16, k_scale=1000.0), torch.float32),
+    "gated_packed_odd_float16": (
+        Problem(C=19, lengths=(3, 0, 70, 1), gated=True, layout="every_second_channel"),
+        torch.float16,
+    ),
+}
+
+
+@pytest.mark.ptx
+@runs_ptx
+@pytest.mark.parametrize("name", BI_PTX_CASES)
+def test_ptx_bidirectional_equals_the_sum(name: str) -> None:
+    problem, dtype = BI_PTX_CASES[name]
+    tensors = bi_problems.make(problem, dtype)
+    inputs = BiInputs(*tensors.inputs, **tensors.options)
+    y, launches = op.bi_forward(64, inputs)
+    _run(launches)
+    gradients, launches = op.bi_backward(64, inputs, tensors.gy)
+    _run(launches)
+    found = {"y": y, **dict(zip(("glog_decay", "gu", "gk", "gv", "gr"), gradients, strict=True))}
+    bi_problems.assert_all_close(found, tensors)
+
+
 @pytest.mark.ptx
 @runs_ptx
 def test_ptx_the_gauge_of_a_checkpoint_does_not_matter() -> None:
@@ -194,6 +222,9 @@ def test_ptx_stays_within_the_tensors_whatever_the_boundaries(name: str, dtype: 
         (_, _, checkpoints), launches = op.forward(plan, inputs, checkpoint)
         _run(launches)
     _run(op.backward(plan, inputs, checkpoints, tensors.gy, tensors.gstate)[1])
+    both = BiInputs(*tensors.inputs[:4], tensors.r, boundaries.to(dtype))
+    _run(op.bi_forward(64, both)[1])
+    _run(op.bi_backward(64, both, tensors.gy)[1])
 
 
 @pytest.mark.ptx

@@ -34,10 +34,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from rwkv_kernels._backends.triton import kernels, op
+from rwkv_kernels._backends.triton import bidirectional, kernels, op
 from rwkv_kernels._backends.triton.op import Launch
 from rwkv_kernels._backends.triton.plan import LOADED_STEPS, REPLAYED_STEPS, Plan, make_plan, widths
-from rwkv_kernels.inputs import Inputs
+from rwkv_kernels.inputs import BiInputs, Inputs
 
 COMPILERS = 2  # at a time
 
@@ -74,12 +74,26 @@ def launches_of(
     return forward + backward + step
 
 
+def bi_launches_of(
+    channels: int, dtype: torch.dtype, T: int, C: int, gated: bool = False, sequences: int = 0
+) -> list[Launch]:
+    """The same of the bidirectional operator."""
+    parameter, k = torch.empty(C), torch.empty(1, T, C, dtype=dtype)
+    cu_seqlens = torch.empty(sequences + 1, dtype=torch.int32) if sequences else None
+    inputs = BiInputs(parameter, parameter, k, k, k if gated else None, cu_seqlens)
+    _, forward = op.bi_forward(channels, inputs)
+    _, backward = op.bi_backward(channels, inputs, k)
+    return [launch for launch in forward + backward if launch.kernel in bidirectional.__all__]
+
+
 # Names of the forms that a kernel is compiled in, and whether there are r and cu_seqlens.
 FORMS = {"plain": (False, False), "gated": (True, False), "packed": (False, True), "gated, packed": (True, True)}
 EXTREMES = ("plain", "gated, packed")
 
 
-def forms_of(dtype: torch.dtype, channels: int, forms: Iterable[str]) -> list[tuple[str, Launch]]:
+def forms_of(
+    dtype: torch.dtype, channels: int, forms: Iterable[str], with_bi: bool = False
+) -> list[tuple[str, Launch]]:
     """A launch of every kernel in these forms, with the name of the form, for a program of so many channels.
 
     A kernel that does not know about one of the two has the form without it; `step` is gated in its only one.
@@ -88,8 +102,11 @@ def forms_of(dtype: torch.dtype, channels: int, forms: Iterable[str]) -> list[tu
     for gated, packed in map(FORMS.__getitem__, forms):
         sequences = 3 if packed else 0
         plan = Plan(channels, 64, 3 + sequences)
-        for launch in launches_of(plan, dtype, 1, 192, 2 * channels, gated, sequences):
-            parameters = getattr(kernels, launch.kernel).arg_names
+        launches = launches_of(plan, dtype, 1, 192, 2 * channels, gated, sequences)
+        if with_bi:
+            launches += bi_launches_of(channels, dtype, 192, 2 * channels, gated, sequences)
+        for launch in launches:
+            parameters = op.kernel_of(launch).arg_names
             form = (gated and "r" in parameters, packed and "cu_seqlens" in parameters)
             name = next(name for name, which in FORMS.items() if which == form)
             found.setdefault((launch.kernel, name), launch)
@@ -98,7 +115,7 @@ def forms_of(dtype: torch.dtype, channels: int, forms: Iterable[str]) -> list[tu
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     """A launch's kernel as Triton compiles it when the launch is the first of its kind."""
-    kernel = getattr(kernels, launch.kernel)
+    kernel = op.kernel_of(launch)
     signature, constants = {}, {}
     values = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | launch.constants
     for position, parameter in enumerate(kernel.params):
@@ -162,7 +179,7 @@ def rows(target: str, dtypes: Iterable[torch.dtype], counted: bool = True, forms
         _row(launch, form, TARGETS[target], dtype, channels, counted)
         for dtype in dtypes
         for channels in sorted(set(widths(TARGETS[target].warp_size)))
-        for form, launch in forms_of(dtype, channels, forms)
+        for form, launch in forms_of(dtype, channels, forms, with_bi=channels == widths(TARGETS[target].warp_size)[0])
     ]
 
 

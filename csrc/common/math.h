@@ -141,9 +141,13 @@ WKV_HD Sums<Real> mix(Sums<Real> past, Weights<Real> weights, Real v) {
 struct NoGate {};
 
 // sigmoid(r) = share / (1 + lesser). Both are in [0, 1], and exactly 0 or 1 at the ends; e^-r would not stay in range.
+// A vector type may keep something else than share.
 template <class Real>
 struct Gate {
   Real share, lesser;
+
+  WKV_HD static Gate from(Real r, Real lesser) { return {select(r >= Real(0), Real(1), lesser), lesser}; }
+  WKV_HD Real times_share(Real value) const { return value * share; }
 };
 
 // e^-|r|, exactly 1 at 0 and 0 at either end. A vector type may bring its own.
@@ -154,8 +158,7 @@ WKV_HD Real exp_minus_abs(Real r) {
 
 template <class Real>
 WKV_HD Gate<Real> gate_of(Real r) {
-  const Real lesser = exp_minus_abs(r);
-  return {select(r >= Real(0), Real(1), lesser), lesser};
+  return Gate<Real>::from(r, exp_minus_abs(r));
 }
 
 template <class Real>
@@ -172,7 +175,7 @@ WKV_HD Real gated_mean(Sums<Real> sums, NoGate) {
 }
 template <class Real>
 WKV_HD Real gated_mean(Sums<Real> sums, Gate<Real> gate) {
-  return sums.num / (sums.den * gate.lesser + sums.den) * gate.share;
+  return gate.times_share(sums.num / (sums.den * gate.lesser + sums.den));
 }
 
 // Of gated_mean: y = num/den without the gate, the gradients h of num and gr of r; that of den is -h·y.
@@ -189,9 +192,9 @@ template <class Real>
 WKV_HD MeanAdjoint<Real> gated_mean_adjoint(Sums<Real> sums, Gate<Real> gate, Real g) {
   // One division for all: 1 / (1 + lesser) is `factor` times den.
   const Real factor = Real(1) / (sums.den * gate.lesser + sums.den);
-  const Real share_of_y = sums.num * factor;  // y / (1 + lesser)
-  return {share_of_y * gate.lesser + share_of_y, g * factor * gate.share,
-          g * share_of_y * (factor * sums.den * gate.lesser)};
+  const Real part_of_y = sums.num * factor, part_of_h = g * factor;  // y / (1 + lesser), h / share
+  return {part_of_y * gate.lesser + part_of_y, gate.times_share(part_of_h),
+          part_of_h * sums.den * (part_of_y * gate.lesser)};
 }
 
 // ---- a step ----

@@ -85,12 +85,14 @@ struct BackwardPass {
     return parked(block).get_scaled(thread.lane());
   }
 
-  // A thread's steps of r, and of its gradient, which takes its place.
+  // A thread's steps of r, and of its gradient, which takes its place. Without r the gate is open.
   struct StagedGates {
     Column<Element> r;
+    bool is_gated;
 
-    WKV_HD StagedGates(const Block& block, const Tile&, const Thread& thread) : r(block.column_of(kGy + 1, thread)) {}
-    WKV_HD Gate<Pair> get(int step) const { return gate_of(r.get(step)); }
+    WKV_HD StagedGates(const Block& block, const Tile&, const Thread& thread)
+        : r(block.column_of(kGy + 1, thread)), is_gated(block.is_gated()) {}
+    WKV_HD Gate<Pair> get(int step) const { return gate_of(is_gated ? r.get(step) : Pair(INFINITY)); }
     WKV_HD void set_gradient(int step, Pair value) const { r.set(step, value); }
   };
   struct NoGates {
@@ -100,12 +102,22 @@ struct BackwardPass {
   };
   using Gates =
       std::conditional_t<kStagesGate, StagedGates, std::conditional_t<kMixing, DistantGates<Block, kSteps>, NoGates>>;
+  // Calls function(gates), with none where there is no r. Keys that spread take an open gate: for a loop without one
+  // they lack registers.
+  template <class Function>
+  WKV_HD static void with_gates(const Block& block, const Tile& tile, const Thread& thread, const Function& function) {
+    if (block.is_gated()) {
+      function(Gates(block, tile, thread));
+    } else {
+      function(NoGates(block, tile, thread));
+    }
+  }
 
   WKV_HD static void stage_gate(const Block& block, const Tile& tile, const Thread& thread) {
+    if (!block.is_gated()) return;
     if constexpr (kStagesGate) {
-      block.stage_gate(kGy + 1, tile, thread);
-    } else if constexpr (kMixing) {
-      if (!kFullTilesOnly && block.params.r.data == nullptr) return;
+      block.stage(kGy + 1, block.params.r, tile, thread);
+    } else {
       const int warp = thread.warp();
       prefetch_rows(rows_from<Element>(block.params.r, block.place().b, block.c),
                     block.place().begin() + tile.t + warp * kSteps, tile.steps_of(warp), block.columns, thread.lane());
@@ -126,7 +138,8 @@ struct BackwardPass {
         replay_spread(block, tile, thread);
       }
     });
-    team.warp_phase([&](Thread& thread) {
+    // Inlined by force, as `correct` is.
+    team.warp_phase([&](Thread& thread) __attribute__((always_inline)) {
       if (kFullTilesOnly || fit) {
         reverse_together(block, tile, thread);
       } else {
@@ -182,21 +195,23 @@ struct BackwardPass {
     });
     thread.decayed = decayed;
     thread.max_after = Pair(0);
-    const Gates gates(block, tile, thread);
 
     Sums<Pair> adjoint{Pair(0), Pair(0)};
     Pair g_log_decay(0), gu(0);
-    for_steps_back<kSteps>(steps, [&](int step) {
-      const auto [sums, weight] = thread.steps[step];
-      const Pair vt = v.get(step), present = bonus * weight;
-      const Sums<Pair> now{present * vt + sums.num, sums.den + present};
-      const auto [y, h, gr] = gated_mean_adjoint(now, gates.get(step), gy.get(step));
-      gates.set_gradient(step, gr);
-      const Pair h_present = present * h, gu_step = h_present * (vt - y);
-      g_log_decay = g_log_decay + sums.num * adjoint.num + sums.den * adjoint.den;
-      gu = gu + gu_step;
-      thread.steps[step].sums = {weight * (vt * adjoint.num + adjoint.den) + gu_step, weight * adjoint.num + h_present};
-      adjoint = {decay * adjoint.num + h, decay * adjoint.den - h * y};
+    with_gates(block, tile, thread, [&](const auto& gates) {
+      for_steps_back<kSteps>(steps, [&](int step) {
+        const auto [sums, weight] = thread.steps[step];
+        const Pair vt = v.get(step), present = bonus * weight;
+        const Sums<Pair> now{present * vt + sums.num, sums.den + present};
+        const auto [y, h, gr] = gated_mean_adjoint(now, gates.get(step), gy.get(step));
+        gates.set_gradient(step, gr);
+        const Pair h_present = present * h, gu_step = h_present * (vt - y);
+        g_log_decay = g_log_decay + sums.num * adjoint.num + sums.den * adjoint.den;
+        gu = gu + gu_step;
+        const Pair gk = weight * (vt * adjoint.num + adjoint.den) + gu_step;
+        thread.steps[step].sums = {gk, weight * adjoint.num + h_present};
+        adjoint = {decay * adjoint.num + h, decay * adjoint.den - h * y};
+      });
     });
     thread.g_log_decay = g_log_decay;
     thread.partials.den = thread.partials.den + gu;

@@ -87,13 +87,15 @@ struct ForwardPass {
   // r comes in the place of k, when keys are in registers.
   static constexpr bool kStagesLate = kMixing;
   WKV_HD static void park(const Block& block, const Tile& tile, const Thread& thread) {
-    if constexpr (kMixing) block.stage_gate(0, tile, thread);
+    if (block.is_gated()) block.stage(0, block.params.r, tile, thread);
   }
-  WKV_HD static auto gate_at(const Block& block, const Thread& thread, int step) {
-    if constexpr (kMixing) {
-      return gate_of(block.column_of(0, thread).get(step));
+  // Calls function(gate at a step), with none where there is no r.
+  template <class Function>
+  WKV_HD static void with_gates(const Block& block, const Thread& thread, const Function& function) {
+    if (block.is_gated()) {
+      if constexpr (kMixing) function([r = block.column_of(0, thread)](int step) { return gate_of(r.get(step)); });
     } else {
-      return NoGate{};
+      function([](int) { return NoGate{}; });
     }
   }
   WKV_HD static Scaled kept(const Block& block, const Thread& thread) { return block.kept.get_scaled(thread.lane()); }
@@ -117,23 +119,27 @@ struct ForwardPass {
     const Column<Element> v = block.column_of(1, thread);  // where y takes the place of v
     if (shares) {
       const Pair decay = block.channels.decay(lane), bonus = block.channels.bonus(lane);
-      Sums<Pair> sums = in.sums;
-      for_steps<kSteps>(steps, [&](int step) {
-        const Pair weight = thread.weights[step], num = weight * v.get(step);
-        const Sums<Pair> now{bonus * num + sums.num, bonus * weight + sums.den};
-        v.set(step, gated_mean(now, gate_at(block, thread, step)));
-        sums = {decay * sums.num + num, decay * sums.den + weight};
+      with_gates(block, thread, [&](const auto& gate_at) {
+        Sums<Pair> sums = in.sums;
+        for_steps<kSteps>(steps, [&](int step) {
+          const Pair weight = thread.weights[step], num = weight * v.get(step);
+          const Sums<Pair> now{bonus * num + sums.num, bonus * weight + sums.den};
+          v.set(step, gated_mean(now, gate_at(step)));
+          sums = {decay * sums.num + num, decay * sums.den + weight};
+        });
       });
       return;
     }
     auto scale = block.running_scale(thread);
     const auto read_steps = [&](const auto& key) {
-      State<Pair> state = state_of(in);
-      for_steps<kSteps>(steps, [&](int step) {
-        const Pair logit = key(thread.weights[step]), vt = v.get(step);
-        const auto weights = scale.weights(scale.at(state.max, logit));
-        v.set(step, read(state.sums, weights.read, vt, gate_at(block, thread, step)));
-        state = advance(scale, state, weights.advance, logit, vt);
+      with_gates(block, thread, [&](const auto& gate_at) {
+        State<Pair> state = state_of(in);
+        for_steps<kSteps>(steps, [&](int step) {
+          const Pair logit = key(thread.weights[step]), vt = v.get(step);
+          const auto weights = scale.weights(scale.at(state.max, logit));
+          v.set(step, read(state.sums, weights.read, vt, gate_at(step)));
+          state = advance(scale, state, weights.advance, logit, vt);
+        });
       });
     };
     if (!fit && scale.lifts) {

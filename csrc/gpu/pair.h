@@ -46,6 +46,15 @@ WKV_HD Pair log2(Pair a) { return {log2_approximate(a.x), log2_approximate(a.y)}
 WKV_HD Pair exp_nonpositive(Pair a) { return exp2(a * Pair(kLog2E)); }
 WKV_HD Pair exp2_clamped(Pair a) { return exp2(a); }
 
+// Keeps r: one product where r < 0, under a predicate, instead of a selection and a product.
+template <>
+struct Gate<Pair> {
+  Pair r, lesser;
+
+  WKV_HD static Gate from(Pair r, Pair lesser) { return {r, lesser}; }
+  WKV_HD Pair times_share(Pair value) const { return select(r >= Pair(0), value, value * lesser); }
+};
+
 WKV_HD Sums<Pair> operator*(Pair factor, Sums<Pair> sums) { return {factor * sums.num, factor * sums.den}; }
 WKV_HD Sums<Pair> operator+(Sums<Pair> a, Sums<Pair> b) { return {a.num + b.num, a.den + b.den}; }
 

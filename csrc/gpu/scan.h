@@ -82,16 +82,15 @@ struct ScanBlock {
   WKV_HD Column<Element> column_of(int i, TileThread thread) const {
     return {subchunk(i, thread.warp()) + 2 * thread.lane()};
   }
-  // A warp's part of r in the place of the i-th input; without an r, an open gate.
-  WKV_HD void stage_gate(int i, const Tile<kSteps>& tile, TileThread thread) const {
-    const int steps = tile.steps_of(thread.warp());
-    if (kFullTilesOnly || params.r.data != nullptr) {
-      stage<kSteps, Element>(subchunk(i, thread.warp()), rows_from<Element>(params.r, place().b, c),
-                             place().begin() + tile.t + thread.warp() * kSteps, steps, columns, thread.lane());
-      return;
-    }
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) column_of(i, thread).set(step, Pair(INFINITY));
+  // The same for all threads. Packed sequences may come without r: one branch around the loop over the steps leaves out
+  // all of the gate.
+  WKV_HD bool is_gated() const { return kMixing && (kFullTilesOnly || params.r.data != nullptr); }
+
+  // A warp's part of a sequence in the place of the i-th input.
+  WKV_HD void stage(int i, const Sequence& sequence, const Tile<kSteps>& tile, TileThread thread) const {
+    wkv::stage<kSteps, Element>(subchunk(i, thread.warp()), rows_from<Element>(sequence, place().b, c),
+                                place().begin() + tile.t + thread.warp() * kSteps, tile.steps_of(thread.warp()),
+                                columns, thread.lane());
   }
   // A warp's part of an output in the place of the i-th input.
   WKV_HD void unstage(int i, void* output, const Tile<kSteps>& tile, TileThread thread) const {
@@ -146,24 +145,26 @@ template <class Block, int kSteps>
 struct DistantGates {
   using Element = typename Block::Value;
 
-  Rows<const Element> r;
+  Rows<const Element> r;  // from the thread's first step on
   Rows<Element> gr;
-  uint32_t t;
   int channels;  // 0 without r
 
   WKV_HD DistantGates(const Block& block, const Tile<kSteps>& tile, const TileThread& thread)
       : r(rows_from<Element>(block.params.r, block.place().b, block.channel_of(thread))),
         gr(rows_from<Element>(block.params.gr, block.params.T, block.params.C, block.place().b,
                               block.channel_of(thread))),
-        t(block.place().begin() + tile.t + thread.warp() * kSteps),
-        channels(block.params.r.data == nullptr ? 0 : block.channels_of(thread)) {}
+        channels(block.is_gated() ? block.channels_of(thread) : 0) {
+    const int first = block.place().begin() + tile.t + thread.warp() * kSteps;
+    r.data = r.at(first);
+    gr.data = gr.at(first);
+  }
   WKV_HD Gate<Pair> get(int step) const {
-    const Element* const at = r.at(t + step);
+    const Element* const at = r.at(step);
     return gate_of(Pair(kFullTilesOnly || channels > 0 ? to_real(load_constant(at)) : float(INFINITY),
                         kFullTilesOnly || channels > 1 ? to_real(load_constant(at + 1)) : float(INFINITY)));
   }
   WKV_HD void set_gradient(int step, Pair value) const {
-    Element* const at = gr.at(t + step);
+    Element* const at = gr.at(step);
     if (kFullTilesOnly || channels > 0) from_real(value.x, at[0]);
     if (kFullTilesOnly || channels > 1) from_real(value.y, at[1]);
   }
@@ -203,13 +204,8 @@ struct Scan {
   }
 
   WKV_HD static void stage_tile(const Block& block, const Tile& tile, const Thread& thread) {
-    const Place& place = block.place();
-    const int warp = thread.warp();
 #pragma unroll
-    for (int i = 0; i < Pass::kInputs; ++i) {
-      stage<kSteps, Element>(block.subchunk(i, warp), rows_from<Element>(block.params.inputs[i], place.b, block.c),
-                             place.begin() + tile.t + warp * kSteps, tile.steps_of(warp), block.columns, thread.lane());
-    }
+    for (int i = 0; i < Pass::kInputs; ++i) block.stage(i, block.params.inputs[i], tile, thread);
     Pass::stage_gate(block, tile, thread);
   }
 
@@ -371,7 +367,8 @@ struct Scan {
         if (Pass::kStagesLate) wait_for_copies();
         if (thread.warp() == last_warp(tile)) join_predecessors(block, look_back, tile, waits, thread);
       });
-      team.warp_phase([&](Thread& thread) {
+      // Inlined by force: with a loop for a gate and one without, the compiler finds it too large.
+      team.warp_phase([&](Thread& thread) __attribute__((always_inline)) {
         if (kFullTilesOnly || tile.steps_of(thread.warp()) > 0) Pass::correct(block, tile, fit, thread);
         if (tile.ends_chunk) Pass::leave(block, thread);
       });

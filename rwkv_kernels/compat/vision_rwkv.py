@@ -17,7 +17,7 @@ Deliberate differences:
 - Results are the same in every run, where the newer kernel sums gradients by atomic additions.
 """
 
-from typing import NamedTuple, overload
+from typing import NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
@@ -49,13 +49,16 @@ def RUN_CUDA(*arguments: int | Tensor) -> Tensor:
     Differentiable in w, u, k and v.
 
     Raises:
-        TypeError: Neither four nor seven arguments.
+        TypeError: Neither four nor seven arguments, or w, u, k or v is no tensor.
         ValueError: k has another shape than B, T, C. Otherwise as `rwkv_kernels.bi_wkv`.
     """
     if len(arguments) not in (4, 7):
         raise TypeError(f"RUN_CUDA: expected (w, u, k, v) or (B, T, C, w, u, k, v), got {len(arguments)} arguments")
     *shape, w, u, k, v = arguments
-    assert isinstance(w, Tensor) and isinstance(u, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
+    for name, x in (("w", w), ("u", u), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    w, u, k, v = cast(tuple[Tensor, ...], (w, u, k, v))
     if shape and list(k.shape) != shape:
         raise ValueError(f"k: expected shape [B, T, C] = {shape}, got {list(k.shape)}")
     return bi_wkv(-w, u, k, v).to(w.dtype)

@@ -726,7 +726,10 @@ def backward(
 
 @kernel
 def reduce(w, partials, gw, gu, C: tl.int32, rows: tl.int32, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
-    """Sums the partial gradients over all rows, in an order that depends on their number alone."""
+    """Sums the partial gradients over all rows, in an order that depends on their number alone.
+
+    Without a w, gw is the gradient of the log-decay itself.
+    """
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     exists = c < C
     first = tl.arange(0, ROWS)
@@ -738,9 +741,11 @@ def reduce(w, partials, gw, gu, C: tl.int32, rows: tl.int32, CHANNELS: tl.conste
         inside = (row < rows)[:, None] & exists[None, :]
         g_log_decay += tl.load(at, mask=inside, other=0.0)
         g_u += tl.load(at + C, mask=inside, other=0.0)
-    # The log-decay -exp(w) is its own derivative.
-    log_decay = log_decay_of(tl.load(w + c, mask=exists, other=0.0).to(tl.float32))
-    tl.store(gw + c, (tl.sum(g_log_decay, 0) * log_decay).to(gw.dtype.element_ty), mask=exists)
+    g = tl.sum(g_log_decay, 0)
+    if w is not None:
+        # The log-decay -exp(w) is its own derivative.
+        g *= log_decay_of(tl.load(w + c, mask=exists, other=0.0).to(tl.float32))
+    tl.store(gw + c, g.to(gw.dtype.element_ty), mask=exists)
     tl.store(gu + c, tl.sum(g_u, 0).to(gu.dtype.element_ty), mask=exists)
 
 

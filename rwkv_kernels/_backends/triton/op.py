@@ -15,14 +15,17 @@ import torch
 from torch import Tensor
 
 from ... import autograd, native
-from ...inputs import SEQUENCE, STATE, TOKEN, Inputs, Row, check, check_like
+from ...inputs import SEQUENCE, STATE, TOKEN, BiInputs, Inputs, Row, check, check_like
 from ...reference import empty_state
 from ..registry import Backend, constant
 from .plan import (
+    BI_BACKWARD_PARKED,
+    BI_FORWARD_PARKED,
     CARRIED_CHANNELS,
     CHECKPOINT_INTERVAL,
     PARKED_STATES,
     REGISTERS,
+    REPLAYED_STEPS,
     Plan,
     ceil_div,
     make_packed_plan,
@@ -36,7 +39,10 @@ __all__ = [
     "INTERPRETED",
     "Launch",
     "backward",
+    "bi_backward",
+    "bi_forward",
     "forward",
+    "kernel_of",
     "plan_for",
     "step",
 ]
@@ -56,7 +62,7 @@ def why_unavailable() -> str | None:
     if not INTERPRETED and not torch.cuda.is_available():
         return f"torch {torch.__version__} finds no usable GPU, and Triton compiles for GPUs alone"
     try:
-        importlib.import_module(".kernels", __package__)
+        importlib.import_module(".bidirectional", __package__)
     except Exception as error:  # whatever a broken installation raises
         return f"Triton does not load ({type(error).__name__}: {error})"
     return None
@@ -222,7 +228,7 @@ def _carry(kernel: str, sequences: int, C: int, arguments: tuple[Any, ...], alig
     return Launch(kernel, ceil_div(C, CARRIED_CHANNELS) * sequences, arguments, constants)
 
 
-def _reduction(w: Tensor, partials: Tensor, gw: Tensor, gu: Tensor) -> Launch:
+def _reduction(w: Tensor | None, partials: Tensor, gw: Tensor, gu: Tensor) -> Launch:
     B, chunks, _, C = partials.shape
     channels = 32
     arguments = (w, partials, gw, gu, C, B * chunks)
@@ -241,14 +247,65 @@ def step(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | 
     return y, [Launch("step", B * ceil_div(C, channels), arguments, {"CHANNELS": channels})]
 
 
-def _run(launches: list[Launch], device: torch.device) -> None:
-    from . import kernels
+def _bi_sizes(inputs: BiInputs, channels: int, alignment: int) -> tuple[tuple[int, ...], int]:
+    """The last arguments of a bidirectional kernel, and the number of its programs: each has a whole sequence."""
+    B, T, C = inputs.k.shape
+    slots = B * T // REPLAYED_STEPS + inputs.sequences * (REPLAYED_STEPS - 1)
+    return (T, C // alignment, slots), inputs.sequences * ceil_div(C, channels)
 
+
+def bi_forward(channels: int, inputs: BiInputs) -> tuple[Tensor, list[Launch]]:
+    """y of bi_wkv, and the launch that fills it, with so many channels in a program; sizes are as for forward."""
+    log_decay, u, k, v, r, cu_seqlens = inputs
+    k, v = _with_contiguous_channels(k), _with_contiguous_channels(v)
+    r = None if r is None else _with_contiguous_channels(r)
+    log_decay, u = log_decay.contiguous(), u.contiguous()
+    y = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    alignment = _alignment(log_decay, u, k, v, r)
+    sizes, programs = _bi_sizes(inputs, channels, alignment)
+    parked = _float32(k, ceil_div(k.shape[2], channels), sizes[-1], BI_FORWARD_PARKED, channels)
+    strides = _strides(alignment, cu_seqlens is not None, k, v, r)
+    arguments = (log_decay, u, k, v, r, cu_seqlens, parked, y, *strides, *sizes)
+    return y, [Launch("bi_forward", programs, arguments, {"CHANNELS": channels, "ALIGNMENT": alignment})]
+
+
+def bi_backward(channels: int, inputs: BiInputs, gy: Tensor) -> tuple[tuple[Tensor, ...], list[Launch]]:
+    """The gradients of all inputs of bi_wkv but cu_seqlens, and the launches that fill them."""
+    log_decay, u, k, v, r, cu_seqlens = inputs
+    B, T, C = k.shape
+    k, v, gy = (_with_contiguous_channels(x) for x in (k, v, gy))
+    r = None if r is None else _with_contiguous_channels(r)
+    log_decay, u = log_decay.contiguous(), u.contiguous()
+    gk, gv, gr = (torch.empty((B, steps, C), dtype=k.dtype, device=k.device) for steps in (T, T, 0 if r is None else T))
+    g_log_decay, gu = torch.empty_like(log_decay), torch.empty_like(u)
+    alignment = _alignment(log_decay, u, k, v, gy, r)
+    sizes, programs = _bi_sizes(inputs, channels, alignment)
+    parked = _float32(k, ceil_div(C, channels), sizes[-1], BI_BACKWARD_PARKED, channels)
+    partials = _float32(k, 1, inputs.sequences, 2, C)
+    strides = _strides(alignment, cu_seqlens is not None, k, v, r, gy)
+    results = (gk, gv, None if r is None else gr)
+    arguments = (log_decay, u, k, v, r, cu_seqlens, gy, parked, *results, partials, *strides, *sizes)
+    constants = {"CHANNELS": channels, "ALIGNMENT": alignment}
+    launches = [
+        Launch("bi_backward", programs, arguments, constants, registers=255),
+        _reduction(None, partials, g_log_decay, gu),
+    ]
+    return (g_log_decay, gu, gk, gv, gr), launches
+
+
+def kernel_of(launch: Launch) -> Any:
+    """The kernel of a launch."""
+    from . import bidirectional, kernels
+
+    return getattr(bidirectional if launch.kernel in bidirectional.__all__ else kernels, launch.kernel)
+
+
+def _run(launches: list[Launch], device: torch.device) -> None:
     compiled_for = "hip" if torch.version.hip else "cuda"
     on_device: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with on_device:
         for launch in launches:
-            kernel = getattr(kernels, launch.kernel)
+            kernel = kernel_of(launch)
             kernel[(launch.programs,)](*launch.arguments, **launch.constants, **launch.options(compiled_for))
 
 
@@ -314,14 +371,62 @@ def _step_operator(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r:
     return y
 
 
+def _bi_forward_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *given, checkpoint = arguments
+    inputs = BiInputs(*given)
+    _check_bi(inputs)
+    k = inputs.k
+    B, rows, *state = inputs.checkpoint_shape(CHECKPOINT_INTERVAL)
+    # Backward starts from its inputs alone.
+    checkpoints = _float32(k, B, rows if checkpoint else 0, *state).zero_()
+    if k.numel() == 0 or inputs.sequences == 0:
+        return k.new_empty(k.shape), checkpoints
+    y, launches = bi_forward(widths(_device_limits(k.device)[1])[0], inputs)
+    _run(launches, k.device)
+    return y, checkpoints
+
+
+def _bi_backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
+    *given, checkpoints, gy = arguments
+    inputs = BiInputs(*given)
+    _check_bi(inputs)
+    k = inputs.k
+    rows: list[Row] = [
+        ("gy", gy, SEQUENCE, k.shape, (k.dtype,)),
+        (
+            "checkpoints",
+            checkpoints,
+            ("B", "n", 6, "C"),
+            inputs.checkpoint_shape(CHECKPOINT_INTERVAL),
+            (torch.float32,),
+        ),
+    ]
+    check_like(k, rows)
+    if k.numel() == 0 or inputs.sequences == 0:
+        return tuple(torch.zeros_like(x) for x in inputs.gradients(checkpoints))
+    results, launches = bi_backward(widths(_device_limits(k.device)[1])[0], inputs, gy)
+    _run(launches, k.device)
+    return results
+
+
+def _check_bi(inputs: BiInputs) -> None:
+    log_decay, u, k, v, r, cu_seqlens = inputs
+    refusal = BACKEND.why_elsewhere(k) or why_unavailable()
+    if refusal is not None:
+        raise RuntimeError(refusal)
+    check(SEQUENCE, log_decay, u, k, v, None, r, cu_seqlens, decay="log_decay")
+
+
 # Registrations last as long as this object.
 _library = torch.library.Library(native.NAMESPACE, "FRAGMENT")
 
 
 autograd.define(_library, "triton", DEVICE, _forward_operator, _backward_operator, _step_operator)
+autograd.define_bi(_library, "triton_bi", DEVICE, _bi_forward_operator, _bi_backward_operator)
 BACKEND = Backend(
     "triton",
     *autograd.attach(_library, "triton", lambda dtype: CHECKPOINT_INTERVAL),
+    autograd.attach_bi(_library, "triton_bi", lambda dtype: CHECKPOINT_INTERVAL),
     device_types=(DEVICE,),
     dtypes=(torch.float32, torch.float16, torch.bfloat16),
     automatic=not INTERPRETED,  # the interpreter is orders of magnitude slower

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 __all__ = [
+    "BI_BACKWARD_PARKED",
+    "BI_FORWARD_PARKED",
     "CARRIED_CHANNELS",
     "CHECKPOINT_INTERVAL",
     "LOADED_STEPS",
@@ -27,6 +29,11 @@ REPLAYED_STEPS = 4
 # The states that backward parks within an interval: before each of its replayed groups, and before each step that is
 # left over where the sequence ends.
 PARKED_STATES = CHECKPOINT_INTERVAL // REPLAYED_STEPS + LOADED_STEPS - 1
+
+# Numbers that the bidirectional kernels park for each group of replayed steps, and for each step that is left over
+# where a sequence ends: the state after it; in backward also the state before it, and the adjoint of that after it.
+BI_FORWARD_PARKED = 3
+BI_BACKWARD_PARKED = 8
 
 # Channels of a thread. Four take an eighth fewer instructions each than two; two make twice the programs.
 NARROW, WIDE = 2, 4
