@@ -95,11 +95,6 @@ struct BackwardPass {
     WKV_HD Gate<Pair> get(int step) const { return gate_of(is_gated ? r.get(step) : Pair(INFINITY)); }
     WKV_HD void set_gradient(int step, Pair value) const { r.set(step, value); }
   };
-  struct NoGates {
-    WKV_HD NoGates(const Block&, const Tile&, const Thread&) {}
-    WKV_HD NoGate get(int) const { return {}; }
-    WKV_HD void set_gradient(int, Pair) const {}
-  };
   using Gates =
       std::conditional_t<kStagesGate, StagedGates, std::conditional_t<kMixing, DistantGates<Block, kSteps>, NoGates>>;
   // Calls function(gates), with none where there is no r. Keys that spread take an open gate: for a loop without one
@@ -109,7 +104,7 @@ struct BackwardPass {
     if (block.is_gated()) {
       function(Gates(block, tile, thread));
     } else {
-      function(NoGates(block, tile, thread));
+      function(NoGates());
     }
   }
 

@@ -7,8 +7,8 @@
 //
 // and backward, bi_backward.h, likewise: bi_adjoint_sums, bi_join, bi_backward.
 //
-// A block's tile is an interval, a warp for each subchunk. Where its logits allow it a warp takes one exponent for both
-// sides and its steps, SharedSides, and else RunningSides.
+// A block's tile is an interval, a warp for each subchunk. Where its logits allow it a block takes one exponent for
+// both sides and its steps, in which a sum is a product and an addition, and else RunningSides.
 #pragma once
 
 #include "../common/bidirectional.h"
@@ -20,8 +20,12 @@ namespace wkv {
 struct BothSides {
   Scaled before, after;
 };
+// The same in the scale of a tile.
+struct BothSums {
+  Sums<Pair> before, after;
+};
 
-// Log2 of the growth over a subchunk that leaves room for sums in one scale.
+// Log2 of the growth over a tile that leaves room for sums in one scale.
 inline constexpr double kLargestGrowth = 16.0;
 // From there on the product of a key and log2(e) is too coarse for a common exponent.
 inline constexpr double kLargestReference = 1048576.0;
@@ -38,7 +42,10 @@ struct BiTiles {
   static_assert(kTileSteps == checkpoint_interval(Block::kType));
 
   struct Thread : TileThread {
-    Pair highest, lowest;  // keys, in units of log2
+    BothSides in;  // comes in to the tile, and of keys that spread then to the thread's steps
+    Keys<Element, kSteps> keys;
+    Pair reference;  // of the tile's scale, in which these are
+    Pair weights[kSteps];
   };
 
   // ---- where a block is, and its tile ----
@@ -81,24 +88,31 @@ struct BiTiles {
   }
 
   WKV_HD static void stage_tile(const Block& block, const Tile& tile, const Thread& thread) {
-    const Place& place = block.place();
-    const int warp = thread.warp();
 #pragma unroll
-    for (int i = 0; i < kInputs; ++i) {
-      stage<kSteps, Element>(block.subchunk(i, warp), rows_from<Element>(block.params.inputs[i], place.b, block.c),
-                             place.begin() + tile.t + warp * kSteps, tile.steps_of(warp), block.columns, thread.lane());
+    for (int i = 0; i < kInputs; ++i) block.stage(i, block.params.inputs[i], tile, thread);
+    if (!block.is_gated()) return;
+    const int warp = thread.warp();
+    prefetch_rows(rows_from<Element>(block.params.r, block.place().b, block.c),
+                  block.place().begin() + tile.t + warp * kSteps, tile.steps_of(warp), block.columns, thread.lane());
+  }
+
+  // Calls function(gates), with none where there is no r.
+  template <class Function>
+  WKV_HD static void with_gates(const Block& block, const Tile& tile, const Thread& thread, const Function& function) {
+    if (block.is_gated()) {
+      function(Gates(block, tile, thread));
+    } else {
+      function(NoGates());
     }
-    if (!kFullTilesOnly && block.params.r.data == nullptr) return;
-    prefetch_rows(rows_from<Element>(block.params.r, place.b, block.c), place.begin() + tile.t + warp * kSteps,
-                  tile.steps_of(warp), block.columns, thread.lane());
   }
 
   // ---- the sums of a tile's warps ----
 
   // Of a warp's steps, decayed to their end and to their beginning.
-  WKV_HD static Rows64 own_before(const Block& block, int warp) { return block.messages.from(6 * warp); }
-  WKV_HD static Rows64 own_after(const Block& block, int warp) { return block.messages.from(6 * warp + 3); }
-  static_assert(6 * kWarps <= forward_message_rows(kWarps));
+  static constexpr int kRowsOfWarp = 6;
+  WKV_HD static Rows64 own_before(const Block& block, int warp) { return block.messages.from(kRowsOfWarp * warp); }
+  WKV_HD static Rows64 own_after(const Block& block, int warp) { return block.messages.from(kRowsOfWarp * warp + 3); }
+  static_assert(kRowsOfWarp * kWarps <= forward_message_rows(kWarps));
 
   WKV_HD static void leave_own(const Block& block, const Thread& thread, BothSides own) {
     own_before(block, thread.warp()).set_scaled(thread.lane(), own.before);
@@ -131,12 +145,89 @@ struct BiTiles {
             with_warps_from(block, tile, thread.lane(), empty_scaled(), 0)};
   }
 
-  // ---- the scale of a warp ----
+  // ---- in one scale ----
 
   // NaN does not fit.
   WKV_HD static bool is_moderate(Pair reference, Pair decay_log2) {
     return all(abs(reference) <= Pair(kLargestReference)) && all(decay_log2 <= Pair(kLargestGrowth));
   }
+  WKV_HD static bool fits(const Block& block, const Thread& thread, int steps) {
+    const int lane = thread.lane();
+    return tile_fits(thread.reference, thread.keys.lowest, block.channels.bonus(lane)) &&
+           is_moderate(thread.reference, block.channels.decay_log2(lane, steps));
+  }
+
+  // Whether the tile and what comes in to it have one scale.
+  template <class Team>
+  WKV_HD static bool agree(const Block& block, const Tile& tile, Team& team) {
+    team.phase([&](Thread& thread) {
+      thread.keys.load(block.column_of(0, thread), tile.steps_of(thread.warp()));
+      const Pair incoming = larger(thread.in.before.exponent, thread.in.after.exponent);
+      own_before(block, thread.warp()).set(0, thread.lane(), larger(thread.keys.highest, incoming));
+    });
+    return team.agree([&](Thread& thread) {
+      thread.reference = reference_of(own_before(block, 0), kRowsOfWarp, kWarps, thread.lane());
+      return fits(block, thread, kTileSteps);
+    });
+  }
+
+  WKV_HD static BothSums sum_together(const Block& block, const Tile& tile, Thread& thread) {
+    const Column<Element> v = block.column_of(1, thread);
+    const Pair decay = block.channels.decay(thread.lane());
+    BothSums own{{Pair(0), Pair(0)}, {Pair(0), Pair(0)}};
+    Pair decayed(1);
+    for_steps<kSteps>(tile.steps_of(thread.warp()), [&](int step) {
+      const Pair weight = weight_of(thread.keys.get(step), thread.reference), num = weight * v.get(step);
+      thread.weights[step] = weight;
+      own.before = {decay * own.before.num + num, decay * own.before.den + weight};
+      own.after = {decayed * num + own.after.num, decayed * weight + own.after.den};
+      decayed = decayed * decay;
+    });
+    return own;
+  }
+
+  // The decay over the steps of a warp, all of which are full but the last.
+  struct WarpDecays {
+    int last_warp;
+    Pair full, last;
+
+    WKV_HD WarpDecays(const Block& block, const Tile& tile, int lane)
+        : last_warp(tile.last_warp()),
+          full(exp2(block.channels.decay_log2(lane, kSteps))),
+          last(exp2(block.channels.decay_log2(lane, tile.steps_of(last_warp)))) {}
+    WKV_HD Pair of(int warp) const { return kFullTilesOnly || warp < last_warp ? full : last; }
+  };
+
+  WKV_HD static void leave_sums(const Block& block, const Thread& thread, BothSums own) {
+    own_before(block, thread.warp()).set_sums(thread.lane(), own.before);
+    own_after(block, thread.warp()).set_sums(thread.lane(), own.after);
+  }
+  // As `with_warps_before` and `with_warps_from`, for any warp or, around all, for none.
+  WKV_HD static BothSums sums_around(const Block& block, const WarpDecays& decays, int lane, BothSums in, int end,
+                                     int first) {
+#pragma unroll 1
+    for (int warp = 0; warp < end; ++warp) {
+      in.before = decays.of(warp) * in.before + own_before(block, warp).get_sums(lane);
+    }
+#pragma unroll 1
+    for (int warp = decays.last_warp; warp >= first; --warp) {
+      in.after = decays.of(warp) * in.after + own_after(block, warp).get_sums(lane);
+    }
+    return in;
+  }
+  WKV_HD static BothSums sums_around(const Block& block, const Tile& tile, const Thread& thread, BothSums in) {
+    const int lane = thread.lane(), warp = thread.warp();
+    return sums_around(block, WarpDecays(block, tile, lane), lane, in, warp, warp + 1);
+  }
+  // The states on either side of a thread's steps.
+  WKV_HD static BothSums states_around(const Block& block, const Tile& tile, const Thread& thread) {
+    const auto& [before, after] = thread.in;
+    return sums_around(block, tile, thread,
+                       {power_of_two(before.exponent - thread.reference) * before.sums,
+                        power_of_two(after.exponent - thread.reference) * after.sums});
+  }
+
+  // ---- of keys that spread ----
 
   template <class Left>
   WKV_HD static Scaled sum_of_spread(const Left& left, Column<Element> v, int steps) {
@@ -149,62 +240,29 @@ struct BiTiles {
     });
     return scaled(state);
   }
-
-  WKV_HD static void sum_up(const Block& block, const Tile& tile, Thread& thread) {
-    const int lane = thread.lane(), steps = tile.steps_of(thread.warp());
+  WKV_HD static BothSides sum_spread(const Block& block, const Tile& tile, Thread& thread) {
+    const int steps = tile.steps_of(thread.warp());
     const Column<Element> v = block.column_of(1, thread);
-    Keys<Element, kSteps> keys;
-    keys.load(block.column_of(0, thread), steps);
-    thread.highest = keys.highest;
-    thread.lowest = keys.lowest;
-    const Pair reference = ceil(keys.highest);
-    const bool fit = tile_fits(reference, keys.lowest, Pair(1)) &&
-                     (steps == 0 || is_moderate(reference, block.channels.decay_log2(lane, kSteps)));
-    BothSides own;
-    if (kFullTilesOnly || warp_agrees(fit)) {
-      const Pair decay = block.channels.decay(lane);
-      Sums<Pair> before{Pair(0), Pair(0)}, after{Pair(0), Pair(0)};
-      Pair decayed(1);
-      for_steps<kSteps>(steps, [&](int step) {
-        const Pair weight = weight_of(keys.get(step), reference), num = weight * v.get(step);
-        before = {decay * before.num + num, decay * before.den + weight};
-        after = {decayed * num + after.num, decayed * weight + after.den};
-        decayed = decayed * decay;
-      });
-      own = {{before, reference}, {after, reference}};
-    } else {
-      keys.replace_infinite(steps);
-      const Pair log_decay = block.channels.log_decay(lane);
-      own.before = sum_of_spread([&](int step) { return logit_at_end<kSteps>(keys.get(step), log_decay, step, steps); },
-                                 v, steps);
-      own.after = sum_of_spread([&](int step) { return Pair(step) * log_decay + keys.get(step); }, v, steps);
-    }
-    leave_own(block, thread, own);
+    const auto& keys = thread.keys;
+    thread.keys.replace_infinite(steps);
+    const Pair log_decay = block.channels.log_decay(thread.lane());
+    return {
+        sum_of_spread([&](int step) { return logit_at_end<kSteps>(keys.get(step), log_decay, step, steps); }, v, steps),
+        sum_of_spread([&](int step) { return Pair(step) * log_decay + keys.get(step); }, v, steps)};
   }
 
-  // Calls function(scale, before, after) with the states on either side of a thread's steps in the scale of its warp.
-  template <class Function>
-  WKV_HD static void with_sides(const Block& block, const Thread& thread, BothSides in, const Function& function) {
-    const int lane = thread.lane();
-    const Pair reference = ceil(larger(larger(thread.highest, in.before.exponent), in.after.exponent));
-    const Pair bonus = block.channels.bonus(lane);
-    const bool fit =
-        tile_fits(reference, thread.lowest, bonus) && is_moderate(reference, block.channels.decay_log2(lane, kSteps));
-    if (kFullTilesOnly || warp_agrees(fit)) {
-      const auto shared = [&](Scaled state) {
-        return State<Pair>{power_of_two(state.exponent - reference) * state.sums, reference};
-      };
-      function(sides_of(SharedScale<Pair>{reference, block.channels.decay(lane), bonus}), shared(in.before),
-               shared(in.after));
+  // Leaves the sums of the thread's steps.
+  WKV_HD static void sum_up(const Block& block, const Tile& tile, bool fit, Thread& thread) {
+    if (kFullTilesOnly || fit) {
+      leave_sums(block, thread, sum_together(block, tile, thread));
     } else {
-      function(sides_of(block.running_scale(thread)), state_of(in.before), state_of(in.after));
+      leave_own(block, thread, sum_spread(block, tile, thread));
     }
   }
 
   // The sums after each step, from the state after all of them; returns the one before them.
-  template <class Scale>
-  WKV_HD static State<Pair> replay_after(const Scale& scale, Column<Element> k, Column<Element> v, int steps,
-                                         State<Pair> after, SavedStep<Pair> (&saved)[kSteps]) {
+  WKV_HD static State<Pair> replay_after(const RunningSides<Pair>& scale, Column<Element> k, Column<Element> v,
+                                         int steps, State<Pair> after, SavedStep<Pair> (&saved)[kSteps]) {
     for_steps_back<kSteps>(steps, [&](int step) {
       const Pair logit = scale.logit(k.get(step)), at = scale.at(after.max, logit);
       saved[step] = {after.sums, at};
@@ -235,10 +293,10 @@ struct BiTileKernel {
     const typename Pass::Tile tile = Pass::tile_of(block);
     team.phase([&](Thread& thread) {
       Pass::stage_tile(block, tile, thread);
+      Pass::load_incoming(params, block, tile, thread);
       block.channels.template load<false>(params.parameters, block.c, block.columns, thread.index, threads);
       wait_for_copies();
     });
-    team.phase([&](Thread& thread) { Pass::sum_up(block, tile, thread); });
     Pass::finish(params, block, tile, team);
   }
 };
@@ -250,10 +308,24 @@ struct BiSumsPass : BiTiles<Element, 2, kBiForwardSteps> {
   using typename Base::Thread;
   using typename Base::Tile;
 
+  WKV_HD static void load_incoming(const BiParams&, const Block&, const Tile&, const Thread&) {}
   WKV_HD static void leave_nothing(const BiParams&, const Block&, const Thread&) {}
+
+  // Warp by warp in one scale: nothing comes in.
+  WKV_HD static BothSides sum_up(const Block& block, const Tile& tile, Thread& thread) {
+    const int steps = tile.steps_of(thread.warp());
+    thread.keys.load(block.column_of(0, thread), steps);
+    thread.reference = ceil(thread.keys.highest);
+    if (kFullTilesOnly || warp_agrees(Base::fits(block, thread, Base::kSteps))) {
+      const auto [before, after] = Base::sum_together(block, tile, thread);
+      return {{before, thread.reference}, {after, thread.reference}};
+    }
+    return Base::sum_spread(block, tile, thread);
+  }
 
   template <class Team>
   WKV_HD static void finish(const BiParams& params, const Block& block, const Tile& tile, Team& team) {
+    team.phase([&](Thread& thread) { Base::leave_own(block, thread, sum_up(block, tile, thread)); });
     team.last_phase([&](Thread& thread) {
       if (thread.warp() != 0) return;
       Base::store_sides(block, Base::row_at(block, params.checkpoints, tile, thread),
@@ -271,32 +343,63 @@ struct BiForwardPass : BiTiles<Element, 2, kBiForwardSteps> {
   using typename Base::Thread;
   using typename Base::Tile;
 
+  WKV_HD static void load_incoming(const BiParams& params, const Block& block, const Tile& tile, Thread& thread) {
+    thread.in = Base::load_sides(block, Base::row_at(block, params.checkpoints, tile, thread));
+  }
   WKV_HD static void leave_nothing(const BiParams&, const Block&, const Thread&) {}
 
   template <class Team>
   WKV_HD static void finish(const BiParams& params, const Block& block, const Tile& tile, Team& team) {
+    const bool fit = Base::agree(block, tile, team);
+    team.phase([&](Thread& thread) { Base::sum_up(block, tile, fit, thread); });
     team.warp_phase([&](Thread& thread) {
-      if (kFullTilesOnly || tile.steps_of(thread.warp()) > 0) read_steps(params, block, tile, thread);
+      if (!kFullTilesOnly && tile.steps_of(thread.warp()) == 0) return;
+      if (kFullTilesOnly || fit) {
+        read_together(block, tile, thread);
+      } else {
+        read_spread(block, tile, thread);
+      }
     });
     team.last_phase([&](Thread& thread) { block.unstage(1, params.outputs[0], tile, thread); });
   }
 
   // y takes the place of v.
-  WKV_HD static void read_steps(const BiParams& params, const Block& block, const Tile& tile, const Thread& thread) {
+  WKV_HD static void read_together(const Block& block, const Tile& tile, const Thread& thread) {
+    const int lane = thread.lane(), steps = tile.steps_of(thread.warp());
+    const Column<Element> v = block.column_of(1, thread);
+    const Pair decay = block.channels.decay(lane), bonus = block.channels.bonus(lane);
+    auto [before, after] = Base::states_around(block, tile, thread);
+    Sums<Pair> saved[kSteps];
+    for_steps_back<kSteps>(steps, [&](int step) {
+      const Pair weight = thread.weights[step];
+      saved[step] = after;
+      after = {decay * after.num + weight * v.get(step), decay * after.den + weight};
+    });
+    Base::with_gates(block, tile, thread, [&](const auto& gates) {
+      Sums<Pair> past = before;
+      for_steps<kSteps>(steps, [&](int step) {
+        const Pair weight = thread.weights[step], num = weight * v.get(step);
+        const Sums<Pair> now{bonus * num + (past.num + saved[step].num), bonus * weight + (past.den + saved[step].den)};
+        v.set(step, gated_mean(now, gates.get(step)));
+        past = {decay * past.num + num, decay * past.den + weight};
+      });
+    });
+  }
+
+  WKV_HD static void read_spread(const Block& block, const Tile& tile, const Thread& thread) {
     const int steps = tile.steps_of(thread.warp());
     const Column<Element> k = block.column_of(0, thread), v = block.column_of(1, thread);
-    const BothSides in = Base::around(block, tile, thread,
-                                      Base::load_sides(block, Base::row_at(block, params.checkpoints, tile, thread)));
+    const BothSides in = Base::around(block, tile, thread, thread.in);
     const Gates gates(block, tile, thread);
-    Base::with_sides(block, thread, in, [&](const auto& scale, State<Pair> before, State<Pair> after) {
-      SavedStep<Pair> saved[kSteps];
-      Base::replay_after(scale, k, v, steps, after, saved);
-      for_steps<kSteps>(steps, [&](int step) {
-        const auto& [sums, at_after] = saved[step];
-        const Pair logit = scale.logit(k.get(step)), vt = v.get(step), at = scale.other_at(at_after, before.max);
-        v.set(step, read_sides(before.sums, sums, scale.read(at, at_after, logit), vt, gates.get(step)));
-        before = {mix(before.sums, scale.advance(at, logit), vt), scale.next_max(before.max, logit)};
-      });
+    const RunningSides<Pair> scale = sides_of(block.running_scale(thread));
+    State<Pair> before = state_of(in.before);
+    SavedStep<Pair> saved[kSteps];
+    Base::replay_after(scale, k, v, steps, state_of(in.after), saved);
+    for_steps<kSteps>(steps, [&](int step) {
+      const auto& [sums, at_after] = saved[step];
+      const Pair logit = scale.logit(k.get(step)), vt = v.get(step), at = before.max;
+      v.set(step, read_sides(before.sums, sums, scale.read(at, at_after, logit), vt, gates.get(step)));
+      before = {mix(before.sums, scale.advance(at, logit), vt), scale.next_max(before.max, logit)};
     });
   }
 };

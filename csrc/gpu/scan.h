@@ -170,6 +170,13 @@ struct DistantGates {
   }
 };
 
+struct NoGates {
+  template <class... Any>
+  WKV_HD explicit NoGates(const Any&...) {}
+  WKV_HD NoGate get(int) const { return {}; }
+  WKV_HD void set_gradient(int, Pair) const {}
+};
+
 // A thread's registers from one phase to the next.
 template <class Element, int kSteps>
 struct ScanThread : TileThread {
