@@ -13,9 +13,9 @@
 
 namespace wkv {
 
-template <class Element>
-struct BiBackwardTiles : BiTiles<Element, 3, kBiBackwardSteps> {
-  using Base = BiTiles<Element, 3, kBiBackwardSteps>;
+template <class Element, int kOfThread>
+struct BiBackwardTiles : BiTiles<Element, 3, kOfThread> {
+  using Base = BiTiles<Element, 3, kOfThread>;
   using Base::kSteps;
   using typename Base::Block;
   using typename Base::Gates;
@@ -84,9 +84,9 @@ struct BiBackwardTiles : BiTiles<Element, 3, kBiBackwardSteps> {
                                            Thread& thread) {
     const Columns columns(block, tile, thread);
     const Pair decay = block.channels.decay(thread.lane()), bonus = block.channels.bonus(thread.lane());
-    auto [before, after] = Base::states_around(block, tile, thread);
+    auto [before, after] = Base::states_around(block, thread);
     BothSums decayed{{Pair(0), Pair(0)}, {Pair(0), Pair(0)}};
-    for_steps_back<kSteps>(columns.steps, [&](int step) {
+    for_steps_back<kSteps>(kSteps, [&](int step) {
       const Pair weight = thread.weights[step];
       thread.reads[step] = after;
       const Sums<Pair> past = decay * after;
@@ -95,7 +95,7 @@ struct BiBackwardTiles : BiTiles<Element, 3, kBiBackwardSteps> {
     });
     Sums<Pair> of_after{Pair(0), Pair(0)}, of_before{Pair(0), Pair(0)};
     Pair from_first(1), by_before(0), by_after(0), gu(0);
-    for_steps<kSteps>(columns.steps, [&](int step) {
+    for_steps<kSteps>(kSteps, [&](int step) {
       const Pair weight = thread.weights[step], vt = columns.v.get(step), num = weight * vt;
       const Sums<Pair> sums = thread.reads[step];
       const Sums<Pair> now{bonus * num + (before.num + sums.num), bonus * weight + (before.den + sums.den)};
@@ -122,8 +122,7 @@ struct BiBackwardTiles : BiTiles<Element, 3, kBiBackwardSteps> {
   WKV_HD static BothSides adjoints_of_tile(const Block& block, const Tile& tile, bool fit, const Thread& thread) {
     if (!kFullTilesOnly && !fit) return Base::sum_of_tile(block, tile, thread);
     const Sums<Pair> none{Pair(0), Pair(0)};
-    const typename Base::WarpDecays decays(block, tile, thread.lane());
-    const BothSums sums = Base::sums_around(block, decays, thread.lane(), {none, none}, decays.last_warp + 1, 0);
+    const BothSums sums = Base::sums_around(block, thread.lane(), {none, none}, Base::kWarps, 0);
     return {normalised_adjoint({sums.before, -thread.reference}), normalised_adjoint({sums.after, -thread.reference})};
   }
 
@@ -133,16 +132,16 @@ struct BiBackwardTiles : BiTiles<Element, 3, kBiBackwardSteps> {
     const Pair decay = block.channels.decay(thread.lane()), bonus = block.channels.bonus(thread.lane());
     const auto entering = [&](Scaled adjoint) { return exp2(adjoint.exponent + thread.reference) * adjoint.sums; };
     auto [of_after, of_before] =
-        Base::sums_around(block, tile, thread, {entering(incoming.before), entering(incoming.after)});
+        Base::sums_around(block, thread, {entering(incoming.before), entering(incoming.after)});
     const auto& [before, after] = thread.decayed;
     thread.partials.num = thread.partials.num + (of_before.num * before.num + of_before.den * before.den) +
                           (of_after.num * after.num + of_after.den * after.den);
     Sums<Pair> adjoints[kSteps];
-    for_steps<kSteps>(columns.steps, [&](int step) {
+    for_steps<kSteps>(kSteps, [&](int step) {
       adjoints[step] = bonus * thread.reads[step] + of_after;
       of_after = decay * of_after + thread.reads[step];
     });
-    for_steps_back<kSteps>(columns.steps, [&](int step) {
+    for_steps_back<kSteps>(kSteps, [&](int step) {
       const Sums<Pair> adjoint = adjoints[step] + of_before;
       of_before = decay * of_before + thread.reads[step];
       const Pair gv = thread.weights[step] * adjoint.num;
@@ -176,7 +175,7 @@ struct BiBackwardTiles : BiTiles<Element, 3, kBiBackwardSteps> {
     const Pair max_before = before.max;
     Sums<Pair> of_after{Pair(0), Pair(0)}, of_before{Pair(0), Pair(0)};
     Pair from_first(1);
-    for_steps<kSteps>(columns.steps, [&](int step) {
+    for_steps<kSteps, false, true>(columns.steps, [&](int step) {
       const auto& [sums, at_after] = saved[step];
       const Pair logit = scale.logit(columns.k.get(step)), vt = columns.v.get(step), at = before.max;
       const Weights<Pair> weights = scale.advance(at, logit);
@@ -205,7 +204,7 @@ struct BiBackwardTiles : BiTiles<Element, 3, kBiBackwardSteps> {
     // The states before, each weighted by the decay from its step on: their derivatives by the log-decay.
     Sums<Pair> decayed{Pair(0), Pair(0)};
     Pair g_log_decay(0), gu(0);
-    for_steps<kSteps>(columns.steps, [&](int step) {
+    for_steps<kSteps, false, true>(columns.steps, [&](int step) {
       const auto [sums, at_after] = saved[step];
       const Pair logit = scale.logit(columns.k.get(step)), vt = columns.v.get(step), at = before.max;
       const Weights<Pair> weights = scale.advance(at, logit);
@@ -224,7 +223,7 @@ struct BiBackwardTiles : BiTiles<Element, 3, kBiBackwardSteps> {
     adjoint = entering(adjoints.after, before.max);
     g_log_decay = g_log_decay + (adjoint.num * decayed.num + adjoint.den * decayed.den);
     thread.partials = {g_log_decay, gu};
-    for_steps_back<kSteps>(columns.steps, [&](int step) {
+    for_steps<kSteps, true, true>(columns.steps, [&](int step) {
       const auto& [to_before, at] = saved[step];
       const Pair logit = scale.logit(columns.k.get(step)), vt = columns.v.get(step);
       StepGradients<Pair> gradients;
@@ -237,8 +236,8 @@ struct BiBackwardTiles : BiTiles<Element, 3, kBiBackwardSteps> {
 };
 
 template <class Element>
-struct BiAdjointSumsPass : BiBackwardTiles<Element> {
-  using Base = BiBackwardTiles<Element>;
+struct BiAdjointSumsPass : BiBackwardTiles<Element, kBiSteps> {
+  using Base = BiBackwardTiles<Element, kBiSteps>;
   using typename Base::Block;
   using typename Base::Thread;
   using typename Base::Tile;
@@ -257,8 +256,8 @@ struct BiAdjointSumsPass : BiBackwardTiles<Element> {
 };
 
 template <class Element>
-struct BiBackwardPass : BiBackwardTiles<Element> {
-  using Base = BiBackwardTiles<Element>;
+struct BiBackwardPass : BiBackwardTiles<Element, kBiBackwardSteps> {
+  using Base = BiBackwardTiles<Element, kBiBackwardSteps>;
   using typename Base::Block;
   using typename Base::Thread;
   using typename Base::Tile;

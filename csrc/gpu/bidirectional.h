@@ -157,7 +157,8 @@ struct BiTiles {
            is_moderate(thread.reference, block.channels.decay_log2(lane, steps));
   }
 
-  // Whether the tile and what comes in to it have one scale.
+  // Whether the tile and what comes in to it have one scale. Only whole tiles do, so that this code is for whole ones:
+  // a sequence has no more than one that is not, at its end.
   template <class Team>
   WKV_HD static bool agree(const Block& block, const Tile& tile, Team& team) {
     team.phase([&](Thread& thread) {
@@ -167,7 +168,7 @@ struct BiTiles {
     });
     return team.agree([&](Thread& thread) {
       thread.reference = reference_of(own_before(block, 0), kRowsOfWarp, kWarps, thread.lane());
-      return fits(block, thread, kTileSteps);
+      return tile.rows == kTileSteps && fits(block, thread, kTileSteps);
     });
   }
 
@@ -176,7 +177,7 @@ struct BiTiles {
     const Pair decay = block.channels.decay(thread.lane());
     BothSums own{{Pair(0), Pair(0)}, {Pair(0), Pair(0)}};
     Pair decayed(1);
-    for_steps<kSteps>(tile.steps_of(thread.warp()), [&](int step) {
+    for_steps<kSteps>(kSteps, [&](int step) {
       const Pair weight = weight_of(thread.keys.get(step), thread.reference), num = weight * v.get(step);
       thread.weights[step] = weight;
       own.before = {decay * own.before.num + num, decay * own.before.den + weight};
@@ -186,43 +187,30 @@ struct BiTiles {
     return own;
   }
 
-  // The decay over the steps of a warp, all of which are full but the last.
-  struct WarpDecays {
-    int last_warp;
-    Pair full, last;
-
-    WKV_HD WarpDecays(const Block& block, const Tile& tile, int lane)
-        : last_warp(tile.last_warp()),
-          full(exp2(block.channels.decay_log2(lane, kSteps))),
-          last(exp2(block.channels.decay_log2(lane, tile.steps_of(last_warp)))) {}
-    WKV_HD Pair of(int warp) const { return kFullTilesOnly || warp < last_warp ? full : last; }
-  };
-
   WKV_HD static void leave_sums(const Block& block, const Thread& thread, BothSums own) {
     own_before(block, thread.warp()).set_sums(thread.lane(), own.before);
     own_after(block, thread.warp()).set_sums(thread.lane(), own.after);
   }
-  // As `with_warps_before` and `with_warps_from`, for any warp or, around all, for none.
-  WKV_HD static BothSums sums_around(const Block& block, const WarpDecays& decays, int lane, BothSums in, int end,
-                                     int first) {
-#pragma unroll 1
-    for (int warp = 0; warp < end; ++warp) {
-      in.before = decays.of(warp) * in.before + own_before(block, warp).get_sums(lane);
+  // As `with_warps_before` and `with_warps_from`.
+  WKV_HD static BothSums sums_around(const Block& block, int lane, BothSums in, int end, int first) {
+    const Pair decay = exp2(block.channels.decay_log2(lane, kSteps));
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      if (warp < end) in.before = decay * in.before + own_before(block, warp).get_sums(lane);
     }
-#pragma unroll 1
-    for (int warp = decays.last_warp; warp >= first; --warp) {
-      in.after = decays.of(warp) * in.after + own_after(block, warp).get_sums(lane);
+#pragma unroll
+    for (int warp = kWarps - 1; warp >= 0; --warp) {
+      if (warp >= first) in.after = decay * in.after + own_after(block, warp).get_sums(lane);
     }
     return in;
   }
-  WKV_HD static BothSums sums_around(const Block& block, const Tile& tile, const Thread& thread, BothSums in) {
-    const int lane = thread.lane(), warp = thread.warp();
-    return sums_around(block, WarpDecays(block, tile, lane), lane, in, warp, warp + 1);
+  WKV_HD static BothSums sums_around(const Block& block, const Thread& thread, BothSums in) {
+    return sums_around(block, thread.lane(), in, thread.warp(), thread.warp() + 1);
   }
   // The states on either side of a thread's steps.
-  WKV_HD static BothSums states_around(const Block& block, const Tile& tile, const Thread& thread) {
+  WKV_HD static BothSums states_around(const Block& block, const Thread& thread) {
     const auto& [before, after] = thread.in;
-    return sums_around(block, tile, thread,
+    return sums_around(block, thread,
                        {power_of_two(before.exponent - thread.reference) * before.sums,
                         power_of_two(after.exponent - thread.reference) * after.sums});
   }
@@ -232,8 +220,8 @@ struct BiTiles {
   template <class Left>
   WKV_HD static Scaled sum_of_spread(const Left& left, Column<Element> v, int steps) {
     State<Pair> state = empty_state<Pair>();
-    for_steps<kSteps>(steps, [&](int step) { state.max = larger(left(step), state.max); });
-    for_steps<kSteps>(steps, [&](int step) {
+    for_steps<kSteps, false, true>(steps, [&](int step) { state.max = larger(left(step), state.max); });
+    for_steps<kSteps, false, true>(steps, [&](int step) {
       // The difference first: log2(e) times a logit that has grown is too coarse.
       const Pair weight = exp_nonpositive(left(step) - state.max);
       state.sums = {weight * v.get(step) + state.sums.num, state.sums.den + weight};
@@ -263,7 +251,7 @@ struct BiTiles {
   // The sums after each step, from the state after all of them; returns the one before them.
   WKV_HD static State<Pair> replay_after(const RunningSides<Pair>& scale, Column<Element> k, Column<Element> v,
                                          int steps, State<Pair> after, SavedStep<Pair> (&saved)[kSteps]) {
-    for_steps_back<kSteps>(steps, [&](int step) {
+    for_steps<kSteps, true, true>(steps, [&](int step) {
       const Pair logit = scale.logit(k.get(step)), at = scale.at(after.max, logit);
       saved[step] = {after.sums, at};
       after = {mix(after.sums, scale.advance(at, logit), v.get(step)), scale.next_max(after.max, logit)};
@@ -302,8 +290,8 @@ struct BiTileKernel {
 };
 
 template <class Element>
-struct BiSumsPass : BiTiles<Element, 2, kBiForwardSteps> {
-  using Base = BiTiles<Element, 2, kBiForwardSteps>;
+struct BiSumsPass : BiTiles<Element, 2, kBiSteps> {
+  using Base = BiTiles<Element, 2, kBiSteps>;
   using typename Base::Block;
   using typename Base::Thread;
   using typename Base::Tile;
@@ -316,7 +304,7 @@ struct BiSumsPass : BiTiles<Element, 2, kBiForwardSteps> {
     const int steps = tile.steps_of(thread.warp());
     thread.keys.load(block.column_of(0, thread), steps);
     thread.reference = ceil(thread.keys.highest);
-    if (kFullTilesOnly || warp_agrees(Base::fits(block, thread, Base::kSteps))) {
+    if (kFullTilesOnly || warp_agrees(steps == Base::kSteps && Base::fits(block, thread, steps))) {
       const auto [before, after] = Base::sum_together(block, tile, thread);
       return {{before, thread.reference}, {after, thread.reference}};
     }
@@ -335,8 +323,8 @@ struct BiSumsPass : BiTiles<Element, 2, kBiForwardSteps> {
 };
 
 template <class Element>
-struct BiForwardPass : BiTiles<Element, 2, kBiForwardSteps> {
-  using Base = BiTiles<Element, 2, kBiForwardSteps>;
+struct BiForwardPass : BiTiles<Element, 2, kBiSteps> {
+  using Base = BiTiles<Element, 2, kBiSteps>;
   using Base::kSteps;
   using typename Base::Block;
   using typename Base::Gates;
@@ -365,19 +353,19 @@ struct BiForwardPass : BiTiles<Element, 2, kBiForwardSteps> {
 
   // y takes the place of v.
   WKV_HD static void read_together(const Block& block, const Tile& tile, const Thread& thread) {
-    const int lane = thread.lane(), steps = tile.steps_of(thread.warp());
+    const int lane = thread.lane();
     const Column<Element> v = block.column_of(1, thread);
     const Pair decay = block.channels.decay(lane), bonus = block.channels.bonus(lane);
-    auto [before, after] = Base::states_around(block, tile, thread);
+    auto [before, after] = Base::states_around(block, thread);
     Sums<Pair> saved[kSteps];
-    for_steps_back<kSteps>(steps, [&](int step) {
+    for_steps_back<kSteps>(kSteps, [&](int step) {
       const Pair weight = thread.weights[step];
       saved[step] = after;
       after = {decay * after.num + weight * v.get(step), decay * after.den + weight};
     });
     Base::with_gates(block, tile, thread, [&](const auto& gates) {
       Sums<Pair> past = before;
-      for_steps<kSteps>(steps, [&](int step) {
+      for_steps<kSteps>(kSteps, [&](int step) {
         const Pair weight = thread.weights[step], num = weight * v.get(step);
         const Sums<Pair> now{bonus * num + (past.num + saved[step].num), bonus * weight + (past.den + saved[step].den)};
         v.set(step, gated_mean(now, gates.get(step)));
@@ -395,7 +383,7 @@ struct BiForwardPass : BiTiles<Element, 2, kBiForwardSteps> {
     State<Pair> before = state_of(in.before);
     SavedStep<Pair> saved[kSteps];
     Base::replay_after(scale, k, v, steps, state_of(in.after), saved);
-    for_steps<kSteps>(steps, [&](int step) {
+    for_steps<kSteps, false, true>(steps, [&](int step) {
       const auto& [sums, at_after] = saved[step];
       const Pair logit = scale.logit(k.get(step)), vt = v.get(step), at = before.max;
       v.set(step, read_sides(before.sums, sums, scale.read(at, at_after, logit), vt, gates.get(step)));

@@ -61,11 +61,11 @@ struct BiBounds<double, steps> {
   static constexpr int threads = kDoubleThreads, blocks = 1;
 };
 template <class Element>
-struct Bounds<BiSums<Element>> : BiBounds<Element, kBiForwardSteps> {};
+struct Bounds<BiSums<Element>> : BiBounds<Element, kBiSteps> {};
 template <class Element>
-struct Bounds<BiForward<Element>> : BiBounds<Element, kBiForwardSteps> {};
+struct Bounds<BiForward<Element>> : BiBounds<Element, kBiSteps> {};
 template <class Element>
-struct Bounds<BiAdjointSums<Element>> : BiBounds<Element, kBiBackwardSteps> {};
+struct Bounds<BiAdjointSums<Element>> : BiBounds<Element, kBiSteps> {};
 template <class Element>
 struct Bounds<BiBackward<Element>> : BiBounds<Element, kBiBackwardSteps> {};
 template <>

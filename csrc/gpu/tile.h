@@ -254,10 +254,11 @@ WKV_HD void clear_unless_full(int count, Value (&values)[kSteps]) {
 }
 
 // Calls function(step) for the first `count` steps of a subchunk, or from the last of these to the first, all unrolled,
-// so that arrays over them can be registers; a whole subchunk, the usual case, compares nothing at each step.
-template <int kSteps, bool kBack = false, class Function>
+// so that arrays over them can be registers; a whole subchunk, the usual case, compares nothing at each step, at the
+// price of a second loop.
+template <int kSteps, bool kBack = false, bool kOneLoop = false, class Function>
 WKV_HD void for_steps(int count, const Function& function) {
-  if (kFullTilesOnly || count == kSteps) {
+  if (kFullTilesOnly || (!kOneLoop && count == kSteps)) {
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) function(kBack ? kSteps - 1 - i : i);
   } else {
