@@ -8,6 +8,7 @@ a multiprocessor than required, or if it has more code than its limit.
 machine code is then read instead of compiled again, which is four fifths of the time.
 """
 
+import itertools
 import re
 import sys
 import tempfile
@@ -38,6 +39,9 @@ PROBLEM = (8, 1024, 768)
 TILE_CHANNELS = 64
 REDUCE_THREADS, REDUCE_SHARED_BYTES = 1024, 1024 * 2 * 8
 STEP_THREADS = 128
+# Of the bidirectional kernels: threads, and inputs in a tile of 64 steps; `bi_join` has none.
+BI_BLOCKS = {"bi_sums": (128, 2), "bi_forward": (128, 2), "bi_adjoint_sums": (128, 3), "bi_backward": (256, 3)}
+BI_STEPS, BI_DOUBLE_THREADS, BI_JOIN_THREADS = 64, 32, 128
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,9 @@ class Block:
 
 
 OPERATIONS = ("forward", "backward", "mixing_forward", "mixing_backward")
-NAMES = {name.title().replace("_", ""): name for name in (*OPERATIONS, "reduce", "step")}  # by their types
+NAMES = {
+    name.title().replace("_", ""): name for name in (*OPERATIONS, "reduce", "step", *BI_BLOCKS, "bi_join")
+}  # by type
 DTYPES = {"f": "float32", "NS_4HalfE": "float16", "NS_8Bfloat16E": "bfloat16", "d": "float64"}
 MANGLED = re.compile(rf"wkv_kernelINS_\d+({'|'.join(NAMES)})I({'|'.join(DTYPES)})EE")
 
@@ -124,6 +130,15 @@ CODE_LIMITS = {
     ("mixing_forward", "float32"): (39, 3.3),
     ("mixing_backward", "bfloat16"): (87, 3.5),
     ("mixing_backward", "float32"): (84, 3.5),
+    # Of code with a gate.
+    ("bi_sums", "bfloat16"): (26, 1.3),
+    ("bi_sums", "float32"): (26, 1.3),
+    ("bi_forward", "bfloat16"): (55, 3.3),
+    ("bi_forward", "float32"): (50, 3.3),
+    ("bi_adjoint_sums", "bfloat16"): (65, 3.4),
+    ("bi_adjoint_sums", "float32"): (61, 3.4),
+    ("bi_backward", "bfloat16"): (135, 3.8),
+    ("bi_backward", "float32"): (133, 3.8),
 }
 
 # Blocks of a kernel that must fit on a multiprocessor: one works while another waits. Shared memory or registers allow
@@ -132,6 +147,7 @@ _FORWARD = dict.fromkeys(DEVICES, 2)
 _BACKWARD_16_BITS = {**dict.fromkeys(DEVICES, 3), "7.5": 2}
 # r is one more tile.
 _MIXING_BACKWARD_16_BITS = {**dict.fromkeys(DEVICES, 3), "7.5": 1, "8.6": 2, "8.9": 2, "12.0": 2}
+_BI = {**dict.fromkeys(DEVICES, 2), "7.5": 1}
 LEAST_BLOCKS = {
     ("forward", "float32"): _FORWARD,
     ("forward", "float16"): _FORWARD,
@@ -145,6 +161,8 @@ LEAST_BLOCKS = {
     ("mixing_backward", "float32"): {"7.5": 1, "8.0": 2, "8.6": 2, "8.9": 2, "9.0": 3, "10.0": 2, "12.0": 2},
     ("mixing_backward", "float16"): _MIXING_BACKWARD_16_BITS,
     ("mixing_backward", "bfloat16"): _MIXING_BACKWARD_16_BITS,
+    **dict.fromkeys(itertools.product(("bi_forward", "bi_adjoint_sums"), ("float32", "float16", "bfloat16")), _BI),
+    ("bi_adjoint_sums", "float32"): {**_BI, "8.6": 1, "8.9": 1, "12.0": 1},
 }
 
 
@@ -213,6 +231,14 @@ def blocks(architecture: str) -> dict[tuple[str, str], Block]:
             elements = plan["tile_steps"] * TILE_CHANNELS // plan["threads"]
             found[operation, dtype] = Block(plan["threads"], plan["shared_bytes"], elements)
         found["step", dtype] = Block(STEP_THREADS, 0)
+    for name, (threads, inputs) in BI_BLOCKS.items():
+        for dtype, bytes_of in (("float32", 4), ("float16", 2), ("bfloat16", 2)):
+            tile = BI_STEPS * TILE_CHANNELS
+            # Messages of the warps and of eight more, the channels' parameters, the ticket and the place.
+            shared = inputs * tile * bytes_of + (3 * (8 + threads // 32) + 3) * 4 * TILE_CHANNELS + 16 + 48
+            found[name, dtype] = Block(threads, shared, tile // threads)
+        found[name, "float64"] = Block(BI_DOUBLE_THREADS, 0)
+    found["bi_join", "float32"] = Block(BI_JOIN_THREADS, 0)
     for dtype in ("float32", "float64"):  # of the partials, which have the states' dtype
         found["reduce", dtype] = Block(REDUCE_THREADS, REDUCE_SHARED_BYTES)
     return found
@@ -244,16 +270,21 @@ def rows(compiled: dict[str, list[Kernel]]) -> Iterator[Row]:
 SHORT = """# The CUDA kernels as compiled
 
 `make kernel-report`, nvcc {version}; `make kernel-check` fails where a limit is exceeded. No kernel may have a stack
-frame, where spilled registers would be. Threads, shared memory and memory accesses are in
-build/kernel-report/kernel.json, too."""
+frame, where spilled registers would be. Threads, shared memory, memory accesses and the other
+dtypes are in build/kernel-report/kernel.json."""
 REGISTERS = """Registers of a thread / blocks that fit on a multiprocessor, as launched for B, T, C = {problem} /
 the least number of them that is allowed, 1 where there is none."""
 CODE = """Instructions / MUFU for each of a thread's elements, in the kernels compiled for full tiles whose keys share
 an exponent: all of the code, a block's beginning and end and one turn of each loop included."""
 
 
+# Those of the tables; docs/triton-report.md takes float16 from here, too.
+SHOWN = {*itertools.product(NAMES.values(), ("float32", "bfloat16")), ("forward", "float16"), ("backward", "float16")}
+
+
 def short_report(rows: list[Row], version: str) -> list[str]:
     """The paragraphs of docs/kernel-report.md."""
+    rows = [row for row in rows if (row["kernel"], row["dtype"]) in SHOWN]
 
     def registers(row: Row) -> str:
         least = LEAST_BLOCKS.get((row["kernel"], row["dtype"]), {}).get(row["architecture"])
