@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import bi_problems
 import ptx
 import pytest
 import torch
@@ -158,6 +159,27 @@ def test_gates_and_packed_sequences_equal_the_oracle_in_any_order(
 def test_boundaries_that_are_none_end_and_touch_nothing_else(dtype: torch.dtype, folder: Path) -> None:
     for seed, (total, order) in enumerate([(64, "forward"), (300, "reversed"), (701, "shuffled")]):
         run_bad_boundaries(gpu_host.PtxRunner(folder, SUITE_ARCHITECTURE, order, resident=1), dtype, total, seed)
+
+
+# ---- both directions ----
+
+# Whole intervals that share an exponent, and others.
+BI_NAMES = ("gated_wide", "packed_of_all_lengths", "k_of_20", "growing")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=gpu_host.name_of)
+@pytest.mark.parametrize("architecture", [SUITE_ARCHITECTURE, OLDEST_ARCHITECTURE])
+def test_both_directions_equal_the_oracle_in_any_order(architecture: str, dtype: torch.dtype, folder: Path) -> None:
+    for name in BI_NAMES:
+        tensors = bi_problems.make(bi_problems.PROBLEMS[name], dtype)
+        runner = gpu_host.PtxRunner(folder, architecture, resident=1)
+        with emulated_backend.emulated(runner) as backend:
+            bi_problems.assert_solves(tensors, backend)
+            expected = bi_problems.solve_by(tensors, backend)
+            runner.resident = 0
+            for runner.order in ("reversed", "shuffled"):
+                for output, value in bi_problems.solve_by(tensors, backend).items():
+                    assert torch.equal(value, expected[output]), (name, runner.order, output)
 
 
 # ---- executed instructions ----
