@@ -4,6 +4,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "small.h"
+#include "summary.h"
 
 namespace wkv {
 
@@ -47,6 +48,10 @@ struct Bounds<Backward<Element>> {
 };
 template <class Element>
 struct Bounds<MixingBackward<Element>> : Bounds<Backward<Element>> {};
+template <class Element>
+struct Bounds<Summary<Element>> : Bounds<Forward<Element>> {};
+template <class Element>
+struct Bounds<AdjointSummary<Element>> : Bounds<Backward<Element>> {};
 template <>
 struct Bounds<Forward<double>> {
   static constexpr int threads = kDoubleThreads, blocks = 1;
