@@ -24,6 +24,7 @@ namespace wkv {
 inline constexpr double kEmptyMax = -1e38;
 
 inline constexpr double kLog2E = 1.44269504088896340736;
+inline constexpr double kLn2 = 0.693147180559945309417;
 
 // ---- a scalar as a Real; a vector type brings its own ----
 
