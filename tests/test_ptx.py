@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_suite_passes_on_the_ptx() -> None:
     """Outputs, states and gradients of every problem, dtype and special value, threads in random order."""
-    files = [str(HERE / f"test_{name}.py") for name in ("operator", "state", "special_values")]
+    files = [str(HERE / f"test_{name}.py") for name in ("operator", "state", "special_values", "bidirectional")]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "emulated_backend", *files, "-k", "emulated"],
         env={

@@ -111,16 +111,16 @@ struct KeyRange {
 
 // Bounds of the logarithm of a side's denominator. Its sums are relative to the upper one.
 template <class Real>
-struct Bounds {
+struct SideBounds {
   Real lower, upper;
 
   // After a subchunk whose last step has the key `last`, over which the log-decay is `total`. The range is that of its
   // logits, or wider: the running maximum itself takes a chain of operations that are longer than the sums of the
   // steps.
-  WKV_HD Bounds after(const KeyRange<Real>& keys, Real last, Real log_decay, Real total) const {
+  WKV_HD SideBounds after(const KeyRange<Real>& keys, Real last, Real log_decay, Real total) const {
     return {larger(last, lower + total), larger(keys.highest + larger(total - log_decay, Real(0)), upper + total)};
   }
-  WKV_HD LogitRange<Real> range(const KeyRange<Real>& keys, Bounds after, Real total) const {
+  WKV_HD LogitRange<Real> range(const KeyRange<Real>& keys, SideBounds after, Real total) const {
     return {larger(upper, after.upper), after.upper, larger(keys.lowest, smaller(lower, lower + total))};
   }
 };

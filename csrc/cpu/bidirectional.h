@@ -134,8 +134,8 @@ struct BiKernel : Kernel<dtype> {
 
   struct SubchunkSides {
     KeyRange<Vec> keys;
-    Bounds<Vec> bounds_before;  // before the subchunk
-    LogitRange<Vec> before;     // of the steps before alone
+    SideBounds<Vec> bounds_before;  // before the subchunk
+    LogitRange<Vec> before;         // of the steps before alone
     bool is_shared;
     // From the scale of the sums that enter to that of the subchunk, and from there to that of the sums that leave.
     Vec reference_log2, enter_before, leave_before, enter_after, leave_after;
@@ -150,7 +150,7 @@ struct BiKernel : Kernel<dtype> {
   static WKV_INLINE State<Vec> settled_state(const Real* state, int64_t C, int64_t c, int count) {
     return settled(Base::load_state(state, C, c, count)).state;
   }
-  static WKV_INLINE Bounds<Vec> bounds_of(State<Vec> settled) { return {settled.max, settled.max}; }
+  static WKV_INLINE SideBounds<Vec> bounds_of(State<Vec> settled) { return {settled.max, settled.max}; }
 
   static WKV_INLINE KeyRange<Vec> range_of(Rows<const Real> keys, int begin, int end) {
     auto range = KeyRange<Vec>::from(load(keys.row(begin)), load(keys.row(end - 1)));
@@ -173,11 +173,11 @@ struct BiKernel : Kernel<dtype> {
   // further have a single bound, the running maximum.
   struct Course {
     LogitRange<Vec> range;
-    Bounds<Vec> after;
+    SideBounds<Vec> after;
     bool is_narrow;
   };
   static WKV_INLINE Course course_of(const VectorChannels& channels, const KeyRange<Vec>& range, Rows<const Real> keys,
-                                     int steps, Vec last, Bounds<Vec> before) {
+                                     int steps, Vec last, SideBounds<Vec> before) {
     const Vec log_decay = channels.channel.log_decay, total = log_decay * Vec(Real(steps));
     Course course;
     course.after = before.after(range, last, log_decay, total);
@@ -205,7 +205,7 @@ struct BiKernel : Kernel<dtype> {
   // Of the steps before, whose sums are not needed for it.
   template <class Gates>
   static WKV_INLINE void find_ranges_before(const VectorChannels& channels, const Interval<Gates>& interval,
-                                            Bounds<Vec> bounds, SubchunkSides* sides) {
+                                            SideBounds<Vec> bounds, SubchunkSides* sides) {
     for (int begin = 0; begin < interval.steps; begin += kSubchunk, ++sides) {
       const int steps = interval.steps_from(begin);
       sides->keys = range_of(interval.keys, begin, begin + steps);
@@ -219,8 +219,8 @@ struct BiKernel : Kernel<dtype> {
 
   // Decides on the scale, and takes the bounds of the state after the subchunk over it.
   template <class Gates>
-  static WKV_INLINE Bounds<Vec> find_scale(const VectorChannels& channels, const Interval<Gates>& interval, int begin,
-                                           Bounds<Vec> bounds, SubchunkSides& sides) {
+  static WKV_INLINE SideBounds<Vec> find_scale(const VectorChannels& channels, const Interval<Gates>& interval,
+                                               int begin, SideBounds<Vec> bounds, SubchunkSides& sides) {
     const int steps = interval.steps_from(begin);
     const auto reverse_keys = reversed(interval.keys.from(begin, 0), steps);
     const Course after = course_of(channels, sides.keys, reverse_keys, steps, sides.keys.first, bounds);
@@ -249,7 +249,7 @@ struct BiKernel : Kernel<dtype> {
                                       State<Vec> before, State<Vec> after, Next next, SubchunkSides* sides,
                                       SavedStep<Vec>* saved) {
     find_ranges_before(channels, interval, bounds_of(before), sides);
-    Bounds<Vec> bounds = bounds_of(after);
+    SideBounds<Vec> bounds = bounds_of(after);
     for (int begin = interval.last_begin(); begin >= 0; begin -= kSubchunk) {
       SubchunkSides& own = sides[begin / kSubchunk];
       bounds = find_scale(channels, interval, begin, bounds, own);
@@ -309,7 +309,7 @@ struct BiKernel : Kernel<dtype> {
   // Takes the state after a subchunk's steps to the one before them, in place.
   template <class Next>
   static WKV_INLINE void sum_up_subchunk(const VectorChannels& channels, Rows<const Element> k, Rows<const Element> v,
-                                         Next next, int steps, State<Vec>& state, Bounds<Vec>& bounds) {
+                                         Next next, int steps, State<Vec>& state, SideBounds<Vec>& bounds) {
     typename Base::Keys widened;
     const auto rows = widened.widen(k, steps);
     const auto range = range_of(rows, 0, steps);
@@ -351,7 +351,7 @@ struct BiKernel : Kernel<dtype> {
           const int count = Base::at_most(kLanes, item.c_end - c);
           const auto channels = Base::channels_at(params.channels, c, count);
           State<Vec> state = settled_state(table.after(t), C, c, count);
-          Bounds<Vec> bounds = bounds_of(state);
+          SideBounds<Vec> bounds = bounds_of(state);
           for (int begin = (steps - 1) / kSubchunk * kSubchunk; begin >= 0; begin -= kSubchunk) {
             const int own_steps = Base::at_most(kSubchunk, steps - begin);
             sum_up_subchunk(

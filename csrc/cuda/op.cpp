@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../common/namespace.h"
+#include "../gpu/bi_op.h"
 #include "../gpu/summary_op.h"
 #include "kernels.h"
 
@@ -78,6 +79,8 @@ WKV_LIBRARY_IMPL(WKV_NAMESPACE, CUDA, m) {
   m.impl("_wkv_summary", TORCH_BOX(&wkv::gpu_summary<wkv::CudaLauncher>));
   m.impl("_wkv_adjoint_summary", TORCH_BOX(&wkv::gpu_adjoint_summary<wkv::CudaLauncher>));
   m.impl("wkv_step", TORCH_BOX(&wkv::gpu_step<wkv::CudaLauncher>));
+  m.impl("bi_wkv_forward", TORCH_BOX(&wkv::gpu_bi_forward<wkv::CudaLauncher>));
+  m.impl("_bi_wkv_backward", TORCH_BOX(&wkv::gpu_bi_backward<wkv::CudaLauncher>));
 }
 
 // The build, as JSON. The string belongs to the library.

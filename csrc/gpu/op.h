@@ -158,6 +158,19 @@ inline unsigned blocks_for(int64_t count, int of_block) {
   return static_cast<unsigned>(blocks);
 }
 
+// The gradients of the decay and of u from their parts.
+template <class Launcher>
+void launch_reduce(Launcher& launcher, DType dtype, const ReduceParams& reduce) {
+  constexpr int kThreads = kReduceLanes * kReduceGroups;
+  launcher.launch({Kernel::reduce,
+                   dtype,
+                   {blocks_for(reduce.C, kReduceLanes), 1, 1},
+                   kThreads,
+                   kThreads * 2 * static_cast<int>(sizeof(double)),
+                   &reduce,
+                   sizeof reduce});
+}
+
 template <class Launcher>
 std::tuple<Tensor, Tensor, Tensor> gpu_mixing_forward(const Tensor& w, const Tensor& u, const Tensor& k,
                                                       const Tensor& v, const std::optional<Tensor>& state,
@@ -223,14 +236,7 @@ Gradients gpu_gradients(const Tensor& w, const Tensor& u, const Tensor& k, const
                                .rows = plan.partial_bytes / (2 * C * state_bytes(dtype)),
                                .gw = gw.mutable_data_ptr(),
                                .gu = gu.mutable_data_ptr()};
-  constexpr int kThreads = kReduceLanes * kReduceGroups;
-  launcher.launch({Kernel::reduce,
-                   dtype,
-                   {blocks_for(C, kReduceLanes), 1, 1},
-                   kThreads,
-                   kThreads * 2 * static_cast<int>(sizeof(double)),
-                   &reduce,
-                   sizeof reduce});
+  launch_reduce(launcher, dtype, reduce);
   return {gw, gu, gk, gv, gstate};
 }
 

@@ -50,6 +50,12 @@ constexpr int backward_shared_bytes(DType dtype, int64_t architecture, bool mixi
          (mixing ? kPlaceBytes : 0);
 }
 
+// Of the bidirectional kernels' tile, with the sums of its warps.
+constexpr int bi_shared_bytes(DType dtype, int inputs, int steps) {
+  return inputs * tile_bytes(dtype, bi_warps(steps) * steps) +
+         (forward_message_rows(bi_warps(steps)) + kChannelRows) * kRowBytes + kTicketBytes + kPlaceBytes;
+}
+
 struct Plan {
   int warps;  // of a tile
   int64_t tile_steps;

@@ -80,6 +80,12 @@ constexpr bool backward_stages_gate(DType dtype, int64_t architecture) {
 inline constexpr int64_t kColumnsPerMultiprocessor = 4;
 inline constexpr int64_t kBlocksPerMultiprocessor = 32;
 
+// Steps of a bidirectional kernel's subchunk, whose tile is an interval. `bi_backward` keeps five pairs for each step:
+// with 16 of them nvcc 13.0 spills.
+inline constexpr int kBiSteps = 16;
+inline constexpr int kBiBackwardSteps = 8;
+constexpr int bi_warps(int steps) { return static_cast<int>(checkpoint_interval(DType::float32)) / steps; }
+
 // Rows of a grid for the chunks of packed sequences, which may be more than a grid's y or z has room for.
 inline constexpr unsigned kPackedRows = 32768;
 
