@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 NAMESPACE = "rwkv_kernels_on_host"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 OPERATORS = ("wkv_forward", "_wkv_backward", "wkv_mixing_forward", "_wkv_mixing_backward", "wkv_step")
+OPERATORS += ("_wkv_summary", "_wkv_adjoint_summary")
 BI_OPERATORS = ("bi_wkv_forward", "_bi_wkv_backward")
 
 Limits = dict[str, int]  # as _introspection.plan_cuda takes them
@@ -240,6 +241,16 @@ def backward(executor: Executor, *arguments: Any) -> tuple[Tensor, ...]:
     """gw, gu, gk, gv and gstate, and of the mixing operator gr."""
     name = "_wkv_backward" if len(arguments) == 8 else "_wkv_mixing_backward"
     return call(executor, name, *_contiguous(arguments))  # type: ignore[no-any-return]
+
+
+def summary(executor: Executor, *arguments: Any) -> Tensor:
+    """The state that the steps leave behind an empty one."""
+    return call(executor, "_wkv_summary", *_contiguous(arguments))  # type: ignore[no-any-return]
+
+
+def adjoint_summary(executor: Executor, *arguments: Any) -> Tensor:
+    """The adjoint before the steps where the one after them is zero."""
+    return call(executor, "_wkv_adjoint_summary", *_contiguous(arguments))  # type: ignore[no-any-return]
 
 
 def bi_forward(executor: Executor, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -112,10 +112,9 @@ class Block:
     elements: int = 0
 
 
-OPERATIONS = ("forward", "backward", "mixing_forward", "mixing_backward")
-NAMES = {
-    name.title().replace("_", ""): name for name in (*OPERATIONS, "reduce", "step", *BI_BLOCKS, "bi_join")
-}  # by type
+OPERATIONS = ("forward", "backward", "mixing_forward", "mixing_backward", "summary", "adjoint_summary")
+# By their types.
+NAMES = {name.title().replace("_", ""): name for name in (*OPERATIONS, "reduce", "step", *BI_BLOCKS, "bi_join")}
 DTYPES = {"f": "float32", "NS_4HalfE": "float16", "NS_8Bfloat16E": "bfloat16", "d": "float64"}
 MANGLED = re.compile(rf"wkv_kernelINS_\d+({'|'.join(NAMES)})I({'|'.join(DTYPES)})EE")
 
@@ -130,6 +129,10 @@ CODE_LIMITS = {
     ("mixing_forward", "float32"): (39, 3.3),
     ("mixing_backward", "bfloat16"): (87, 3.5),
     ("mixing_backward", "float32"): (84, 3.5),
+    ("summary", "bfloat16"): (17, 1.2),
+    ("summary", "float32"): (17, 1.2),
+    ("adjoint_summary", "bfloat16"): (57, 3.5),
+    ("adjoint_summary", "float32"): (55, 3.5),
     # Of code with a gate.
     ("bi_sums", "bfloat16"): (26, 1.3),
     ("bi_sums", "float32"): (26, 1.3),
@@ -164,6 +167,10 @@ LEAST_BLOCKS = {
     **dict.fromkeys(itertools.product(("bi_forward", "bi_adjoint_sums"), ("float32", "float16", "bfloat16")), _BI),
     ("bi_adjoint_sums", "float32"): {**_BI, "8.6": 1, "8.9": 1, "12.0": 1},
 }
+# The same tiles without their outputs.
+for _dtype in ("float32", "float16", "bfloat16"):
+    LEAST_BLOCKS["summary", _dtype] = _FORWARD
+    LEAST_BLOCKS["adjoint_summary", _dtype] = LEAST_BLOCKS["mixing_backward", _dtype]
 
 
 def identity(mangled: str) -> tuple[str, str]:

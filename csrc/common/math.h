@@ -24,6 +24,7 @@ namespace wkv {
 inline constexpr double kEmptyMax = -1e38;
 
 inline constexpr double kLog2E = 1.44269504088896340736;
+inline constexpr double kLn2 = 0.693147180559945309417;
 
 // ---- a scalar as a Real; a vector type brings its own ----
 
@@ -40,6 +41,14 @@ WKV_HD double exp_nonpositive(double x) { return std::exp(x); }
 // 2^x for x <= 0; results below 2^-126 are negligible.
 WKV_HD float exp2_clamped(float x) { return std::exp2(x); }
 WKV_HD double exp2_clamped(double x) { return std::exp2(x); }
+
+// e of x = 2^e times a number from 1 to 2; of zero something that is small beside kEmptyMax.
+template <class Scalar>
+WKV_HD Scalar exponent_of(Scalar x) {
+  int exponent;
+  std::frexp(x, &exponent);
+  return static_cast<Scalar>(exponent - 1);
+}
 
 // Two quotients with the same divisor.
 template <class Real>

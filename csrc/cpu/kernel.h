@@ -151,6 +151,22 @@ struct Kernel {
         return {data, kLanes};
       }
     }
+
+    // The same along with their range.
+    WKV_INLINE Rows<const Real> widen(Rows<const Element> k, int steps, StandingRange<Vec>& range) {
+      constexpr bool kWidens = !std::is_same_v<Element, Real>;
+#pragma GCC unroll 4
+      for (int step = 0; step < steps; ++step) {
+        const Vec kt = load(k.row(step));
+        range.add(kt);
+        if constexpr (kWidens) store(data + step * kLanes, kt);
+      }
+      if constexpr (kWidens) {
+        return {data, kLanes};
+      } else {
+        return k;
+      }
+    }
   };
 
   // Steps of a line that are staged before they are written to memory.
@@ -227,7 +243,8 @@ struct Kernel {
     return {channels.channel, all(channels.channel.is_moderate()), channels.bonus * channels.decay};
   }
 
-  // `enter` converts sums from the state's scale to the subchunk's, `leave` converts them back.
+  // `enter` converts sums from the scale of the state before the subchunk to that of its steps, `leave` from there to
+  // that of the state after it, where the scale is shared.
   struct SubchunkScale {
     bool is_shared;
     Vec reference_log2, enter, leave;
@@ -237,14 +254,20 @@ struct Kernel {
     }
   };
 
+  template <class Scale, class Steps>
+  static WKV_INLINE State<Vec> in_kept(const Scale& scale, const SubchunkScale& kept, Vec max, State<Vec> state,
+                                       const Steps& steps_in) {
+    state.sums = {state.sums.num * kept.enter, state.sums.den * kept.enter};
+    state = steps_in(scale, state);
+    return {{state.sums.num * kept.leave, state.sums.den * kept.leave}, max};
+  }
+
   // Advances the state over a subchunk by `steps_in(scale, state)`, in the scale that the keys allow, which it stores
   // in `kept`.
   template <class Steps>
   static WKV_INLINE State<Vec> in_scale(const VectorChannels& channels, Rows<const Real> k, int steps, State<Vec> state,
                                         SubchunkScale& kept, const Steps& steps_in) {
-    auto range = LogitRange<Vec>::from(state.max);
-#pragma GCC unroll 4
-    for (int step = 0; step < steps; ++step) range.add(channels.channel, load(k.row(step)));
+    const auto range = logit_range(channels, k, steps, state.max);
     // A single step has nothing to share: RunningScale takes fewer exponentials and rounds less.
     kept.is_shared = steps > 1 && all(range.fits(channels.channel));
     if (__builtin_expect(!kept.is_shared, 0)) {
@@ -255,9 +278,78 @@ struct Kernel {
     const auto scale = kept.shared(channels);
     kept.enter = scale.weight(state.max);
     kept.leave = Vec(Real(1)) / scale.weight(range.running);
-    state.sums = {state.sums.num * kept.enter, state.sums.den * kept.enter};
-    state = steps_in(scale, state);
-    return {{state.sums.num * kept.leave, state.sums.den * kept.leave}, range.running};
+    return in_kept(scale, kept, range.running, state, steps_in);
+  }
+  static WKV_INLINE LogitRange<Vec> logit_range(const VectorChannels& channels, Rows<const Real> k, int steps,
+                                                Vec largest) {
+    auto range = LogitRange<Vec>::from(largest);
+#pragma GCC unroll 4
+    for (int step = 0; step < steps; ++step) range.add(channels.channel, load(k.row(step)));
+    return range;
+  }
+
+  // e^x / 2^whole for any x, to the last bits: whole numbers and what is left are treated apart.
+  static WKV_INLINE Vec exact_weight(Vec x, Vec whole) {
+    const Vec bound{Real(120)}, nearest = nearest_whole(x * Vec(Real(kLog2E)));
+    const Vec difference = larger(-bound, smaller(bound, nearest - whole));
+    return exp2_small(excess_log2(x, nearest)) * exp2_in_range(difference);
+  }
+  // Below every max but those of empty states.
+  static WKV_INLINE Vec bounded(Vec max) { return larger(Vec(Real(-(1 << 20))), max); }
+
+  // The state with den from 1 to 2, where a max that stood left it below 1.
+  static WKV_INLINE State<Vec> normalized(State<Vec> state) {
+    if constexpr (!kFuses) return state;
+    constexpr double kRoundedUp = 1.00001;
+    const Vec den = state.sums.den, none{Real(0)};
+    const Vec below = larger(smaller(floor_log2(den * Vec(Real(kRoundedUp))), none), Vec(Real(-100)));
+    const Vec moves = select(none < den, below, none);
+    const Vec whole = nearest_whole(bounded(state.max) * Vec(Real(kLog2E))) + moves;
+    const Vec factor = exact_weight(bounded(state.max), whole) * exp2_over_max(whole);
+    return {{select(moves < none, state.sums.num * factor, state.sums.num), select(moves < none, den * factor, den)},
+            select(moves < none, max_of_exp2(whole), state.max)};
+  }
+  // The adjoint of the same state with another max.
+  static WKV_INLINE Sums<Vec> with_max(Sums<Vec> adjoint, Vec max, Vec new_max) {
+    if (all(max == new_max)) return adjoint;
+    const Vec whole = nearest_whole(bounded(max) * Vec(Real(kLog2E)));
+    const Vec factor = exact_weight(bounded(new_max), whole) * exp2_small(-excess_log2(bounded(max), whole));
+    return {select(max == new_max, adjoint.num, adjoint.num * factor),
+            select(max == new_max, adjoint.den, adjoint.den * factor)};
+  }
+
+  // Like in_scale, for keys whose range is known: with the scale that the state's max stands for, if they allow it.
+  template <class Steps>
+  static WKV_INLINE State<Vec> in_standing_scale(const VectorChannels& channels, Rows<const Real> k,
+                                                 StandingRange<Vec> keys, int steps, State<Vec> state,
+                                                 SubchunkScale& kept, const Steps& steps_in) {
+    // A whole reference is worth nothing where the product with log2(e) is rounded before it is subtracted.
+    if constexpr (!kFuses) return in_scale(channels, k, steps, state, kept, steps_in);
+    kept.is_shared = true;
+    if (__builtin_expect(!all(keys.fits(state, channels.channel, channels.decay)), 0)) {
+      // The largest logit so far may be below a max that has stood.
+      const Vec largest = state.max + floor_log2(state.sums.den) * Vec(Real(kLn2));
+      const auto range = logit_range(channels, k, steps, largest);
+      kept.is_shared = steps > 1 && all(range.fits(channels.channel));
+      if (__builtin_expect(!kept.is_shared, 0)) {
+        const auto scale = running_scale(channels);
+        return cold([=] { return steps_in(scale, state); });
+      }
+      const Vec log2e{Real(kLog2E)};
+      const auto scale = WholeScale<Vec>::of(nearest_whole(range.reference(channels.channel) * log2e + Vec(Real(0.5))),
+                                             channels.decay, channels.bonus);
+      kept.reference_log2 = scale.reference_log2;
+      const Vec whole = nearest_whole(range.standing_max(channels.channel) * log2e);
+      kept.enter = exact_weight(clamped(state.max, scale.least), scale.reference_log2);
+      kept.leave = exp2_in_range(scale.reference_log2 - whole) * exp2_over_max(whole);
+      return in_kept(scale, kept, max_of_exp2(whole), state, steps_in);
+    }
+    const Vec whole = nearest_whole(state.max * Vec(Real(kLog2E)));
+    kept.reference_log2 = whole;
+    kept.enter = exp2_small(excess_log2(state.max, whole));
+    kept.leave = exp2_over_max(whole);
+    return in_kept(WholeScale<Vec>::of(whole, channels.decay, channels.bonus), kept, max_of_exp2(whole), state,
+                   steps_in);
   }
 
   // The prefetches of a vector's steps: its share of a line's inputs, where a line has several vectors. It comes a row
@@ -298,11 +390,11 @@ struct Kernel {
                                                 Rows<const Element> v, Gates gates, Next next, Rows<Element> y,
                                                 int steps, State<Vec> state) {
     Keys widened;
-    const auto keys = widened.widen(k, steps);
+    auto range = StandingRange<Vec>::none();
+    const auto keys = widened.widen(k, steps, range);
     const typename Gates::Computed computed(gates, steps);
     const auto* const gate = &computed;
-    SubchunkScale unused;
-    return in_scale(channels, keys, steps, state, unused, [=](const auto& scale, State<Vec> state) WKV_INLINE_LAMBDA {
+    const auto steps_in = [=](const auto& scale, State<Vec> state) WKV_INLINE_LAMBDA {
       // The exponentials come first: they are independent, the sums are not.
       alignas(kLineBytes) Real ats[kSubchunk * kLanes];
 #pragma GCC unroll 4
@@ -327,7 +419,9 @@ struct Kernel {
         state.sums = mix(state.sums, weights.advance, vt);
       }
       return state;
-    });
+    };
+    SubchunkScale unused;
+    return in_standing_scale(channels, keys, range, steps, state, unused, steps_in);
   }
 
   // A step that has nothing to share an exponent with.
@@ -397,6 +491,7 @@ struct Kernel {
             carried =
                 forward_subchunk<Output::stored>(channels, k_rows, v_rows, own_gates, next, y_rows, steps, carried);
           }
+          if (t + steps == item.t_end) carried = normalized(carried);
           if (ends) {
             state_staged.set(first, carried);
           } else {
@@ -451,8 +546,9 @@ struct Kernel {
                                                Rows<const Element> v, Next next, int steps, State<Vec> state,
                                                SavedStep<Vec>* saved, SubchunkScale& kept) {
     Keys widened;
-    const auto keys = widened.widen(k, steps);
-    return in_scale(channels, keys, steps, state, kept, [=](const auto& scale, State<Vec> state) WKV_INLINE_LAMBDA {
+    auto range = StandingRange<Vec>::none();
+    const auto keys = widened.widen(k, steps, range);
+    const auto steps_in = [=](const auto& scale, State<Vec> state) WKV_INLINE_LAMBDA {
 #pragma GCC unroll 4
       for (int step = 0; step < steps; ++step) {
         next.prefetch(step);
@@ -462,7 +558,8 @@ struct Kernel {
         state = advance(scale, state, scale.weights(at).advance, kt, load(v.row(step)));
       }
       return state;
-    });
+    };
+    return in_standing_scale(channels, keys, range, steps, state, kept, steps_in);
   }
 
   // The adjoint of (num, den) and the sums of the gradients of log_decay and u.
@@ -531,9 +628,11 @@ struct Kernel {
   template <bool writes, class Gates>
   static WKV_INLINE Reversed backward_step(const VectorChannels& channels, State<Vec> state, const Element* k,
                                            const Element* v, Gates gates, const Element* gy, Sums<Vec> adjoint,
-                                           Element* gk, Element* gv, Element* gr) {
+                                           Vec max_after, Element* gk, Element* gv, Element* gr) {
     const auto scale = running_scale(channels);
-    const SavedStep<Vec> before{state.sums, scale.at(state.max, scale.logit(load(k)))};
+    const Vec kt = scale.logit(load(k));
+    const SavedStep<Vec> before{state.sums, scale.at(state.max, kt)};
+    adjoint = with_max(adjoint, max_after, scale.next_max(state.max, kt));
     const auto gradients = step_adjoint(scale, before, load(v), load(gy), adjoint, gates.at(0));
     if constexpr (writes) {
       store(gk, gradients.gk);
@@ -583,7 +682,12 @@ struct Kernel {
     for (int64_t t = (item.t_end - 1) / kInterval * kInterval; t >= item.t_begin; t -= kInterval) {
       const int steps = at_most(kInterval, item.t_end - t);
       const bool starts = t == 0, ends = t + steps == T && !item.is_cut();
-      const Real* const state_before = starts ? nullptr : checkpoints + item.sequence.checkpoint_row(dtype, t) * 3 * C;
+      const auto checkpoint_at = [&](int64_t t) {
+        return checkpoints + item.sequence.checkpoint_row(dtype, t) * 3 * C;
+      };
+      const Real* const state_before = starts ? nullptr : checkpoint_at(t);
+      // The adjoint of the state after the steps is relative to this.
+      const Real* const max_after = checkpoint_at(t + steps) + 2 * C;
       for (int64_t line = item.c_begin; line < item.c_end; line += kLine) {
         const int width = at_most(kLine, item.c_end - line);
         // The next line is prefetched; after the last one the first of as many rows before these, also those of another
@@ -608,11 +712,11 @@ struct Kernel {
             next_of(i, gates.from(next_t, next_line), k.from(next_t, next_line), v.from(next_t, next_line),
                     gy.from(next_t, next_line))
                 .prefetch(0);
-            carried[i] = backward_step<writes>(channels, state, whole(k.from(t, c), 1, count, k_copy).row(0),
-                                               whole(v.from(t, c), 1, count, v_copy).row(0),
-                                               gates.from(t, c).whole(1, count, r_copy),
-                                               whole(gy.from(t, c), 1, count, gy_copy).row(0), carried[i].adjoint,
-                                               gk_staged.data + first, gv_staged.data + first, gr_staged.data + first);
+            carried[i] = backward_step<writes>(
+                channels, state, whole(k.from(t, c), 1, count, k_copy).row(0),
+                whole(v.from(t, c), 1, count, v_copy).row(0), gates.from(t, c).whole(1, count, r_copy),
+                whole(gy.from(t, c), 1, count, gy_copy).row(0), carried[i].adjoint, load_some(max_after + c, count),
+                gk_staged.data + first, gv_staged.data + first, gr_staged.data + first);
             continue;
           }
           for (int begin = 0; begin < steps; begin += kSubchunk) {
@@ -623,6 +727,7 @@ struct Kernel {
                 next_of(i, Ungated(), k.from(next_t + begin, next_line), v.from(next_t + begin, next_line)), own_steps,
                 state, saved[i] + begin, scales[i][begin / kSubchunk]);
           }
+          carried[i].adjoint = with_max(carried[i].adjoint, load_some(max_after + c, count), state.max);
         }
         if (writes && steps == 1) write(t, 1);
         const int last_begin = steps == 1 ? -1 : (steps - 1) / kSubchunk * kSubchunk;

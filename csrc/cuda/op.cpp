@@ -8,6 +8,7 @@
 
 #include "../common/namespace.h"
 #include "../gpu/bi_op.h"
+#include "../gpu/summary_op.h"
 #include "kernels.h"
 
 namespace wkv {
@@ -75,6 +76,8 @@ WKV_LIBRARY_IMPL(WKV_NAMESPACE, CUDA, m) {
   m.impl("_wkv_backward", TORCH_BOX(&wkv::gpu_backward<wkv::CudaLauncher>));
   m.impl("wkv_mixing_forward", TORCH_BOX(&wkv::gpu_mixing_forward<wkv::CudaLauncher>));
   m.impl("_wkv_mixing_backward", TORCH_BOX(&wkv::gpu_mixing_backward<wkv::CudaLauncher>));
+  m.impl("_wkv_summary", TORCH_BOX(&wkv::gpu_summary<wkv::CudaLauncher>));
+  m.impl("_wkv_adjoint_summary", TORCH_BOX(&wkv::gpu_adjoint_summary<wkv::CudaLauncher>));
   m.impl("wkv_step", TORCH_BOX(&wkv::gpu_step<wkv::CudaLauncher>));
   m.impl("bi_wkv_forward", TORCH_BOX(&wkv::gpu_bi_forward<wkv::CudaLauncher>));
   m.impl("_bi_wkv_backward", TORCH_BOX(&wkv::gpu_bi_backward<wkv::CudaLauncher>));

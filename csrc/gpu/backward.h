@@ -9,7 +9,7 @@
 
 namespace wkv {
 
-template <class Element_, bool kMixing>
+template <class Element_, bool kMixing, bool kWrites = true>
 struct BackwardPass {
   using Element = Element_;
   static constexpr bool kReverse = true, kFinishes = true, kMixes = kMixing;
@@ -199,7 +199,7 @@ struct BackwardPass {
         const Pair vt = v.get(step), present = bonus * weight;
         const Sums<Pair> now{present * vt + sums.num, sums.den + present};
         const auto [y, h, gr] = gated_mean_adjoint(now, gates.get(step), gy.get(step));
-        gates.set_gradient(step, gr);
+        if constexpr (kWrites) gates.set_gradient(step, gr);
         const Pair h_present = present * h, gu_step = h_present * (vt - y);
         g_log_decay = g_log_decay + sums.num * adjoint.num + sums.den * adjoint.den;
         gu = gu + gu_step;
@@ -241,7 +241,7 @@ struct BackwardPass {
     Pair g_log_decay(0), gu(0);
     for_steps_back<kSteps>(steps, [&](int step) {
       const auto of_step = step_adjoint(scale, thread.steps[step], v.get(step), gy.get(step), adjoint, gates.get(step));
-      gates.set_gradient(step, of_step.gr);
+      if constexpr (kWrites) gates.set_gradient(step, of_step.gr);
       thread.steps[step].sums = {of_step.gk, of_step.gv};
       g_log_decay = g_log_decay + of_step.g_log_decay;
       gu = gu + of_step.gu;

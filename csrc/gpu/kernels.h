@@ -5,6 +5,7 @@
 #include "bi_double.h"
 #include "forward.h"
 #include "small.h"
+#include "summary.h"
 
 namespace wkv {
 
@@ -52,6 +53,10 @@ struct Bounds<Backward<Element>> {
 };
 template <class Element>
 struct Bounds<MixingBackward<Element>> : Bounds<Backward<Element>> {};
+template <class Element>
+struct Bounds<Summary<Element>> : Bounds<Forward<Element>> {};
+template <class Element>
+struct Bounds<AdjointSummary<Element>> : Bounds<Backward<Element>> {};
 template <class Element, int steps>
 struct BiBounds {
   static constexpr int threads = bi_warps(steps) * kWarpThreads, blocks = steps / 8;

@@ -7,12 +7,16 @@
 
 namespace wkv {
 
-enum class Operation { forward, backward, mixing_forward, mixing_backward };
+enum class Operation { forward, backward, mixing_forward, mixing_backward, summary, adjoint_summary };
 constexpr bool is_forward(Operation operation) {
-  return operation == Operation::forward || operation == Operation::mixing_forward;
+  return operation == Operation::forward || operation == Operation::mixing_forward || operation == Operation::summary;
 }
 constexpr bool is_mixing(Operation operation) {
-  return operation == Operation::mixing_forward || operation == Operation::mixing_backward;
+  return operation == Operation::mixing_forward || operation == Operation::mixing_backward ||
+         operation == Operation::adjoint_summary;
+}
+constexpr bool has_partials(Operation operation) {
+  return operation == Operation::backward || operation == Operation::mixing_backward;
 }
 
 // A row of a tile is 128 bytes or more, a whole cache line.
