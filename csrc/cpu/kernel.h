@@ -340,7 +340,9 @@ struct Kernel {
                                              channels.decay, channels.bonus);
       kept.reference_log2 = scale.reference_log2;
       const Vec whole = nearest_whole(range.standing_max(channels.channel) * log2e);
-      kept.enter = exact_weight(clamped(state.max, scale.least), scale.reference_log2);
+      // No weight at all for an empty state: its adjoint is exactly zero.
+      kept.enter =
+          select(is_empty(state), Vec(Real(0)), exact_weight(clamped(state.max, scale.least), scale.reference_log2));
       kept.leave = exp2_in_range(scale.reference_log2 - whole) * exp2_over_max(whole);
       return in_kept(scale, kept, max_of_exp2(whole), state, steps_in);
     }
