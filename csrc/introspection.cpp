@@ -71,7 +71,12 @@ Operation parse_operation(const std::string& name) {
   if (name == "backward") return Operation::backward;
   if (name == "mixing_forward") return Operation::mixing_forward;
   if (name == "mixing_backward") return Operation::mixing_backward;
-  throw py::value_error("operation: expected forward, backward, mixing_forward or mixing_backward, got " + name);
+  if (name == "summary") return Operation::summary;
+  if (name == "adjoint_summary") return Operation::adjoint_summary;
+  throw py::value_error(
+      "operation: expected forward, backward, mixing_forward, mixing_backward, summary or "
+      "adjoint_summary, got " +
+      name);
 }
 
 py::dict dict_of(const Plan& plan) {

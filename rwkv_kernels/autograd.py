@@ -30,6 +30,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from .inputs import (
+    ADJOINT_SUMMARY,
     BACKWARD,
     BI_BACKWARD,
     BI_FORWARD,
@@ -38,12 +39,13 @@ from .inputs import (
     MIXING_BACKWARD,
     MIXING_FORWARD,
     STEP,
+    SUMMARY,
     BiInputs,
     Inputs,
 )
 from .reference import state_dtype
 
-__all__ = ["attach", "attach_bi", "define", "define_bi", "refuse_onnx", "untraced"]
+__all__ = ["attach", "attach_bi", "define", "define_bi", "define_summaries", "refuse_onnx", "untraced"]
 
 Outputs = tuple[Tensor, ...]
 Differentiable = Callable[..., Any]
@@ -176,14 +178,25 @@ def define(
 
     `forward` and `backward` get five inputs from the plain operators and seven from the mixing ones.
     """
-    operators: list[tuple[str, str, Callable[..., Any] | None]] = [(f"{name}_step", STEP, step)]
+    operators: list[tuple[str, str, Callable[..., Any]]] = []
     schemas = ((FORWARD, BACKWARD), (MIXING_FORWARD, MIXING_BACKWARD))
     for (forward_name, backward_name), (forward_schema, backward_schema) in zip(_pairs(name), schemas, strict=True):
         operators += ((forward_name, forward_schema, forward), (backward_name, backward_schema, backward))
-    for operator, schema, function in operators:
-        if function is not None:
-            library.define(operator + schema)
-            library.impl(operator, function, torch._C._dispatch_key_for_device(device_type))
+    if step is not None:
+        operators.append((f"{name}_step", STEP, step))
+    _define(library, device_type, operators)
+
+
+def define_summaries(
+    library: torch.library.Library,
+    name: str,
+    device_type: str,
+    summary: Callable[..., Tensor],
+    adjoint_summary: Callable[..., Tensor],
+) -> None:
+    """Defines the operators of summaries of a backend in Python, which nothing traces or differentiates."""
+    operators = (f"_{name}_summary", SUMMARY, summary), (f"_{name}_adjoint_summary", ADJOINT_SUMMARY, adjoint_summary)
+    _define(library, device_type, operators)
 
 
 def define_bi(
@@ -194,10 +207,14 @@ def define_bi(
     backward: Callable[..., Outputs],
 ) -> None:
     """Defines the bidirectional operators of a backend in Python."""
-    for operator, schema, function in (
-        (f"{name}_forward", BI_FORWARD, forward),
-        (f"_{name}_backward", BI_BACKWARD, backward),
-    ):
+    operators = (f"{name}_forward", BI_FORWARD, forward), (f"_{name}_backward", BI_BACKWARD, backward)
+    _define(library, device_type, operators)
+
+
+def _define(
+    library: torch.library.Library, device_type: str, operators: Iterable[tuple[str, str, Callable[..., Any]]]
+) -> None:
+    for operator, schema, function in operators:
         library.define(operator + schema)
         library.impl(operator, function, torch._C._dispatch_key_for_device(device_type))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from .reference import state_dtype
 
 __all__ = [
+    "ADJOINT_SUMMARY",
     "BACKWARD",
     "BI_BACKWARD",
     "BI_FORWARD",
@@ -23,6 +24,7 @@ __all__ = [
     "SEQUENCE",
     "STATE",
     "STEP",
+    "SUMMARY",
     "TOKEN",
     "BiInputs",
     "Inputs",
@@ -128,6 +130,10 @@ MIXING_BACKWARD = (
     f"({_MIXING}, Tensor checkpoints, Tensor gy, Tensor? gstate_out) "
     "-> (Tensor gw, Tensor gu, Tensor gk, Tensor gv, Tensor gstate, Tensor gr)"
 )
+# Summaries of a slice of a sequence: the state that its steps leave behind an empty one, and the adjoint [B, 2, C]
+# before them where that after them is zero.
+SUMMARY = "(Tensor w, Tensor u, Tensor k, Tensor v) -> Tensor state"
+ADJOINT_SUMMARY = f"({_INPUTS}, Tensor? r, Tensor checkpoints, Tensor gy) -> Tensor adjoint"
 # Bidirectional, with the same gate and packing; checkpoints [B, n, 6, C] are the states before and after each interval.
 _BI = "Tensor log_decay, Tensor u, Tensor k, Tensor v, Tensor? r, Tensor? cu_seqlens"
 BI_FORWARD = f"({_BI}, bool checkpoint) -> (Tensor y, Tensor checkpoints)"

@@ -42,8 +42,16 @@ autograd.define(
     lambda *arguments: gpu_host.forward(_Current.executor, *arguments),
     lambda *arguments: gpu_host.backward(_Current.executor, *arguments),
 )
+autograd.define_bi(
+    _library,
+    f"{NAME}_bi",
+    "cpu",
+    lambda *arguments: gpu_host.bi_forward(_Current.executor, *arguments),
+    lambda *arguments: gpu_host.bi_backward(_Current.executor, *arguments),
+)
 _forward, _ = autograd.attach(_library, NAME, checkpoint_interval)
-_backend = registry.Backend(NAME, _forward, _step, device_types=("cpu",))
+_bi_forward = autograd.attach_bi(_library, f"{NAME}_bi", checkpoint_interval)
+_backend = registry.Backend(NAME, _forward, _step, _bi_forward, device_types=("cpu",))
 
 
 @contextmanager

@@ -16,8 +16,10 @@
 #include <vector>
 
 #include "common/namespace.h"
+#include "gpu/bi_op.h"
 #include "gpu/kernels.h"
 #include "gpu/op.h"
+#include "gpu/summary_op.h"
 
 namespace wkv {
 
@@ -211,7 +213,11 @@ WKV_LIBRARY_IMPL(WKV_NAMESPACE, CPU, m) {
   m.impl("_wkv_backward", TORCH_BOX(&wkv::gpu_backward<wkv::HostLauncher>));
   m.impl("wkv_mixing_forward", TORCH_BOX(&wkv::gpu_mixing_forward<wkv::HostLauncher>));
   m.impl("_wkv_mixing_backward", TORCH_BOX(&wkv::gpu_mixing_backward<wkv::HostLauncher>));
+  m.impl("_wkv_summary", TORCH_BOX(&wkv::gpu_summary<wkv::HostLauncher>));
+  m.impl("_wkv_adjoint_summary", TORCH_BOX(&wkv::gpu_adjoint_summary<wkv::HostLauncher>));
   m.impl("wkv_step", TORCH_BOX(&wkv::gpu_step<wkv::HostLauncher>));
+  m.impl("bi_wkv_forward", TORCH_BOX(&wkv::gpu_bi_forward<wkv::HostLauncher>));
+  m.impl("_bi_wkv_backward", TORCH_BOX(&wkv::gpu_bi_backward<wkv::HostLauncher>));
 }
 
 // All strings belong to the caller and must outlive the setting.

@@ -27,6 +27,8 @@ ROOT = Path(__file__).parent.parent
 NAMESPACE = "rwkv_kernels_on_host"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 OPERATORS = ("wkv_forward", "_wkv_backward", "wkv_mixing_forward", "_wkv_mixing_backward", "wkv_step")
+OPERATORS += ("_wkv_summary", "_wkv_adjoint_summary")
+BI_OPERATORS = ("bi_wkv_forward", "_bi_wkv_backward")
 
 Limits = dict[str, int]  # as _introspection.plan_cuda takes them
 H100 = {"multiprocessors": 132, "shared_per_block": 232448, "shared_per_multiprocessor": 233472, "architecture": 900}
@@ -72,7 +74,7 @@ def library() -> ctypes.CDLL:
     library_path = compiled("gpu_host", command, source, torch.__version__)
     global _schemas
     _schemas = torch.library.Library(NAMESPACE, "DEF")
-    for name in OPERATORS:
+    for name in (*OPERATORS, *BI_OPERATORS):
         schema = str(getattr(torch.ops.rwkv_kernels, name).default._schema)
         _schemas.define(schema.removeprefix("rwkv_kernels::"))
     torch.ops.load_library(str(library_path))
@@ -127,6 +129,8 @@ def symbol(kernel: str, dtype: str) -> str:
     element = {"float32": "f", "float16": "NS_4HalfE", "bfloat16": "NS_8Bfloat16E", "float64": "d"}[dtype]
     if kernel == "reduce":
         element = "d" if dtype == "float64" else "f"
+    if kernel == "bi_join":
+        element = "f"
     name = kernel.title().replace("_", "")
     return f"{len(name)}{name}I{element}E"
 
@@ -237,6 +241,26 @@ def backward(executor: Executor, *arguments: Any) -> tuple[Tensor, ...]:
     """gw, gu, gk, gv and gstate, and of the mixing operator gr."""
     name = "_wkv_backward" if len(arguments) == 8 else "_wkv_mixing_backward"
     return call(executor, name, *_contiguous(arguments))  # type: ignore[no-any-return]
+
+
+def summary(executor: Executor, *arguments: Any) -> Tensor:
+    """The state that the steps leave behind an empty one."""
+    return call(executor, "_wkv_summary", *_contiguous(arguments))  # type: ignore[no-any-return]
+
+
+def adjoint_summary(executor: Executor, *arguments: Any) -> Tensor:
+    """The adjoint before the steps where the one after them is zero."""
+    return call(executor, "_wkv_adjoint_summary", *_contiguous(arguments))  # type: ignore[no-any-return]
+
+
+def bi_forward(executor: Executor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """y and the checkpoints of the bidirectional operator."""
+    return call(executor, "bi_wkv_forward", *_contiguous(arguments))  # type: ignore[no-any-return]
+
+
+def bi_backward(executor: Executor, *arguments: Any) -> tuple[Tensor, ...]:
+    """g_log_decay, gu, gk, gv and gr."""
+    return call(executor, "_bi_wkv_backward", *_contiguous(arguments))  # type: ignore[no-any-return]
 
 
 def step(executor: Executor, *arguments: Any) -> Tensor:

@@ -226,6 +226,23 @@ def oracle(tensors: Tensors) -> dict[str, Tensor]:
     return solve(tensors.exact(), "reference")
 
 
+def summaries(tensors: Tensors) -> dict[str, Tensor]:
+    """The exact state that the steps leave behind an empty one, and the adjoint before them if that after is zero."""
+    w, u, k, v, state = tensors.exact().inputs
+    state = rwkv_kernels.empty_state(k.shape[0], k.shape[2], dtype=torch.float64) if state is None else state
+    r = None if tensors.r is None else tensors.r.double()
+    _, own = rwkv_kernels.wkv(w, u, k, v, return_state=True, backend="reference")
+    y = rwkv_kernels.wkv(w, u, k, v, state.requires_grad_(), r=r, backend="reference")
+    (gstate,) = torch.autograd.grad(y, state, tensors.gy.double())
+    return {"state_mean": own[:, 0] / own[:, 1], "state_log_den": log_denominator(own), "gstate": gstate[:, :2]}
+
+
+def assert_summaries_close(own: Tensor, adjoint: Tensor, tensors: Tensors) -> None:
+    found = {"state_mean": own[:, 0] / own[:, 1], "state_log_den": log_denominator(own), "gstate": adjoint}
+    on_cpu = tensors.changed(Tensor.cpu)
+    assert_close({name: x.cpu() for name, x in found.items()}, summaries(on_cpu), on_cpu)
+
+
 def largest_logit(tensors: Tensors) -> float:
     """Of the weights, and of the gate: the weight of r beside one of 0."""
     decay = float(tensors.w.double().exp().max())

@@ -260,13 +260,10 @@ class Kernels {
       device.run(Launches{planned.launch(mixing ? Kernel::mixing_forward : Kernel::forward, params)});
     }
     const Values final_state = state_out.values();
-    Values max_out, comparable;
+    Values max_out;
     for (int64_t b = 0; b < p.B; ++b) {
-      const double* num = final_state.data() + b * 3 * p.C;
-      const double *den = num + p.C, *max = den + p.C;
+      const double* max = final_state.data() + (b * 3 + 2) * p.C;
       max_out.insert(max_out.end(), max, max + p.C);
-      for (int64_t c = 0; c < p.C; ++c) comparable.push_back(num[c] / den[c]);
-      for (int64_t c = 0; c < p.C; ++c) comparable.push_back(std::log(den[c]) + max[c]);
     }
     Inputs gated = in;
     for (size_t i = 0; mixing && i < gated.gy.size(); ++i) gated.gy[i] *= gate_of(in.r[i]);
@@ -275,7 +272,7 @@ class Kernels {
     for (size_t i = 0; i < of_gate.size(); ++i) of_gate[i] *= gated.gy[i] * gate_of(-in.r[i]);
     for (size_t i = 0; mixing && i < of_gate.size(); ++i) expected.y[i] *= gate_of(in.r[i]);
     compare(name + " y", y.values(), expected.y, kAllowed + kElement);
-    compare(name + " state", comparable, expected.state, kAllowed);
+    compare(name + " state", comparable(final_state), expected.state, kAllowed);
 
     const Output<Element> gk(p.B * p.T * p.C), gv(p.B * p.T * p.C), gr(p.B * p.T * p.C);
     const Output<Real> gw(p.C), gu(p.C), gstate(p.B * 3 * p.C);
@@ -313,6 +310,36 @@ class Kernels {
     compare(name + " gw", gw.values(), expected.gw, kAllowed, terms);
     compare(name + " gu", gu.values(), expected.gu, kAllowed, terms);
     compare(name + " gstate", gstate.values(), expected.gstate, kAllowed, terms);
+    if (!mixing) run_summaries(name, limits, common, checkpoints);
+  }
+
+  // Of the sequences of the batch, the adjoints with a gate; the checkpoints are those of a forward without one.
+  void run_summaries(const std::string& name, const wkv::DeviceLimits& limits, wkv::SequenceParams params,
+                     const Output<Real>& checkpoints) {
+    const Output<Real> own(p.B * 3 * p.C), adjoint(p.B * 2 * p.C);
+    const Planned of_adjoint(*this, Operation::adjoint_summary, limits), of_own(*this, Operation::summary, limits);
+    params.r = sequence(r);
+    params.checkpoints = checkpoints.memory.get();
+    params.state_out = adjoint.memory.get();
+    params.chunking = of_adjoint.chunking();
+    device.run(Launches{of_adjoint.launch(Kernel::adjoint_summary, params)});
+    params.state = nullptr;
+    params.checkpoints = nullptr;
+    params.state_out = own.memory.get();
+    params.chunking = of_own.chunking();
+    device.run(Launches{of_own.launch(Kernel::summary, params)});
+
+    Inputs alone = in;
+    for (size_t i = 0; i < alone.gy.size(); ++i) alone.gy[i] *= gate_of(in.r[i]);
+    std::fill(alone.gstate_out.begin(), alone.gstate_out.end(), 0.0);
+    const Values gstate = solve(p, alone, Values(p.B * p.C)).gstate;
+    Values expected;
+    for (int64_t b = 0; b < p.B; ++b) {
+      expected.insert(expected.end(), gstate.begin() + b * 3 * p.C, gstate.begin() + (b * 3 + 2) * p.C);
+    }
+    compare(name + " adjoint summary", adjoint.values(), expected, kAllowed, 4);
+    std::fill(alone.state.begin(), alone.state.end(), 0.0);
+    compare(name + " summary", comparable(own.values()), solve(p, alone, {}).state, kAllowed);
   }
 
   // A token for each sequence, the first of k and v, with a gate and without.
@@ -362,6 +389,18 @@ class Kernels {
  private:
   static constexpr double kAllowed = 300 * kUnit;
 
+  // num / den, and log of den · e^max, which do not depend on the gauge.
+  Values comparable(const Values& states) const {
+    Values result;
+    for (int64_t b = 0; b < p.B; ++b) {
+      const double* num = states.data() + b * 3 * p.C;
+      const double *den = num + p.C, *max = den + p.C;
+      for (int64_t c = 0; c < p.C; ++c) result.push_back(num[c] / den[c]);
+      for (int64_t c = 0; c < p.C; ++c) result.push_back(std::log(den[c]) + max[c]);
+    }
+    return result;
+  }
+
   static double gate_of(double r) { return 1 / (1 + std::exp(-r)); }
 
   // Keys and values from N(0, 1), decays from e^-0.05 to e^-3.
@@ -400,7 +439,7 @@ class Kernels {
 
     Planned(Kernels& kernels, Operation operation, const wkv::DeviceLimits& limits)
         : plan(plan_of(kernels.p, operation, limits)),
-          is_packed(is_mixing(operation)),
+          is_packed(packs(operation)),
           B(kernels.p.B),
           partial_bytes((plan.partial_bytes + 7) / 8 * 8),
           workspace(partial_bytes + plan.exchange_bytes) {
@@ -410,9 +449,12 @@ class Kernels {
       check(cudaMemsetAsync(exchange(), 0xff, static_cast<size_t>(plan.exchange_bytes), kernels.device.stream()),
             "cudaMemsetAsync");
     }
+    static bool packs(Operation operation) {
+      return operation == Operation::mixing_forward || operation == Operation::mixing_backward;
+    }
     static wkv::Plan plan_of(const Problem& p, Operation operation, const wkv::DeviceLimits& limits) {
-      return is_mixing(operation) ? make_packed_plan(operation, kType, p.B, p.B * p.T, p.C, limits)
-                                  : make_plan(operation, kType, p.B, p.T, p.C, limits);
+      return packs(operation) ? make_packed_plan(operation, kType, p.B, p.B * p.T, p.C, limits)
+                              : make_plan(operation, kType, p.B, p.T, p.C, limits);
     }
     void* partials() const { return workspace.get(); }
     char* exchange() const { return static_cast<char*>(workspace.get()) + partial_bytes; }

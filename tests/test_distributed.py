@@ -274,39 +274,6 @@ def test_the_package_imports_nothing_of_it() -> None:
     assert run_python(code).strip() == "[]"
 
 
-# ---- summaries ----
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("threads", [1, 4])
-def test_summaries_are_what_forward_and_backward_give_beside_their_results(dtype: torch.dtype, threads: int) -> None:
-    operators = getattr(torch.ops, native.NAMESPACE)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        # One column: four threads cut the time of the longer one.
-        for problem in (Problem(T=37, gated=True), Problem(B=1, T=5000, C=5, gated=True, with_state=True)):
-            tensors = make(problem, dtype)
-            w, u, k, v, state = tensors.inputs
-            _, empty_after, _ = operators.wkv_forward(w, u, k, v, None, False)
-            torch.testing.assert_close(operators._wkv_summary(w, u, k, v), empty_after, rtol=1e-5, atol=1e-5)
-            for r in (None, tensors.r):
-                _, _, checkpoints = operators.wkv_mixing_forward(w, u, k, v, state, r, None, True)
-                found = operators._wkv_adjoint_summary(w, u, k, v, state, r, checkpoints, tensors.gy)
-                gstate = operators._wkv_mixing_backward(w, u, k, v, state, r, None, checkpoints, tensors.gy, None)[4]
-                torch.testing.assert_close(found, gstate[:, :2], rtol=1e-5, atol=1e-5)
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_summaries_of_no_steps_are_those_of_nothing() -> None:
-    operators = getattr(torch.ops, native.NAMESPACE)
-    w, u, k, v, _ = make(Problem(T=0)).inputs
-    assert torch.equal(operators._wkv_summary(w, u, k, v), rwkv_kernels.empty_state(2, 19))
-    checkpoints = torch.empty(2, 0, 3, 19)
-    assert not operators._wkv_adjoint_summary(w, u, k, v, None, None, checkpoints, k).any()
-
-
 # ---- what is communicated and kept ----
 
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import bi_problems
 import pytest
 import torch
 from problems import (
@@ -103,6 +104,12 @@ def test_first_light_of_a_step(dtype: torch.dtype, gated: bool, gpu_backend: str
 
     for name, found, expected in zip(("y", "state"), step(tensors, gpu_backend), step(exact, "reference"), strict=True):
         assert_tensor_close(name, found, expected, tolerance(found.dtype, 1, largest_logit(tensors)))
+
+
+@pytest.mark.parametrize("name", ["gated_and_packed", "two_intervals_and_one", "k_of_20", "growing"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_first_light_of_both_directions(dtype: torch.dtype, name: str, gpu_backend: str) -> None:
+    bi_problems.assert_solves(bi_problems.make(bi_problems.PROBLEMS[name], dtype), gpu_backend)
 
 
 # ---- tiles and chunks ----

@@ -216,6 +216,19 @@ def test_messages_of_chunks_are_small(dtype: str, limits: Limits) -> None:
             assert workspace <= MOST_WORKSPACE + more and workspace + checkpoints <= MOST_ALTOGETHER + more
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("operation", "like"), [("summary", "forward"), ("adjoint_summary", "mixing_backward")])
+def test_a_summary_is_cut_as_the_kernel_whose_scan_it_is(operation: str, like: str, dtype: str) -> None:
+    for B, T, C in [(1, 1, 1), (3, 1000, 100), (200, 1000, 100), (1, 10**7, 64)]:
+        for limits in (H100, T4, A10):
+            plan, expected = _plan(operation, dtype, B, T, C, limits), _plan(like, dtype, B, T, C, limits)
+            partials = B * expected["chunks"] * 2 * C * (8 if dtype == "float64" else 4) if "backward" in like else 0
+            expected["workspace_bytes"] -= partials
+            if dtype == "float64":
+                expected["shared_bytes"] = 0
+            assert plan == expected
+
+
 # ---- refused problems ----
 
 
@@ -225,7 +238,8 @@ def test_messages_of_chunks_are_small(dtype: str, limits: Limits) -> None:
         (("forward", "int8", 1, 1, 1), "dtype: expected float32, float16, bfloat16 or float64, got int8"),
         (
             ("sideways", "float32", 1, 1, 1),
-            "operation: expected forward, backward, mixing_forward or mixing_backward, got sideways",
+            "operation: expected forward, backward, mixing_forward, mixing_backward, summary or adjoint_summary, got "
+            "sideways",
         ),
         (("forward", "float32", 0, 1, 1), "plan: expected B, T and C of at least 1"),
         (("backward", "float32", 1, 0, 1), "plan: expected B, T and C of at least 1"),

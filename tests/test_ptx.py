@@ -20,6 +20,7 @@ import pytest
 import torch
 from problems import MIXING_PROBLEMS, PROBLEMS, Problem, assert_solves, make, solve
 from test_gpu_emulated import LIMITS, LONG_AMONG_SHORT, OVER_ANCHORS, SEVERAL_TILES, plan_of, run_bad_boundaries
+from test_gpu_summaries import assert_summaries, summaries_of
 from torch import Tensor
 
 from rwkv_kernels.inputs import DTYPES
@@ -47,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_suite_passes_on_the_ptx() -> None:
     """Outputs, states and gradients of every problem, dtype and special value, threads in random order."""
-    files = [str(HERE / f"test_{name}.py") for name in ("operator", "state", "special_values")]
+    files = [str(HERE / f"test_{name}.py") for name in ("operator", "state", "special_values", "bidirectional")]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "emulated_backend", *files, "-k", "emulated"],
         env={
@@ -160,6 +161,39 @@ def test_boundaries_that_are_none_end_and_touch_nothing_else(dtype: torch.dtype,
         run_bad_boundaries(gpu_host.PtxRunner(folder, SUITE_ARCHITECTURE, order, resident=1), dtype, total, seed)
 
 
+# ---- summaries ----
+
+
+SUMMARIES = {
+    **{name: PROBLEMS[name] for name in ("two_checkpoints_and_one", "k_of_1000", "u_of_plus_50", "strong_decay")},
+    **{name: MIXING_PROBLEMS[name] for name in ("gated_above_a_checkpoint", "gated_k_of_20")},
+    "whole_vectors": WHOLE_VECTORS,
+    "gated_several_tiles": replace(SEVERAL_TILES, C=8, gated=True),
+    "gated_over_anchors": replace(OVER_ANCHORS["one_sequence"], gated=True),
+}
+
+
+@pytest.mark.parametrize(
+    ("limits", "dtype"),
+    [
+        *(("H100", dtype) for dtype in DTYPES),
+        ("T4", torch.bfloat16),
+        ("small_tiles", torch.float32),
+        ("small_tiles", torch.bfloat16),
+    ],
+    ids=lambda x: x if isinstance(x, str) else gpu_host.name_of(x),
+)
+def test_summaries_equal_the_oracle_in_any_order(limits: str, dtype: torch.dtype, folder: Path) -> None:
+    architecture = OLDEST_ARCHITECTURE if limits == "T4" else SUITE_ARCHITECTURE
+    for name, problem in SUMMARIES.items():
+        runner = gpu_host.PtxRunner(folder, architecture, limits=LIMITS[limits], resident=1)
+        expected = assert_summaries(runner, problem, dtype)
+        runner.resident = 0
+        for runner.order in ("reversed", "shuffled"):
+            found = summaries_of(runner, make(problem, dtype))
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (name, runner.order)
+
+
 # ---- executed instructions ----
 
 
@@ -236,6 +270,19 @@ BUDGETS = {
     ("mixing_backward", "gated_and_packed", "float32"): Budget(85.4, 3.45, 29.60),
     ("mixing_backward", "short", "bfloat16"): Budget(103.4, 3.58, 15.75),
     ("mixing_backward", "short", "float32"): Budget(98.9, 3.58, 29.75),
+    # Two tensors; three, with a gate four.
+    ("summary", "few_columns", "bfloat16"): Budget(18.0, 1.08, 4.11),
+    ("summary", "few_columns", "float32"): Budget(17.8, 1.10, 8.31),
+    ("summary", "gated", "bfloat16"): Budget(18.0, 1.08, 4.11),
+    ("summary", "gated", "float32"): Budget(17.8, 1.10, 8.31),
+    ("summary", "full", "bfloat16"): Budget(16.9, 1.07, 4.07),
+    ("summary", "full", "float32"): Budget(15.6, 1.08, 8.07),
+    ("adjoint_summary", "few_columns", "bfloat16"): Budget(53.8, 2.36, 7.32),
+    ("adjoint_summary", "few_columns", "float32"): Budget(51.4, 2.36, 13.32),
+    ("adjoint_summary", "full", "bfloat16"): Budget(47.7, 2.27, 6.43),
+    ("adjoint_summary", "full", "float32"): Budget(45.3, 2.27, 12.43),
+    ("adjoint_summary", "gated", "bfloat16"): Budget(65.0, 3.38, 9.32),
+    ("adjoint_summary", "gated", "float32"): Budget(62.0, 3.38, 17.32),
 }
 
 
@@ -247,6 +294,8 @@ def _counts(load: Load, dtype: torch.dtype, folder: Path) -> dict[str, Budget]:
     with emulated_backend.emulated(runner) as backend:
         tensors = make(problem, dtype)
         solve(tensors, backend)
+    if problem.lengths is None:
+        summaries_of(runner, tensors)
     elements = tensors.k.numel()
     return {kernel: _spent(counts, elements) for kernel, counts in executed.items()}
 

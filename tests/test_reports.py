@@ -53,5 +53,5 @@ def test_the_triton_report_finds_the_counts_of_the_cuda_kernels() -> None:
         assert re.search(rf"^\| {name} \| plain \| {dtype} \| .* \| {count} \|$", table, re.MULTILINE)
 
 
-def test_the_reports_fit_on_two_pages() -> None:
-    assert sum(len((DOCS / f"{name}-report.md").read_text().splitlines()) for name in ("kernel", "triton")) <= 140
+def test_the_reports_fit_on_two_and_a_half_pages() -> None:
+    assert sum(len((DOCS / f"{name}-report.md").read_text().splitlines()) for name in ("kernel", "triton")) <= 160

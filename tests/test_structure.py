@@ -11,6 +11,7 @@ import torch
 
 from rwkv_kernels import native
 from rwkv_kernels.inputs import (
+    ADJOINT_SUMMARY,
     BACKWARD,
     BI_BACKWARD,
     BI_FORWARD,
@@ -18,6 +19,7 @@ from rwkv_kernels.inputs import (
     MIXING_BACKWARD,
     MIXING_FORWARD,
     STEP,
+    SUMMARY,
     BiInputs,
     Inputs,
 )
@@ -149,6 +151,7 @@ def test_the_schemas_are_the_same_in_cpp_and_in_python() -> None:
     ops = getattr(torch.ops, native.NAMESPACE)
     schemas = {"wkv_forward": FORWARD, "_wkv_backward": BACKWARD, "wkv_step": STEP}
     schemas |= {"wkv_mixing_forward": MIXING_FORWARD, "_wkv_mixing_backward": MIXING_BACKWARD}
+    schemas |= {"_wkv_summary": SUMMARY, "_wkv_adjoint_summary": ADJOINT_SUMMARY}
     schemas |= {"bi_wkv_forward": BI_FORWARD, "_bi_wkv_backward": BI_BACKWARD}
     for name, schema in schemas.items():
         operator = getattr(ops, name).default._schema

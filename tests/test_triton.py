@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import Problem, assert_close, checkpoint_interval, log_denominator, make, oracle, solve
+from problems import (
+    Problem,
+    assert_close,
+    assert_summaries_close,
+    checkpoint_interval,
+    log_denominator,
+    make,
+    oracle,
+    solve,
+)
 from torch import Tensor
 
 import rwkv_kernels
@@ -31,6 +40,7 @@ INTERPRETED = (
     "(nan_stays and float16) or does_not_reach_back or (far_key and 45) or (extremes and 1e-30) or "
     "steps_equal or gauge or whatever_its_max or none_is_the_empty or is_not_modified or no_steps or nothing_to_do or "
     "gate_is_exactly or nan_in_r or "
+    "(summaries_equal and float32 and (above_a or u_of_minus_25 or time_major)) or "
     "plans or (opcheck and (True-True or False-False)) or check_their_arguments or float64_and_says or "
     "compiles_the_step or (compiles_whole and with_state) or exports or func_grad or test_vmap or per_sample or "
     "forward_mode"
@@ -61,7 +71,13 @@ CHOSEN = {"mixing": INTERPRETED_MIXING, "bidirectional": INTERPRETED_BIDIRECTION
 @pytest.mark.skipif(op.why_unavailable() is None, reason="the compiled kernels pass these tests here")
 @pytest.mark.parametrize(
     "names",
-    [["operator"], ["special_values"], ["mixing"], ["bidirectional"], ["state", "errors", "torch", "triton"]],
+    [
+        ["operator", "summaries"],
+        ["special_values"],
+        ["mixing"],
+        ["bidirectional"],
+        ["state", "errors", "torch", "triton"],
+    ],
     ids=" ".join,
 )
 def test_the_interpreter_passes_the_same_tests(names: list[str]) -> None:
@@ -105,6 +121,25 @@ def test_all_plans_equal_the_oracle(
         expected = oracle(tensors)
         found = {"y": y, "state_mean": final[:, 0] / final[:, 1], "state_log_den": log_denominator(final)}
         assert_close(found, {name: expected[name] for name in found}, tensors)
+
+
+# One chunk, two, and enough to carry eight at a time, and one more; with and without remaining steps.
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("channels", "chunk_len", "B", "T", "C"),
+    [(64, 64, 2, 1, 5), (64, 128, 2, 77, 80), (128, 64, 1, 128, 150), (64, 64, 2, 64 * 9 + 13, 3), (64, 64, 1, 640, 3)],
+)
+def test_summaries_in_all_plans_equal_the_oracle(
+    channels: int, chunk_len: int, B: int, T: int, C: int, gated: bool, triton: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(op, "plan_for", lambda inputs: Plan(channels, chunk_len, -(-T // chunk_len)))
+    log_decay = -0.02 if C == 3 else None
+    tensors = make(Problem(B=B, T=T, C=C, gated=gated, log_decay=log_decay, with_state=True))
+    w, u, k, v, state = tensors.inputs
+    operators = getattr(torch.ops, native.NAMESPACE)
+    *_, checkpoints = operators.triton_mixing_forward(w, u, k, v, state, tensors.r, None, True)
+    adjoint = operators._triton_adjoint_summary(w, u, k, v, state, tensors.r, checkpoints, tensors.gy)
+    assert_summaries_close(operators._triton_summary(w, u, k, v), adjoint, tensors)
 
 
 # Sequences of no steps, one chunk, several, and enough to carry eight at a time, which begin anywhere in a chunk.

@@ -7,7 +7,16 @@ import numpy
 import ptx
 import pytest
 import torch
-from problems import Problem, assert_close, assert_tensor_close, log_denominator, make, solve, tolerance
+from problems import (
+    Problem,
+    assert_close,
+    assert_summaries_close,
+    assert_tensor_close,
+    log_denominator,
+    make,
+    solve,
+    tolerance,
+)
 from torch import Tensor
 
 from rwkv_kernels._backends.triton import op
@@ -150,6 +159,23 @@ def test_ptx_equals_the_oracle(name: str) -> None:
     found |= dict(zip(("gw", "gu", "gk", "gv", "gstate", "gr"), gradients, strict=True))
     expected = solve(tensors.exact(), "reference", scale_of_state=scale)
     assert_close(found, expected, tensors)
+
+
+@pytest.mark.ptx
+@runs_ptx
+@pytest.mark.parametrize("name", ["bfloat16", "float32_wide", "k_of_1000", "gated_bfloat16"])
+def test_ptx_of_summaries_equals_the_oracle(name: str) -> None:
+    problem, dtype, plan = PTX_CASES[name]
+    tensors = make(problem, dtype)
+    inputs = Inputs(*tensors.inputs, tensors.r)
+    (_, _, checkpoints), launches = op.forward(plan, inputs, True)
+    _run(launches)
+    (own, of_own), (adjoint, of_adjoint) = (
+        op.summary(plan, tensors.w, tensors.k, tensors.v),
+        op.adjoint_summary(plan, inputs, checkpoints, tensors.gy),
+    )
+    _run(of_own + of_adjoint)
+    assert_summaries_close(own, adjoint, tensors)
 
 
 BI_PTX_CASES = {

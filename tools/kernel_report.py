@@ -108,7 +108,7 @@ class Block:
     elements: int = 0
 
 
-OPERATIONS = ("forward", "backward", "mixing_forward", "mixing_backward")
+OPERATIONS = ("forward", "backward", "mixing_forward", "mixing_backward", "summary", "adjoint_summary")
 NAMES = {name.title().replace("_", ""): name for name in (*OPERATIONS, "reduce", "step")}  # by their types
 DTYPES = {"f": "float32", "NS_4HalfE": "float16", "NS_8Bfloat16E": "bfloat16", "d": "float64"}
 MANGLED = re.compile(rf"wkv_kernelINS_\d+({'|'.join(NAMES)})I({'|'.join(DTYPES)})EE")
@@ -124,6 +124,10 @@ CODE_LIMITS = {
     ("mixing_forward", "float32"): (39, 3.3),
     ("mixing_backward", "bfloat16"): (87, 3.5),
     ("mixing_backward", "float32"): (84, 3.5),
+    ("summary", "bfloat16"): (17, 1.2),
+    ("summary", "float32"): (17, 1.2),
+    ("adjoint_summary", "bfloat16"): (57, 3.5),
+    ("adjoint_summary", "float32"): (55, 3.5),
 }
 
 # Blocks of a kernel that must fit on a multiprocessor: one works while another waits. Shared memory or registers allow
@@ -146,6 +150,10 @@ LEAST_BLOCKS = {
     ("mixing_backward", "float16"): _MIXING_BACKWARD_16_BITS,
     ("mixing_backward", "bfloat16"): _MIXING_BACKWARD_16_BITS,
 }
+# The same tiles without their outputs.
+for _dtype in ("float32", "float16", "bfloat16"):
+    LEAST_BLOCKS["summary", _dtype] = _FORWARD
+    LEAST_BLOCKS["adjoint_summary", _dtype] = LEAST_BLOCKS["mixing_backward", _dtype]
 
 
 def identity(mangled: str) -> tuple[str, str]:

@@ -36,7 +36,14 @@ from triton.runtime.jit import create_function_from_signature
 
 from rwkv_kernels._backends.triton import bidirectional, kernels, op
 from rwkv_kernels._backends.triton.op import Launch
-from rwkv_kernels._backends.triton.plan import LOADED_STEPS, REPLAYED_STEPS, Plan, make_plan, widths
+from rwkv_kernels._backends.triton.plan import (
+    CHECKPOINT_INTERVAL,
+    LOADED_STEPS,
+    REPLAYED_STEPS,
+    Plan,
+    make_plan,
+    widths,
+)
 from rwkv_kernels.inputs import BiInputs, Inputs
 
 COMPILERS = 2  # at a time
@@ -74,6 +81,15 @@ def launches_of(
     return forward + backward + step
 
 
+def summary_launches_of(plan: Plan, dtype: torch.dtype, B: int, T: int, C: int, gated: bool = False) -> list[Launch]:
+    """The same of the summaries, forward and backward."""
+    w, state = torch.empty(C), torch.empty(B, 3, C)
+    k = torch.empty(B, T, C, dtype=dtype)
+    inputs = Inputs(w, w, k, k, state, k if gated else None)
+    checkpoints = torch.empty(inputs.checkpoint_shape(CHECKPOINT_INTERVAL))
+    return op.summary(plan, w, k, k)[1] + op.adjoint_summary(plan, inputs, checkpoints, k)[1]
+
+
 def bi_launches_of(
     channels: int, dtype: torch.dtype, T: int, C: int, gated: bool = False, sequences: int = 0
 ) -> list[Launch]:
@@ -96,7 +112,8 @@ def forms_of(
 ) -> list[tuple[str, Launch]]:
     """A launch of every kernel in these forms, with the name of the form, for a program of so many channels.
 
-    A kernel that does not know about one of the two has the form without it; `step` is gated in its only one.
+    A kernel that does not know about one of the two has the form without it; `step` is gated in its only one. Those of
+    summaries are forms of their own.
     """
     found: dict[tuple[str, str], Launch] = {}
     for gated, packed in map(FORMS.__getitem__, forms):
@@ -110,6 +127,9 @@ def forms_of(
             form = (gated and "r" in parameters, packed and "cu_seqlens" in parameters)
             name = next(name for name, which in FORMS.items() if which == form)
             found.setdefault((launch.kernel, name), launch)
+        for launch in summary_launches_of(Plan(channels, 64, 3), dtype, 1, 192, 2 * channels, gated):
+            is_gated = gated and "r" in op.kernel_of(launch).arg_names
+            found.setdefault((launch.kernel, "gated, summary" if is_gated else "summary"), launch)
     return [(name, launch) for (_, name), launch in found.items()]
 
 
@@ -161,8 +181,8 @@ LOOPS = {
 def _per_element(kernel: str, form: str, listing: str, channels_of_thread: int) -> tuple[float, float]:
     """Instructions and MUFU for each element and step, summed over the loops that an element passes."""
     expected = LOOPS[kernel]
-    if kernel == "summarise_adjoints" and FORMS[form][0]:
-        expected = (REPLAYED_STEPS,)
+    if kernel == "summarise_adjoints" and "gated" in form:
+        expected = (REPLAYED_STEPS // 2 if "summary" in form else REPLAYED_STEPS,)
     instructions = mufu = 0.0
     # The loops over the remaining single steps are shorter.
     loops = sorted(sass.innermost_loops(listing), key=lambda loop: loop.instructions)
@@ -247,7 +267,7 @@ COUNTS = f"""Instructions / MUFU, the unit of exponentials and roots, for each e
 groups of steps, by the channels of a program. Packed sequences have the same loops. Those of CUDA, from
 [kernel-report.md](kernel-report.md), are of kernels that sum up chunks and run through them at once."""
 REGISTERS = """Registers of a thread with 64 / 128 channels in a program, on AMD with 128: the most of all dtypes.
-Kernels that have no row of a form have no code for it."""
+Kernels that have no row of a form have no code for it; a summary takes these over all chunks."""
 VARIANTS = f"""Compiled over {len(SWEEP)} shapes of B, T and C on an H100, in bfloat16, with gradients: at most one for
 each of the two widths, where C is a multiple of 16 and where it is not."""
 
@@ -268,7 +288,7 @@ def short_report(rows: list[dict[str, Any]]) -> list[str]:
         {**row, "width": f"{row['channels']} channels"}
         for kernel in LOOPS
         for row in rows
-        if (row["target"], row["kernel"]) == (COMPARED, kernel) and "packed" not in row["form"]
+        if (row["target"], row["kernel"]) == (COMPARED, kernel) and row["form"] in ("plain", "gated")
     ]
     counts = report.pivot(
         counted, ("kernel", "form", "dtype"), "width", lambda row: f"{row['instructions']:.1f} / {row['mufu']:.1f}"

@@ -23,8 +23,8 @@ WKV_HD Real bounded_log_decay(Real log_decay) {
 // A step's loss of the maximum by rounding at most, so that 64 steps move a denominator by a factor of e^8.
 inline constexpr double kLargestLoss = 0.125;
 
-// The same state in a scale that leaves its sums near 1, and the factor from the given sums to these. A maximum that
-// has grown by rounded steps, or sums of many steps without decay, would leave the range of sums in the end.
+// The same state with a denominator from 1 to 2, and the factor from the given sums to these. A maximum that has grown
+// by rounded steps, or sums of many steps without decay, would leave the range of sums in the end.
 template <class Real>
 struct Settled {
   State<Real> state;
@@ -32,10 +32,7 @@ struct Settled {
 };
 template <class Real>
 WKV_HD Settled<Real> settled(State<Real> given) {
-  constexpr double kFar = 65536, kLogOfFar = 11.090354888959125;
-  const Real den = given.sums.den;
-  const Real below = select(Real(0) < den, Real(-kLogOfFar), Real(0));  // an empty state stays
-  const Real max = given.max + select(Real(kFar) < den, Real(kLogOfFar), select(den < Real(1 / kFar), below, Real(0)));
+  const Real max = given.max + exponent_of(given.sums.den) * Real(1 / kLog2E);  // an empty one's rounds to itself
   const Real change = given.max - max;
   const Real lesser = exp_nonpositive(-abs(change));
   const Real factor = select(Real(0) < change, Real(1) / lesser, lesser);
@@ -99,6 +96,34 @@ template <class Real>
 WKV_HD RunningSides<Real> sides_of(RunningScale<Real> scale) {
   return {scale};
 }
+
+// The keys of a subchunk: bounds, and those at its ends.
+template <class Real>
+struct KeyRange {
+  Real lowest, highest, first, last;
+
+  WKV_HD static KeyRange from(Real first, Real last) { return {Real(-kEmptyMax), Real(kEmptyMax), first, last}; }
+  WKV_HD void add(Real k) {
+    lowest = smaller(k, lowest);
+    highest = larger(k, highest);
+  }
+};
+
+// Bounds of the logarithm of a side's denominator. Its sums are relative to the upper one.
+template <class Real>
+struct SideBounds {
+  Real lower, upper;
+
+  // After a subchunk whose last step has the key `last`, over which the log-decay is `total`. The range is that of its
+  // logits, or wider: the running maximum itself takes a chain of operations that are longer than the sums of the
+  // steps.
+  WKV_HD SideBounds after(const KeyRange<Real>& keys, Real last, Real log_decay, Real total) const {
+    return {larger(last, lower + total), larger(keys.highest + larger(total - log_decay, Real(0)), upper + total)};
+  }
+  WKV_HD LogitRange<Real> range(const KeyRange<Real>& keys, SideBounds after, Real total) const {
+    return {larger(upper, after.upper), after.upper, larger(keys.lowest, smaller(lower, lower + total))};
+  }
+};
 
 // The logits of a subchunk of both sides. It has two steps at least, so that every read has a side whose state is one
 // after a step of it, and in the range.

@@ -42,6 +42,14 @@ WKV_HD double exp_nonpositive(double x) { return std::exp(x); }
 WKV_HD float exp2_clamped(float x) { return std::exp2(x); }
 WKV_HD double exp2_clamped(double x) { return std::exp2(x); }
 
+// e of x = 2^e times a number from 1 to 2; of zero something that is small beside kEmptyMax.
+template <class Scalar>
+WKV_HD Scalar exponent_of(Scalar x) {
+  int exponent;
+  std::frexp(x, &exponent);
+  return static_cast<Scalar>(exponent - 1);
+}
+
 // Two quotients with the same divisor.
 template <class Real>
 struct Quotients {

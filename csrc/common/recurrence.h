@@ -131,6 +131,10 @@ struct LogitRange {
   }
   // Where the log-decay is positive, the maximum grows beyond all keys, and is largest at the end.
   WKV_HD Real top() const { return larger(running, highest); }
+  // Infinite without any weight.
+  WKV_HD Real spread() const { return top() - select(lowest >= Real(kEmptyMax / 2), lowest, Real(-INFINITY)); }
+  // Whether the weights of advance stay in range, those of reads apart.
+  WKV_HD auto is_narrow() const { return spread() <= Real(kSharedSpread); }
   // Above every logit of the subchunk, u + k included.
   WKV_HD Real reference(Channel<Real> channel) const { return top() + larger(channel.u, Real(0)); }
   // A max for the state after the subchunk that is likely to stand: above keys that are a little larger than those of
@@ -142,8 +146,7 @@ struct LogitRange {
   // because it also lifts weights that are held at the smallest float. False without any weight and for a key of +inf,
   // which belong to RunningScale. NaN may pass: it stays NaN in either scale.
   WKV_HD auto fits(Channel<Real> channel) const {
-    const Real least = select(lowest >= Real(kEmptyMax / 2), lowest, Real(-INFINITY));
-    return top() - least + abs(channel.u) + larger(channel.u, Real(0)) <= Real(kSharedSpread);
+    return spread() + abs(channel.u) + larger(channel.u, Real(0)) <= Real(kSharedSpread);
   }
 };
 

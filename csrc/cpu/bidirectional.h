@@ -47,6 +47,17 @@ struct BiKernel : Kernel<dtype> {
     }
   }
 
+  // Two lines later in a pass over intervals, the next of which has the distance `interval`: prefetched there, since
+  // memory takes longer than the sums of one line.
+  struct Ahead {
+    int64_t t, line;
+  };
+  static WKV_INLINE Ahead ahead_of(const WorkItem& item, int64_t t, int64_t line, int64_t interval) {
+    const int64_t lines = (item.c_end - item.c_begin + kLine - 1) / kLine;
+    const int64_t position = (line - item.c_begin) / kLine + 2;
+    return {t + position / lines * interval, item.c_begin + position % lines * kLine};
+  }
+
   // An interval's keys in the type of the sums.
   struct IntervalKeys {
     alignas(kLineBytes) Real data[std::is_same_v<Element, Real> ? 1 : kInterval * kLanes];
@@ -92,13 +103,41 @@ struct BiKernel : Kernel<dtype> {
     }
   };
 
+  // An output's rows of an interval of one vector. A vector that is a whole line goes to memory at once, step by step;
+  // others are staged until their line is whole.
+  struct Target {
+    Rows<Element> rows;
+    bool streams;
+
+    WKV_INLINE void set(int64_t step, Vec x) const {
+      if constexpr (kLanes == kLine && std::is_same_v<Element, Real>) {
+        if (streams) return stream_line(rows.row(step), &x);
+      }
+      store(rows.row(step), x);
+    }
+  };
+  struct Output {
+    Rows<Element> rows;  // of the sequence
+    bool streams;
+    typename Base::template StagedSteps<kInterval> staged;
+
+    static WKV_INLINE bool stages(int width) { return kLanes < kLine || width < kLine; }
+    WKV_INLINE Target target(int64_t t, int64_t line, int first, int width) {
+      return stages(width) ? Target{staged.rows(first), false} : Target{rows.from(t, line), streams};
+    }
+    WKV_INLINE void write(int64_t t, int64_t line, int steps, int width) {
+      if (stages(width)) staged.write(rows.from(t, line), steps, width, streams);
+    }
+  };
+
   // ---- the scale of a subchunk ----
 
   struct SubchunkSides {
-    LogitRange<Vec> before;
-    Vec max_before,
-        max_after;  // of the state before the subchunk, and of the one that includes it and what comes after
+    KeyRange<Vec> keys;
+    SideBounds<Vec> bounds_before;  // before the subchunk
+    LogitRange<Vec> before;         // of the steps before alone
     bool is_shared;
+    // From the scale of the sums that enter to that of the subchunk, and from there to that of the sums that leave.
     Vec reference_log2, enter_before, leave_before, enter_after, leave_after;
 
     WKV_INLINE SharedScale<Vec> shared(const VectorChannels& channels) const {
@@ -107,6 +146,50 @@ struct BiKernel : Kernel<dtype> {
   };
 
   static WKV_INLINE Sums<Vec> scaled(Sums<Vec> sums, Vec factor) { return {sums.num * factor, sums.den * factor}; }
+
+  static WKV_INLINE State<Vec> settled_state(const Real* state, int64_t C, int64_t c, int count) {
+    return settled(Base::load_state(state, C, c, count)).state;
+  }
+  static WKV_INLINE SideBounds<Vec> bounds_of(State<Vec> settled) { return {settled.max, settled.max}; }
+
+  static WKV_INLINE KeyRange<Vec> range_of(Rows<const Real> keys, int begin, int end) {
+    auto range = KeyRange<Vec>::from(load(keys.row(begin)), load(keys.row(end - 1)));
+#pragma GCC unroll 4
+    for (int step = begin; step < end; ++step) range.add(load(keys.row(step)));
+    return range;
+  }
+
+  // The maximum after steps of any keys, as RunningSides has it.
+  static Vec running_max(const VectorChannels& channels, Rows<const Real> keys, int steps, Vec max) {
+    const auto scale = Base::running_scale(channels);
+    return Base::cold([=] {
+      Vec running = max;
+      for (int step = 0; step < steps; ++step) running = scale.next_max(running, scale.logit(load(keys.row(step))));
+      return running;
+    });
+  }
+
+  // One side of a subchunk: the range of its logits, and the bounds after it, from those before it. Steps that spread
+  // further have a single bound, the running maximum.
+  struct Course {
+    LogitRange<Vec> range;
+    SideBounds<Vec> after;
+    bool is_narrow;
+  };
+  static WKV_INLINE Course course_of(const VectorChannels& channels, const KeyRange<Vec>& range, Rows<const Real> keys,
+                                     int steps, Vec last, SideBounds<Vec> before) {
+    const Vec log_decay = channels.channel.log_decay, total = log_decay * Vec(Real(steps));
+    Course course;
+    course.after = before.after(range, last, log_decay, total);
+    course.range = before.range(range, course.after, total);
+    course.is_narrow = all(course.range.is_narrow());
+    if (__builtin_expect(!course.is_narrow, 0)) {
+      const Vec max = running_max(channels, keys, steps, before.upper);
+      course.after = {max, max};
+      course.range.running = max;
+    }
+    return course;
+  }
 
   // Calls function(scale) in the scale of the subchunk.
   template <class Function>
@@ -119,68 +202,77 @@ struct BiKernel : Kernel<dtype> {
     return function(sides_of(sides.shared(channels)));
   }
 
-  // The maximum is that of the state before the interval; ranges are of the steps before, which need no sums.
+  // Of the steps before, whose sums are not needed for it.
   template <class Gates>
-  static WKV_INLINE void find_ranges_before(const VectorChannels& channels, const Interval<Gates>& interval, Vec max,
-                                            SubchunkSides* sides) {
+  static WKV_INLINE void find_ranges_before(const VectorChannels& channels, const Interval<Gates>& interval,
+                                            SideBounds<Vec> bounds, SubchunkSides* sides) {
     for (int begin = 0; begin < interval.steps; begin += kSubchunk, ++sides) {
-      auto range = LogitRange<Vec>::from(max);
-      const int end = begin + interval.steps_from(begin);
-#pragma GCC unroll 4
-      for (int step = begin; step < end; ++step) range.add(channels.channel, load(interval.keys.row(step)));
-      sides->before = range;
-      sides->max_before = max;
-      max = range.running;
+      const int steps = interval.steps_from(begin);
+      sides->keys = range_of(interval.keys, begin, begin + steps);
+      sides->bounds_before = bounds;
+      const Course course =
+          course_of(channels, sides->keys, interval.keys.from(begin, 0), steps, sides->keys.last, bounds);
+      sides->before = course.range;
+      bounds = course.after;
     }
   }
 
-  // Decides on the scale, from the maximum of the state after the subchunk.
+  // Decides on the scale, and takes the bounds of the state after the subchunk over it.
   template <class Gates>
-  static WKV_INLINE void find_scale(const VectorChannels& channels, const Interval<Gates>& interval, int begin, Vec max,
-                                    SubchunkSides& sides) {
-    auto after = LogitRange<Vec>::from(max);
+  static WKV_INLINE SideBounds<Vec> find_scale(const VectorChannels& channels, const Interval<Gates>& interval,
+                                               int begin, SideBounds<Vec> bounds, SubchunkSides& sides) {
     const int steps = interval.steps_from(begin);
-#pragma GCC unroll 4
-    for (int step = begin + steps - 1; step >= begin; --step) {
-      after.add(channels.channel, load(interval.keys.row(step)));
-    }
-    sides.max_after = after.running;
-    const auto range = join_ranges(sides.before, after);
+    const auto reverse_keys = reversed(interval.keys.from(begin, 0), steps);
+    const Course after = course_of(channels, sides.keys, reverse_keys, steps, sides.keys.first, bounds);
+    const auto range = join_ranges(sides.before, after.range);
     sides.is_shared = steps > 1 && all(range.fits(channels.channel));
-    if (__builtin_expect(!sides.is_shared, 0)) return;
+    if (__builtin_expect(!sides.is_shared, 0)) {
+      const Vec max_before = running_max(channels, interval.keys.from(begin, 0), steps, sides.bounds_before.upper);
+      const Vec max_after = running_max(channels, reverse_keys, steps, bounds.upper);
+      sides.enter_before = sides.enter_after = Vec(Real(1));
+      sides.leave_before = exp_nonpositive(max_before - sides.before.running);
+      sides.leave_after = exp_nonpositive(max_after - after.after.upper);
+      return after.after;
+    }
     sides.reference_log2 = range.reference(channels.channel) * Vec(Real(kLog2E));
     const SharedScale<Vec> scale = sides.shared(channels);
-    sides.enter_before = scale.weight(sides.max_before);
+    sides.enter_before = scale.weight(sides.bounds_before.upper);
     sides.leave_before = Vec(Real(1)) / scale.weight(sides.before.running);
-    sides.enter_after = scale.weight(max);
-    sides.leave_after = Vec(Real(1)) / scale.weight(after.running);
+    sides.enter_after = scale.weight(bounds.upper);
+    sides.leave_after = Vec(Real(1)) / scale.weight(after.after.upper);
+    return after.after;
   }
 
   // Finds the scales of all subchunks, and keeps the sums after each step, from the state after the interval.
   template <class Gates, class Next>
-  static WKV_INLINE void replay_after(const VectorChannels& channels, const Interval<Gates>& interval, Vec max_before,
-                                      State<Vec> after, Next next, SubchunkSides* sides, SavedStep<Vec>* saved) {
-    find_ranges_before(channels, interval, max_before, sides);
+  static WKV_INLINE void replay_after(const VectorChannels& channels, const Interval<Gates>& interval,
+                                      State<Vec> before, State<Vec> after, Next next, SubchunkSides* sides,
+                                      SavedStep<Vec>* saved) {
+    find_ranges_before(channels, interval, bounds_of(before), sides);
+    SideBounds<Vec> bounds = bounds_of(after);
     for (int begin = interval.last_begin(); begin >= 0; begin -= kSubchunk) {
       SubchunkSides& own = sides[begin / kSubchunk];
-      find_scale(channels, interval, begin, after.max, own);
-      if (own.is_shared) after.sums = scaled(after.sums, own.enter_after);
-      const int end = begin + interval.steps_from(begin);
+      bounds = find_scale(channels, interval, begin, bounds, own);
+      after.sums = scaled(after.sums, own.enter_after);
+      const int steps = interval.steps_from(begin);
+      const auto keys = reversed(interval.keys.from(begin, 0), steps);
+      const auto values = reversed(interval.v.from(begin, 0), steps);
+      SavedStep<Vec>* const last = saved + begin + steps - 1;
       const auto steps_in = [=](const auto& scale) WKV_INLINE_LAMBDA {
-        State<Vec> state = after;
+        Vec max = after.max;
+        Sums<Vec> sums = after.sums;
 #pragma GCC unroll 4
-        for (int step = end - 1; step >= begin; --step) {
-          next.prefetch(step);
-          const Vec logit = scale.logit(load(interval.keys.row(step)));
-          const Vec at = scale.at(state.max, logit);
-          saved[step] = {state.sums, at};
-          state = {mix(state.sums, scale.advance(at, logit), load(interval.v.row(step))),
-                   scale.next_max(state.max, logit)};
+        for (int i = 0; i < steps; ++i) {
+          next.prefetch(begin + i);
+          const Vec logit = scale.logit(load(keys.row(i)));
+          const Vec at = scale.at(max, logit);
+          last[-i] = {sums, at};
+          sums = mix(sums, scale.advance(at, logit), load(values.row(i)));
+          max = scale.next_max(max, logit);
         }
-        return state;
+        return sums;
       };
-      after = in_scale_of(own, channels, steps_in);
-      if (own.is_shared) after = {scaled(after.sums, own.leave_after), own.max_after};
+      after = {scaled(in_scale_of(own, channels, steps_in), own.leave_after), bounds.upper};
     }
   }
 
@@ -190,10 +282,10 @@ struct BiKernel : Kernel<dtype> {
   template <class Gates>
   static WKV_INLINE State<Vec> read_interval(const VectorChannels& channels, const Interval<Gates>& interval,
                                              State<Vec> before, const SubchunkSides* sides, const SavedStep<Vec>* saved,
-                                             Rows<Element> y) {
+                                             Target y) {
     for (int begin = 0; begin < interval.steps; begin += kSubchunk) {
       const SubchunkSides& own = sides[begin / kSubchunk];
-      if (own.is_shared) before.sums = scaled(before.sums, own.enter_before);
+      before.sums = scaled(before.sums, own.enter_before);
       const int end = begin + interval.steps_from(begin);
       const auto steps_in = [=](const auto& scale) WKV_INLINE_LAMBDA {
         State<Vec> state = before;
@@ -204,37 +296,46 @@ struct BiKernel : Kernel<dtype> {
           const Vec at = scale.other_at(after.at, state.max);
           const Vec yt =
               read_sides(state.sums, after.sums, scale.read(at, after.at, logit), vt, interval.gates.at(step));
-          store(y.row(step), yt);
+          y.set(step, yt);
           state = {mix(state.sums, scale.advance(at, logit), vt), scale.next_max(state.max, logit)};
         }
-        return state;
+        return state.sums;
       };
-      before = in_scale_of(own, channels, steps_in);
-      if (own.is_shared) before = {scaled(before.sums, own.leave_before), own.before.running};
+      before = {scaled(in_scale_of(own, channels, steps_in), own.leave_before), own.before.running};
     }
     return before;
   }
 
-  // The state before a subchunk's steps, taken in reverse, from the one after them.
+  // Takes the state after a subchunk's steps to the one before them, in place.
   template <class Next>
-  static WKV_INLINE State<Vec> sum_up_subchunk(const VectorChannels& channels, Rows<const Element> k,
-                                               Rows<const Element> v, Next next, int steps, State<Vec> state) {
+  static WKV_INLINE void sum_up_subchunk(const VectorChannels& channels, Rows<const Element> k, Rows<const Element> v,
+                                         Next next, int steps, State<Vec>& state, SideBounds<Vec>& bounds) {
     typename Base::Keys widened;
-    const auto keys = reversed(widened.widen(k, steps), steps);
+    const auto rows = widened.widen(k, steps);
+    const auto range = range_of(rows, 0, steps);
+    const auto keys = reversed(rows, steps);
     const auto values = reversed(v, steps);
-    typename Base::SubchunkScale unused;
-    const auto steps_in = [=](const auto& scale, State<Vec> state) WKV_INLINE_LAMBDA {
-      const auto sides = sides_of(scale);
+    const Course course = course_of(channels, range, keys, steps, range.first, bounds);
+    bounds = course.after;
+    const auto steps_in = [=](const auto& sides, State<Vec> state) WKV_INLINE_LAMBDA {
 #pragma GCC unroll 4
       for (int step = 0; step < steps; ++step) {
         next.prefetch(step);
         const Vec logit = sides.logit(load(keys.row(step)));
-        const auto weights = sides.advance(sides.at(state.max, logit), logit);
-        state = {mix(state.sums, weights, load(values.row(step))), sides.next_max(state.max, logit)};
+        state.sums = mix(state.sums, sides.advance(sides.at(state.max, logit), logit), load(values.row(step)));
+        state.max = sides.next_max(state.max, logit);
       }
       return state;
     };
-    return Base::in_scale(channels, keys, steps, state, unused, steps_in);
+    if (__builtin_expect(!course.is_narrow, 0)) {
+      const auto sides = sides_of(Base::running_scale(channels));
+      state = Base::cold([=] { return steps_in(sides, state); });
+      return;
+    }
+    const SharedScale<Vec> scale = {course.range.top() * Vec(Real(kLog2E)), channels.decay, channels.bonus};
+    state.sums = scaled(state.sums, scale.weight(state.max));
+    state.sums = scaled(steps_in(sides_of(scale), state).sums, Vec(Real(1)) / scale.weight(bounds.upper));
+    state.max = bounds.upper;
   }
 
   // Sums up the intervals from the last to the first, into the state after each.
@@ -245,20 +346,19 @@ struct BiKernel : Kernel<dtype> {
     for (int64_t t = (item.sequence.steps - 1) / kInterval * kInterval; t > 0; t -= kInterval) {
       const int steps = Base::at_most(kInterval, item.sequence.steps - t);
       for (int64_t line = item.c_begin; line < item.c_end; line += kLine) {
-        // The next line; after the last one, the first of the interval before.
-        const bool last = line + kLine >= item.c_end;
-        const int64_t next_t = last ? t - kInterval : t, next_line = last ? item.c_begin : line + kLine;
+        const auto [next_t, next_line] = ahead_of(item, t, line, -kInterval);
         for (int64_t c = line, i = 0; c < std::min(line + kLine, item.c_end); c += kLanes, ++i) {
           const int count = Base::at_most(kLanes, item.c_end - c);
           const auto channels = Base::channels_at(params.channels, c, count);
-          State<Vec> state = settled(Base::load_state(table.after(t), C, c, count)).state;
+          State<Vec> state = settled_state(table.after(t), C, c, count);
+          SideBounds<Vec> bounds = bounds_of(state);
           for (int begin = (steps - 1) / kSubchunk * kSubchunk; begin >= 0; begin -= kSubchunk) {
             const int own_steps = Base::at_most(kSubchunk, steps - begin);
-            state = sum_up_subchunk(
+            sum_up_subchunk(
                 channels, Base::whole(k.from(t + begin, c), own_steps, count, k_copy),
                 Base::whole(v.from(t + begin, c), own_steps, count, v_copy),
                 Base::next_of(i, Ungated(), k.from(next_t + begin, next_line), v.from(next_t + begin, next_line)),
-                own_steps, state);
+                own_steps, state, bounds);
           }
           Base::store_state(table.after(t - kInterval), C, c, count, state);
         }
@@ -281,17 +381,14 @@ struct BiKernel : Kernel<dtype> {
     sum_up(params, item, table);
     const auto k = Base::rows_of(params.k, item.sequence), v = Base::rows_of(params.v, item.sequence);
     const Gates gates(params, item.sequence);
-    const auto y = Base::rows_of(params.y, item.sequence, params);
-    const bool streams = Base::streams_sequence(params.y, params);
+    Output y = {Base::rows_of(params.y, item.sequence, params), Base::streams_sequence(params.y, params)};
     Buffers<Gates> buffers;
     SubchunkSides sides[kSubchunks];
     SavedStep<Vec> saved[kInterval];
-    typename Base::template StagedSteps<kInterval> y_staged;
     for (int64_t t = 0; t < T; t += kInterval) {
       const int steps = Base::at_most(kInterval, T - t);
       for (int64_t line = item.c_begin; line < item.c_end; line += kLine) {
-        const bool last = line + kLine >= item.c_end;
-        const int64_t next_t = last ? t + steps : t, next_line = last ? item.c_begin : line + kLine;
+        const auto [next_t, next_line] = ahead_of(item, t, line, kInterval);
         const int width = Base::at_most(kLine, item.c_end - line);
         for (int first = 0; first < width; first += kLanes) {
           const auto next = Base::next_of(first / kLanes, gates.from(next_t, next_line), k.from(next_t, next_line),
@@ -300,13 +397,14 @@ struct BiKernel : Kernel<dtype> {
           const int count = Base::at_most(kLanes, item.c_end - c);
           const auto channels = Base::channels_at(params.channels, c, count);
           const auto interval = buffers.interval(k.from(t, c), v.from(t, c), gates.from(t, c), steps, count);
-          const State<Vec> before = settled(Base::load_state(table.before(t), C, c, count)).state;
-          const State<Vec> after = settled(Base::load_state(table.after(t), C, c, count)).state;
-          replay_after(channels, interval, before.max, after, next, sides, saved);
-          const State<Vec> moved = read_interval(channels, interval, before, sides, saved, y_staged.rows(first));
+          const State<Vec> before = settled_state(table.before(t), C, c, count);
+          const State<Vec> after = settled_state(table.after(t), C, c, count);
+          replay_after(channels, interval, before, after, next, sides, saved);
+          const State<Vec> moved =
+              read_interval(channels, interval, before, sides, saved, y.target(t, line, first, width));
           if (t + steps < T) Base::store_state(table.before(t + steps), C, c, count, moved);
         }
-        y_staged.write(y.from(t, line), steps, width, streams);
+        y.write(t, line, steps, width);
       }
     }
   }
@@ -333,13 +431,11 @@ struct BiKernel : Kernel<dtype> {
   static WKV_INLINE Carried adjoints_after(const VectorChannels& channels, const Interval<Gates>& interval,
                                            Rows<const Element> gy, State<Vec> before, Carried carried, Next next,
                                            const SubchunkSides* sides, SavedStep<Vec>* saved, Partial* partial,
-                                           Rows<Element> gr) {
+                                           Target gr) {
     for (int begin = 0; begin < interval.steps; begin += kSubchunk) {
       const SubchunkSides& own = sides[begin / kSubchunk];
-      if (own.is_shared) {
-        before.sums = scaled(before.sums, own.enter_before);
-        carried.adjoint = scaled(carried.adjoint, own.leave_after);
-      }
+      before.sums = scaled(before.sums, own.enter_before);
+      carried.adjoint = scaled(carried.adjoint, own.leave_after);
       const int end = begin + interval.steps_from(begin);
       struct Moved {
         State<Vec> before;
@@ -362,7 +458,7 @@ struct BiKernel : Kernel<dtype> {
           if constexpr (writes) {
             saved[step] = {to_before, at};
             partial[step] = {state.sums, gradients.gk, gradients.gv};
-            if constexpr (Gates::kInputs > 0) store(gr.row(step), gradients.gr);
+            if constexpr (Gates::kInputs > 0) gr.set(step, gradients.gr);
             moved.carried.g_log_decay = moved.carried.g_log_decay + gradients.g_log_decay;
             moved.carried.gu = moved.carried.gu + gradients.gu;
           }
@@ -371,12 +467,9 @@ struct BiKernel : Kernel<dtype> {
         return moved;
       };
       const Moved moved = in_scale_of(own, channels, steps_in);
-      before = moved.before;
+      before = {scaled(moved.before.sums, own.leave_before), own.before.running};
       carried = moved.carried;
-      if (own.is_shared) {
-        before = {scaled(before.sums, own.leave_before), own.before.running};
-        carried.adjoint = scaled(carried.adjoint, own.enter_after);
-      }
+      carried.adjoint = scaled(carried.adjoint, own.enter_after);
     }
     return carried;
   }
@@ -385,10 +478,10 @@ struct BiKernel : Kernel<dtype> {
   template <class Gates>
   static WKV_INLINE Carried adjoints_before(const VectorChannels& channels, const Interval<Gates>& interval,
                                             Carried carried, const SubchunkSides* sides, const SavedStep<Vec>* saved,
-                                            const Partial* partial, Rows<Element> gk, Rows<Element> gv) {
+                                            const Partial* partial, Target gk, Target gv) {
     for (int begin = interval.last_begin(); begin >= 0; begin -= kSubchunk) {
       const SubchunkSides& own = sides[begin / kSubchunk];
-      if (own.is_shared) carried.adjoint = scaled(carried.adjoint, own.leave_before);
+      carried.adjoint = scaled(carried.adjoint, own.leave_before);
       const int end = begin + interval.steps_from(begin);
       const auto steps_in = [=](const auto& scale) WKV_INLINE_LAMBDA {
         Carried moved = carried;
@@ -400,14 +493,14 @@ struct BiKernel : Kernel<dtype> {
           StepGradients<Vec> gradients;
           advance_adjoint(known.before, scale.advance(read.at, logit), vt, moved.adjoint, gradients);
           moved.adjoint = {moved.adjoint.num + read.sums.num, moved.adjoint.den + read.sums.den};
-          store(gk.row(step), known.gk + gradients.gk);
-          store(gv.row(step), known.gv + gradients.gv);
+          gk.set(step, known.gk + gradients.gk);
+          gv.set(step, known.gv + gradients.gv);
           moved.g_log_decay = moved.g_log_decay + gradients.g_log_decay;
         }
         return moved;
       };
       carried = in_scale_of(own, channels, steps_in);
-      if (own.is_shared) carried.adjoint = scaled(carried.adjoint, own.enter_before);
+      carried.adjoint = scaled(carried.adjoint, own.enter_before);
     }
     return carried;
   }
@@ -434,38 +527,34 @@ struct BiKernel : Kernel<dtype> {
     const auto k = Base::rows_of(params.k, item.sequence), v = Base::rows_of(params.v, item.sequence);
     const Gates gates(params, item.sequence);
     const auto gy = Base::rows_of(params.gy, item.sequence);
-    const auto gk = Base::rows_of(params.gk, item.sequence, params);
-    const auto gv = Base::rows_of(params.gv, item.sequence, params);
-    const auto gr = Gates::kInputs > 0 ? Base::rows_of(params.gr, item.sequence, params) : gk;
-    const auto is_streamed = [&](void* target) { return Base::streams_sequence(target, params); };
-    const bool streams =
-        is_streamed(params.gk) && is_streamed(params.gv) && (Gates::kInputs == 0 || is_streamed(params.gr));
+    const auto output = [&](void* data) {
+      return Output{Base::rows_of(data, item.sequence, params), Base::streams_sequence(data, params)};
+    };
+    Output gk = output(params.gk), gv = output(params.gv), gr = output(Gates::kInputs > 0 ? params.gr : params.gk);
     Buffers<Gates> buffers;
     SubchunkSides sides[kSubchunks];
     SavedStep<Vec> saved[kInterval];
     Partial partial[kInterval];
-    typename Base::template StagedSteps<kInterval> gk_staged, gv_staged, gr_staged;
 
     // From the first interval to the last, the adjoints of the states after alone: what comes to each interval.
     const int64_t last_t = (T - 1) / kInterval * kInterval;
     for (int64_t t = 0; t < last_t; t += kInterval) {
       for (int64_t line = item.c_begin; line < item.c_end; line += kLine) {
-        const bool last = line + kLine >= item.c_end;
-        const int64_t next_t = last ? t + kInterval : t, next_line = last ? item.c_begin : line + kLine;
+        const auto [next_t, next_line] = ahead_of(item, t, line, kInterval);
         for (int64_t c = line, i = 0; c < std::min(line + kLine, item.c_end); c += kLanes, ++i) {
           const int count = Base::at_most(kLanes, item.c_end - c);
           const auto channels = Base::channels_at(params.channels, c, count);
           const auto interval = buffers.interval(k.from(t, c), v.from(t, c), gates.from(t, c), kInterval, count);
           const auto before = settled(Base::load_state(table.before(t), C, c, count));
           const auto after = settled(Base::load_state(table.after(t), C, c, count));
-          replay_after(channels, interval, before.state.max, after.state,
+          replay_after(channels, interval, before.state, after.state,
                        Base::next_of(i, Ungated(), k.from(next_t, next_line), v.from(next_t, next_line)), sides, saved);
           Carried carried = nothing;
           if (t > 0) carried.adjoint = load_adjoint(t, c, count);
           carried = adjoints_after<false>(channels, interval, Base::whole(gy.from(t, c), kInterval, count, buffers.gy),
                                           before.state, carried,
                                           Base::next_of(i, gates.from(next_t, next_line), gy.from(next_t, next_line)),
-                                          sides, saved, partial, Rows<Element>{});
+                                          sides, saved, partial, Target{});
           store_adjoint(t + kInterval, c, count, scaled(carried.adjoint, after.factor));
         }
       }
@@ -475,8 +564,7 @@ struct BiKernel : Kernel<dtype> {
     for (int64_t t = last_t; t >= 0; t -= kInterval) {
       const int steps = Base::at_most(kInterval, T - t);
       for (int64_t line = item.c_begin; line < item.c_end; line += kLine) {
-        const bool last = line + kLine >= item.c_end;
-        const int64_t next_t = last ? t - steps : t, next_line = last ? item.c_begin : line + kLine;
+        const auto [next_t, next_line] = ahead_of(item, t, line, -kInterval);
         const int width = Base::at_most(kLine, item.c_end - line);
         for (int first = 0, i = 0; first < width; first += kLanes, ++i) {
           const int64_t c = line + first;
@@ -485,24 +573,24 @@ struct BiKernel : Kernel<dtype> {
           const auto interval = buffers.interval(k.from(t, c), v.from(t, c), gates.from(t, c), steps, count);
           const auto before = settled(Base::load_state(table.before(t), C, c, count));
           const auto after = settled(Base::load_state(table.after(t), C, c, count));
-          replay_after(channels, interval, before.state.max, after.state,
+          replay_after(channels, interval, before.state, after.state,
                        Base::next_of(i, Ungated(), k.from(next_t, next_line), v.from(next_t, next_line)), sides, saved);
           Carried carried = nothing;
           if (t > 0) carried.adjoint = load_adjoint(t, c, count);
           carried = adjoints_after<true>(channels, interval, Base::whole(gy.from(t, c), steps, count, buffers.gy),
                                          before.state, carried,
                                          Base::next_of(i, gates.from(next_t, next_line), gy.from(next_t, next_line)),
-                                         sides, saved, partial, gr_staged.rows(first));
+                                         sides, saved, partial, gr.target(t, line, first, width));
           carried.adjoint = t < last_t ? load_adjoint(t + kInterval, c, count) : nothing.adjoint;
-          carried = adjoints_before(channels, interval, carried, sides, saved, partial, gk_staged.rows(first),
-                                    gv_staged.rows(first));
+          carried = adjoints_before(channels, interval, carried, sides, saved, partial,
+                                    gk.target(t, line, first, width), gv.target(t, line, first, width));
           store_adjoint(t, c, count, scaled(carried.adjoint, before.factor));
           Base::add_to(partials + c, carried.g_log_decay, count);
           Base::add_to(partials + C + c, carried.gu, count);
         }
-        gk_staged.write(gk.from(t, line), steps, width, streams);
-        gv_staged.write(gv.from(t, line), steps, width, streams);
-        if constexpr (Gates::kInputs > 0) gr_staged.write(gr.from(t, line), steps, width, streams);
+        gk.write(t, line, steps, width);
+        gv.write(t, line, steps, width);
+        if constexpr (Gates::kInputs > 0) gr.write(t, line, steps, width);
       }
     }
   }

@@ -227,6 +227,14 @@ WKV_INLINE Vec<float> exp_minus_abs(Vec<float> x) {
   return exp2_in_range(clamped((Vec<float>::Native)bits, -128.0f));
 }
 
+// e of x = 2^e times a number from 1 to 2; -127, in float64 -1023, for zero.
+template <class Real>
+WKV_INLINE Vec<Real> exponent_of(Vec<Real> x) {
+  constexpr int kBits = sizeof(Real) == 4 ? 23 : 52, kBias = sizeof(Real) == 4 ? 127 : 1023;
+  const auto exponent = ((typename Vec<Real>::NativeInteger)x.native >> kBits) - kBias;
+  return __builtin_convertvector(exponent, typename Vec<Real>::Native);
+}
+
 template <class Function>
 WKV_INLINE Vec<double> lane_by_lane(Vec<double> x, Function function) {
   for (int lane = 0; lane < Vec<double>::lanes; ++lane) x.native[lane] = function(x.native[lane]);

@@ -1,7 +1,5 @@
 // The CUDA backend of the operators: its launcher, which puts kernels on the current stream, and their registration.
 // Compiled by the host compiler.
-#include "../gpu/op.h"
-
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -9,6 +7,8 @@
 #include <string>
 
 #include "../common/namespace.h"
+#include "../gpu/bi_op.h"
+#include "../gpu/summary_op.h"
 #include "kernels.h"
 
 namespace wkv {
@@ -76,7 +76,11 @@ WKV_LIBRARY_IMPL(WKV_NAMESPACE, CUDA, m) {
   m.impl("_wkv_backward", TORCH_BOX(&wkv::gpu_backward<wkv::CudaLauncher>));
   m.impl("wkv_mixing_forward", TORCH_BOX(&wkv::gpu_mixing_forward<wkv::CudaLauncher>));
   m.impl("_wkv_mixing_backward", TORCH_BOX(&wkv::gpu_mixing_backward<wkv::CudaLauncher>));
+  m.impl("_wkv_summary", TORCH_BOX(&wkv::gpu_summary<wkv::CudaLauncher>));
+  m.impl("_wkv_adjoint_summary", TORCH_BOX(&wkv::gpu_adjoint_summary<wkv::CudaLauncher>));
   m.impl("wkv_step", TORCH_BOX(&wkv::gpu_step<wkv::CudaLauncher>));
+  m.impl("bi_wkv_forward", TORCH_BOX(&wkv::gpu_bi_forward<wkv::CudaLauncher>));
+  m.impl("_bi_wkv_backward", TORCH_BOX(&wkv::gpu_bi_backward<wkv::CudaLauncher>));
 }
 
 // The build, as JSON. The string belongs to the library.

@@ -9,7 +9,7 @@
 
 namespace wkv {
 
-template <class Element_, bool kMixing>
+template <class Element_, bool kMixing, bool kWrites = true>
 struct BackwardPass {
   using Element = Element_;
   static constexpr bool kReverse = true, kFinishes = true, kMixes = kMixing;
@@ -95,38 +95,8 @@ struct BackwardPass {
     WKV_HD Gate<Pair> get(int step) const { return gate_of(is_gated ? r.get(step) : Pair(INFINITY)); }
     WKV_HD void set_gradient(int step, Pair value) const { r.set(step, value); }
   };
-  // The same in memory; a prefetch takes most of the latency.
-  struct DistantGates {
-    Rows<const Element> r;  // from the thread's first step on
-    Rows<Element> gr;
-    int channels;  // 0 without r
-
-    WKV_HD DistantGates(const Block& block, const Tile& tile, const Thread& thread)
-        : r(rows_from<Element>(block.params.r, block.place().b, block.channel_of(thread))),
-          gr(rows_from<Element>(block.params.gr, block.params.T, block.params.C, block.place().b,
-                                block.channel_of(thread))),
-          channels(block.is_gated() ? block.channels_of(thread) : 0) {
-      const int first = block.place().begin() + tile.t + thread.warp() * kSteps;
-      r.data = r.at(first);
-      gr.data = gr.at(first);
-    }
-    WKV_HD Gate<Pair> get(int step) const {
-      const Element* const at = r.at(step);
-      return gate_of(Pair(kFullTilesOnly || channels > 0 ? to_real(load_constant(at)) : float(INFINITY),
-                          kFullTilesOnly || channels > 1 ? to_real(load_constant(at + 1)) : float(INFINITY)));
-    }
-    WKV_HD void set_gradient(int step, Pair value) const {
-      Element* const at = gr.at(step);
-      if (kFullTilesOnly || channels > 0) from_real(value.x, at[0]);
-      if (kFullTilesOnly || channels > 1) from_real(value.y, at[1]);
-    }
-  };
-  struct NoGates {
-    WKV_HD NoGates(const Block&, const Tile&, const Thread&) {}
-    WKV_HD NoGate get(int) const { return {}; }
-    WKV_HD void set_gradient(int, Pair) const {}
-  };
-  using Gates = std::conditional_t<kStagesGate, StagedGates, std::conditional_t<kMixing, DistantGates, NoGates>>;
+  using Gates =
+      std::conditional_t<kStagesGate, StagedGates, std::conditional_t<kMixing, DistantGates<Block, kSteps>, NoGates>>;
   // Calls function(gates), with none where there is no r. Keys that spread take an open gate: for a loop without one
   // they lack registers.
   template <class Function>
@@ -134,7 +104,7 @@ struct BackwardPass {
     if (block.is_gated()) {
       function(Gates(block, tile, thread));
     } else {
-      function(NoGates(block, tile, thread));
+      function(NoGates());
     }
   }
 
@@ -229,7 +199,7 @@ struct BackwardPass {
         const Pair vt = v.get(step), present = bonus * weight;
         const Sums<Pair> now{present * vt + sums.num, sums.den + present};
         const auto [y, h, gr] = gated_mean_adjoint(now, gates.get(step), gy.get(step));
-        gates.set_gradient(step, gr);
+        if constexpr (kWrites) gates.set_gradient(step, gr);
         const Pair h_present = present * h, gu_step = h_present * (vt - y);
         g_log_decay = g_log_decay + sums.num * adjoint.num + sums.den * adjoint.den;
         gu = gu + gu_step;
@@ -271,7 +241,7 @@ struct BackwardPass {
     Pair g_log_decay(0), gu(0);
     for_steps_back<kSteps>(steps, [&](int step) {
       const auto of_step = step_adjoint(scale, thread.steps[step], v.get(step), gy.get(step), adjoint, gates.get(step));
-      gates.set_gradient(step, of_step.gr);
+      if constexpr (kWrites) gates.set_gradient(step, of_step.gr);
       thread.steps[step].sums = {of_step.gk, of_step.gv};
       g_log_decay = g_log_decay + of_step.g_log_decay;
       gu = gu + of_step.gu;

@@ -2,14 +2,20 @@
 #pragma once
 
 #include "backward.h"
+#include "bi_double.h"
 #include "forward.h"
 #include "small.h"
+#include "summary.h"
 
 namespace wkv {
 
 // A reduction's partials have the accumulation type.
 template <class Element>
 using ReduceOf = Reduce<RealOf<kTypeOf<Element>>>;
+
+// Tables have float32 states; float64 has no table.
+template <class Element>
+using BiJoinOf = BiJoin<float>;
 
 // Calls function.operator()<Type>() for a kernel of a dtype.
 template <class Function>
@@ -47,6 +53,26 @@ struct Bounds<Backward<Element>> {
 };
 template <class Element>
 struct Bounds<MixingBackward<Element>> : Bounds<Backward<Element>> {};
+template <class Element>
+struct Bounds<Summary<Element>> : Bounds<Forward<Element>> {};
+template <class Element>
+struct Bounds<AdjointSummary<Element>> : Bounds<Backward<Element>> {};
+template <class Element, int steps>
+struct BiBounds {
+  static constexpr int threads = bi_warps(steps) * kWarpThreads, blocks = steps / 8;
+};
+template <int steps>
+struct BiBounds<double, steps> {
+  static constexpr int threads = kDoubleThreads, blocks = 1;
+};
+template <class Element>
+struct Bounds<BiSums<Element>> : BiBounds<Element, kBiSteps> {};
+template <class Element>
+struct Bounds<BiForward<Element>> : BiBounds<Element, kBiSteps> {};
+template <class Element>
+struct Bounds<BiAdjointSums<Element>> : BiBounds<Element, kBiSteps> {};
+template <class Element>
+struct Bounds<BiBackward<Element>> : BiBounds<Element, kBiBackwardSteps> {};
 template <>
 struct Bounds<Forward<double>> {
   static constexpr int threads = kDoubleThreads, blocks = 1;

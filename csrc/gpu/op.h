@@ -89,9 +89,21 @@ inline Kernel kernel_of(Operation operation) {
       return Kernel::backward;
     case Operation::mixing_forward:
       return Kernel::mixing_forward;
+    case Operation::summary:
+      return Kernel::summary;
+    case Operation::adjoint_summary:
+      return Kernel::adjoint_summary;
     default:
       return Kernel::mixing_backward;
   }
+}
+
+// Absent options take the plain kernels.
+inline Operation operation_of(const Arguments& arguments, bool forward) {
+  if (arguments.cu_seqlens.has_value() || arguments.r.has_value()) {
+    return forward ? Operation::mixing_forward : Operation::mixing_backward;
+  }
+  return forward ? Operation::forward : Operation::backward;
 }
 
 // A plan, and its launches: the workspace holds params.partials, which `launch_operation` fills in.
@@ -100,15 +112,12 @@ struct Launched {
   Tensor workspace;
 };
 
-// The blocks of an operation, in as many launches as its sequences take. Absent options take the plain kernels.
+// The blocks of an operation, in as many launches as its sequences take.
 template <class Launcher>
-Launched launch_operation(Launcher& launcher, const Arguments& arguments, bool forward, SequenceParams& params) {
+Launched launch_operation(Launcher& launcher, const Arguments& arguments, Operation operation, SequenceParams& params) {
   const auto& [dtype, B, T, C, N] =
       std::tie(arguments.dtype, arguments.B, arguments.T, arguments.C, arguments.sequences);
-  const bool is_packed = arguments.cu_seqlens.has_value(), mixing = is_packed || arguments.r.has_value();
-  const Operation operation = mixing    ? forward ? Operation::mixing_forward : Operation::mixing_backward
-                              : forward ? Operation::forward
-                                        : Operation::backward;
+  const bool is_packed = arguments.cu_seqlens.has_value();
   const Plan plan = is_packed ? make_packed_plan(operation, dtype, N, T, C, launcher.limits())
                               : make_plan(operation, dtype, B, T, C, launcher.limits());
   // Parts of gradients, then messages and tickets, in whole float64 elements, which torch's allocator aligns for any
@@ -149,6 +158,19 @@ inline unsigned blocks_for(int64_t count, int of_block) {
   return static_cast<unsigned>(blocks);
 }
 
+// The gradients of the decay and of u from their parts.
+template <class Launcher>
+void launch_reduce(Launcher& launcher, DType dtype, const ReduceParams& reduce) {
+  constexpr int kThreads = kReduceLanes * kReduceGroups;
+  launcher.launch({Kernel::reduce,
+                   dtype,
+                   {blocks_for(reduce.C, kReduceLanes), 1, 1},
+                   kThreads,
+                   kThreads * 2 * static_cast<int>(sizeof(double)),
+                   &reduce,
+                   sizeof reduce});
+}
+
 template <class Launcher>
 std::tuple<Tensor, Tensor, Tensor> gpu_mixing_forward(const Tensor& w, const Tensor& u, const Tensor& k,
                                                       const Tensor& v, const std::optional<Tensor>& state,
@@ -168,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> gpu_mixing_forward(const Tensor& w, const Ten
   params.outputs[0] = y.mutable_data_ptr();
   params.checkpoints = checkpoint ? checkpoints.mutable_data_ptr() : nullptr;
   params.state_out = state_out.mutable_data_ptr();
-  launch_operation(launcher, arguments, true, params);
+  launch_operation(launcher, arguments, operation_of(arguments, true), params);
   return {y, state_out, checkpoints};
 }
 
@@ -207,21 +229,14 @@ Gradients gpu_gradients(const Tensor& w, const Tensor& u, const Tensor& k, const
   params.checkpoints = gradients.checkpoints.mutable_data_ptr();
   params.state_out = gstate.mutable_data_ptr();
   params.gstate_out = data_or_null(gradients.gstate_out);
-  const auto [plan, workspace] = launch_operation(launcher, arguments, false, params);
+  const auto [plan, workspace] = launch_operation(launcher, arguments, operation_of(arguments, false), params);
   const ReduceParams reduce = {.parameters = params.parameters,
                                .C = C,
                                .partials = params.partials,
                                .rows = plan.partial_bytes / (2 * C * state_bytes(dtype)),
                                .gw = gw.mutable_data_ptr(),
                                .gu = gu.mutable_data_ptr()};
-  constexpr int kThreads = kReduceLanes * kReduceGroups;
-  launcher.launch({Kernel::reduce,
-                   dtype,
-                   {blocks_for(C, kReduceLanes), 1, 1},
-                   kThreads,
-                   kThreads * 2 * static_cast<int>(sizeof(double)),
-                   &reduce,
-                   sizeof reduce});
+  launch_reduce(launcher, dtype, reduce);
   return {gw, gu, gk, gv, gstate};
 }
 

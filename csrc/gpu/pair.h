@@ -44,6 +44,7 @@ WKV_HD Pair ceil(Pair a) { return {std::ceil(a.x), std::ceil(a.y)}; }
 WKV_HD Pair exp2(Pair a) { return {exp2_approximate(a.x), exp2_approximate(a.y)}; }
 WKV_HD Pair log2(Pair a) { return {log2_approximate(a.x), log2_approximate(a.y)}; }
 WKV_HD Pair exp_nonpositive(Pair a) { return exp2(a * Pair(kLog2E)); }
+WKV_HD Pair exp2_clamped(Pair a) { return exp2(a); }
 
 // Keeps r: one product where r < 0, under a predicate, instead of a selection and a product.
 template <>

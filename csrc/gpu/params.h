@@ -46,8 +46,21 @@ struct SequenceParams {
   Chunking chunking;
 };
 
+// The params of the bidirectional kernels, in whose parameters w is the log-decay itself.
+//
+// A row of a table is an interval, and has (num, den, exponent) of the steps before it and of those after it: first
+// their sums within each interval, then, joined, what comes in to it from either side. Checkpoints are such a table.
+struct BiParams : SequenceParams {
+  uint32_t rows;         // of the table, over all sequences
+  void* adjoints;        // backward: state [B, rows, 6, C], a table of the adjoints of the states
+  bool joins_adjoints;   // which table is joined
+  void* steps;           // float64: [B, T, step_height, C], what is kept of each step
+  uint32_t step_height;  // 3, backward 6
+};
+
 struct ReduceParams {
   ChannelParameters parameters;
+  bool is_raw = true;  // w is the raw decay, and not the log-decay itself
   int64_t C;
   const void* partials;  // state [rows, 2, C]
   int64_t rows;

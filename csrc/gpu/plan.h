@@ -50,6 +50,12 @@ constexpr int backward_shared_bytes(DType dtype, int64_t architecture, bool mixi
          (mixing ? kPlaceBytes : 0);
 }
 
+// Of the bidirectional kernels' tile, with the sums of its warps.
+constexpr int bi_shared_bytes(DType dtype, int inputs, int steps) {
+  return inputs * tile_bytes(dtype, bi_warps(steps) * steps) +
+         (forward_message_rows(bi_warps(steps)) + kChannelRows) * kRowBytes + kTicketBytes + kPlaceBytes;
+}
+
 struct Plan {
   int warps;  // of a tile
   int64_t tile_steps;
@@ -91,7 +97,7 @@ inline Plan plan_of_blocks(Operation operation, DType dtype, int64_t T, int64_t 
   if (dtype == DType::float64) {
     plan.chunks = 1;
     plan.threads = kDoubleThreads;
-    plan.shared_bytes = forward ? 0 : kDoubleThreads * kDoubleSegments * 3 * 8;
+    plan.shared_bytes = has_partials(operation) ? kDoubleThreads * kDoubleSegments * 3 * 8 : 0;
     return plan;
   }
   plan.warps = forward ? forward_warps(dtype, T, limits, mixing) : kBackwardWarps;
@@ -108,7 +114,7 @@ inline Plan plan_of_blocks(Operation operation, DType dtype, int64_t T, int64_t 
 
 // Of so many rows of partials and columns of chunks.
 inline void add_memory(Plan& plan, Operation operation, DType dtype, int64_t rows, int64_t C, int64_t columns) {
-  if (!is_forward(operation)) plan.partial_bytes = rows * 2 * C * state_bytes(dtype);
+  if (has_partials(operation)) plan.partial_bytes = rows * 2 * C * state_bytes(dtype);
   if (plan.chunks > 1) {
     plan.exchange_bytes = columns * ((plan.chunks - 1) * kStateBytes + static_cast<int64_t>(sizeof(uint32_t)));
   }

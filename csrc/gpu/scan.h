@@ -32,6 +32,7 @@ struct Tile {
 // with.
 template <class Element, int kInputs, int kSteps, int kWarps, bool kReverse, bool kMixing>
 struct ScanBlock {
+  using Value = Element;
   static constexpr DType kType = kTypeOf<Element>;
   using Place = wkv::Place<kReverse, kType, kMixing>;
   static constexpr int kSubchunk = kSteps * kTileChannels;
@@ -137,6 +138,43 @@ struct ScanBlock {
   WKV_HD RunningScale<Pair> running_scale(TileThread thread) const {
     return wkv::running_scale(params.parameters, channel_of(thread), channels_of(thread), channels, thread.lane());
   }
+};
+
+// A thread's steps of r in memory, and of its gradient; a prefetch takes most of the latency.
+template <class Block, int kSteps>
+struct DistantGates {
+  using Element = typename Block::Value;
+
+  Rows<const Element> r;  // from the thread's first step on
+  Rows<Element> gr;
+  int channels;  // 0 without r
+
+  WKV_HD DistantGates(const Block& block, const Tile<kSteps>& tile, const TileThread& thread)
+      : r(rows_from<Element>(block.params.r, block.place().b, block.channel_of(thread))),
+        gr(rows_from<Element>(block.params.gr, block.params.T, block.params.C, block.place().b,
+                              block.channel_of(thread))),
+        channels(block.is_gated() ? block.channels_of(thread) : 0) {
+    const int first = block.place().begin() + tile.t + thread.warp() * kSteps;
+    r.data = r.at(first);
+    gr.data = gr.at(first);
+  }
+  WKV_HD Gate<Pair> get(int step) const {
+    const Element* const at = r.at(step);
+    return gate_of(Pair(kFullTilesOnly || channels > 0 ? to_real(load_constant(at)) : float(INFINITY),
+                        kFullTilesOnly || channels > 1 ? to_real(load_constant(at + 1)) : float(INFINITY)));
+  }
+  WKV_HD void set_gradient(int step, Pair value) const {
+    Element* const at = gr.at(step);
+    if (kFullTilesOnly || channels > 0) from_real(value.x, at[0]);
+    if (kFullTilesOnly || channels > 1) from_real(value.y, at[1]);
+  }
+};
+
+struct NoGates {
+  template <class... Any>
+  WKV_HD explicit NoGates(const Any&...) {}
+  WKV_HD NoGate get(int) const { return {}; }
+  WKV_HD void set_gradient(int, Pair) const {}
 };
 
 // A thread's registers from one phase to the next.

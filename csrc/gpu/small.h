@@ -80,10 +80,11 @@ struct Reduce {
         const Sums<double> part = parts[group * kReduceLanes + thread.index];
         total = {total.num + part.num, total.den + part.den};
       }
-      // The log-decay -exp(w) is its own derivative.
+      // The log-decay -exp(w) is its own derivative. One that is given is held beyond its bound.
       const auto& parameters = params.parameters;
-      const double log_decay = log_decay_of(load_parameter<Real>(parameters.w, parameters.w_dtype, c));
-      store_parameter(params.gw, parameters.w_dtype, c, static_cast<Real>(total.num * log_decay));
+      const Real w = load_parameter<Real>(parameters.w, parameters.w_dtype, c);
+      const double factor = params.is_raw ? log_decay_of(w) : abs(w) >= Real(kLargestLogDecay) ? Real(0) : Real(1);
+      store_parameter(params.gw, parameters.w_dtype, c, static_cast<Real>(total.num * factor));
       store_parameter(params.gu, parameters.u_dtype, c, static_cast<Real>(total.den));
     });
   }
@@ -130,7 +131,7 @@ struct DoubleChannel {
 };
 
 // Calls function(channel, thread) for each thread that has one.
-template <bool kMixing, class Team, class Function>
+template <bool kMixing, bool is_raw = true, class Team, class Function>
 WKV_HD void for_double_channels(const SequenceParams& params, BlockIndex block, int threads, Team& team,
                                 const Function& function) {
   team.last_phase([&](PlainThread& thread) {
@@ -141,7 +142,7 @@ WKV_HD void for_double_channels(const SequenceParams& params, BlockIndex block, 
     if (kMixing && params.boundaries.data != nullptr) {
       view = view_of_packed<int64_t>(DType::float64, params.boundaries, T, n);
     }
-    function(DoubleChannel{view, n, c, params.C, {load_channel<double>(params.parameters, c)}}, thread.index);
+    function(DoubleChannel{view, n, c, params.C, {load_channel<double, is_raw>(params.parameters, c)}}, thread.index);
   });
 }
 

@@ -1,7 +1,7 @@
 // The path between memory and registers: rows of a tile staged in shared memory, channels' parameters, states.
 #pragma once
 
-#include "../common/recurrence.h"
+#include "../common/bidirectional.h"
 #include "pair.h"
 #include "params.h"
 #include "tuning.h"
@@ -43,10 +43,10 @@ WKV_HD void store_parameter(void* values, DType dtype, int64_t c, Real value) {
   });
 }
 
-template <class Real>
+template <class Real, bool is_raw = true>
 WKV_HD Channel<Real> load_channel(const ChannelParameters& parameters, int64_t c) {
-  return {log_decay_of(load_parameter<Real>(parameters.w, parameters.w_dtype, c)),
-          load_parameter<Real>(parameters.u, parameters.u_dtype, c)};
+  const Real w = load_parameter<Real>(parameters.w, parameters.w_dtype, c);
+  return {is_raw ? log_decay_of(w) : bounded_log_decay(w), load_parameter<Real>(parameters.u, parameters.u_dtype, c)};
 }
 
 // ---- threads and their columns ----
@@ -85,7 +85,8 @@ struct Rows64 {
 struct SharedChannels {
   Rows64 rows;
 
-  // Channels beyond the last have parameters of zero.
+  // Channels beyond the last have parameters of zero. `is_raw`: w is the raw decay, and not the log-decay itself.
+  template <bool is_raw = true>
   WKV_HD void load(const ChannelParameters& parameters, uint32_t c, int columns, unsigned thread, int threads) const {
     float* const values = reinterpret_cast<float*>(rows.first);
 #pragma unroll 1
@@ -97,9 +98,10 @@ struct SharedChannels {
         value = load_parameter<float>(is_u ? parameters.u : parameters.w,
                                       is_u ? parameters.u_dtype : parameters.w_dtype, c + column);
       }
+      if (!is_raw && !is_u) values[column] = (value = bounded_log_decay(value)) * float(kLog2E);
       // e^u, or -e^w and then e^-e^w.
 #pragma unroll 1
-      for (int power = is_u ? 1 : 0; power < 2; ++power) {
+      for (int power = is_u || !is_raw ? 1 : 0; power < 2; ++power) {
         if (power == 0) value = smaller(float(kLargestRawDecay), value);
         value = std::exp(value);
         if (power == 0) values[column] = (value = -value) * float(kLog2E);
@@ -252,10 +254,11 @@ WKV_HD void clear_unless_full(int count, Value (&values)[kSteps]) {
 }
 
 // Calls function(step) for the first `count` steps of a subchunk, or from the last of these to the first, all unrolled,
-// so that arrays over them can be registers; a whole subchunk, the usual case, compares nothing at each step.
-template <int kSteps, bool kBack = false, class Function>
+// so that arrays over them can be registers; a whole subchunk, the usual case, compares nothing at each step, at the
+// price of a second loop.
+template <int kSteps, bool kBack = false, bool kOneLoop = false, class Function>
 WKV_HD void for_steps(int count, const Function& function) {
-  if (kFullTilesOnly || count == kSteps) {
+  if (kFullTilesOnly || (!kOneLoop && count == kSteps)) {
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) function(kBack ? kSteps - 1 - i : i);
   } else {

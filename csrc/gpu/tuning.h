@@ -7,12 +7,16 @@
 
 namespace wkv {
 
-enum class Operation { forward, backward, mixing_forward, mixing_backward };
+enum class Operation { forward, backward, mixing_forward, mixing_backward, summary, adjoint_summary };
 constexpr bool is_forward(Operation operation) {
-  return operation == Operation::forward || operation == Operation::mixing_forward;
+  return operation == Operation::forward || operation == Operation::mixing_forward || operation == Operation::summary;
 }
 constexpr bool is_mixing(Operation operation) {
-  return operation == Operation::mixing_forward || operation == Operation::mixing_backward;
+  return operation == Operation::mixing_forward || operation == Operation::mixing_backward ||
+         operation == Operation::adjoint_summary;
+}
+constexpr bool has_partials(Operation operation) {
+  return operation == Operation::backward || operation == Operation::mixing_backward;
 }
 
 // A row of a tile is 128 bytes or more, a whole cache line.
@@ -75,6 +79,12 @@ constexpr bool backward_stages_gate(DType dtype, int64_t architecture) {
 // for each multiprocessor to balance the end of the launch: modelled.
 inline constexpr int64_t kColumnsPerMultiprocessor = 4;
 inline constexpr int64_t kBlocksPerMultiprocessor = 32;
+
+// Steps of a bidirectional kernel's subchunk, whose tile is an interval. `bi_backward` keeps five pairs for each step:
+// with 16 of them nvcc 13.0 spills.
+inline constexpr int kBiSteps = 16;
+inline constexpr int kBiBackwardSteps = 8;
+constexpr int bi_warps(int steps) { return static_cast<int>(checkpoint_interval(DType::float32)) / steps; }
 
 // Rows of a grid for the chunks of packed sequences, which may be more than a grid's y or z has room for.
 inline constexpr unsigned kPackedRows = 32768;

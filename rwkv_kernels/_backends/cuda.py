@@ -50,6 +50,7 @@ BACKEND = Backend(
     "cuda",
     compiled.forward,
     compiled.step,
+    compiled.bi_forward,
     device_types=("cuda",),
     automatic=True,
     why_unavailable=why_unavailable,

@@ -17,11 +17,7 @@ PREFIXES = {"cpu": "wkv", "cuda": "wkv", "triton": "triton"}
 
 
 class Operators(NamedTuple):
-    """Those of a backend.
-
-    The CPU's has operators for summaries, which are the first pass of its kernels. Elsewhere a summary is what forward
-    and backward give beside it, at their price.
-    """
+    """Those of a backend."""
 
     backend: str
 
@@ -56,14 +52,8 @@ class Operators(NamedTuple):
 
     def summary(self, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The state [B, 3, C] that the steps leave behind an empty one."""
-        if self.backend == "cpu":
-            return self._find("_{}_summary")(w, u, k, v)  # type: ignore[no-any-return]
-        return self.forward(w, u, k, v, None, None, checkpoint=False)[1]
+        return self._find("_{}_summary")(w, u, k, v)  # type: ignore[no-any-return]
 
     def adjoint_summary(self, inputs: Sequence[Tensor | None], checkpoints: Tensor, gy: Tensor) -> Tensor:
         """The adjoint [B, 2, C] before the steps where the one after them is zero."""
-        if self.backend == "cpu":
-            return self._find("_{}_adjoint_summary")(*inputs, checkpoints, gy)  # type: ignore[no-any-return]
-        gstate = self.backward(inputs, checkpoints, gy, None)[4]
-        assert gstate is not None
-        return gstate[:, :2]
+        return self._find("_{}_adjoint_summary")(*inputs, checkpoints, gy)  # type: ignore[no-any-return]

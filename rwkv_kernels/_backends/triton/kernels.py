@@ -327,12 +327,15 @@ def summarise_states(
     w, k, v, state, cu_seqlens, states,
     k_start_stride: tl.int64, k_time_stride: tl.int64, v_start_stride: tl.int64, v_time_stride: tl.int64,
     C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32, rows: tl.int32, rows_per_chunk: tl.int32, T: tl.int32,
-    CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
+    CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
-    """The state after every chunk but a sequence's last, each from empty, the first one from the given state."""
-    cuts = cuts_of(cu_seqlens, T, chunk_len, chunks)
+    """The state after every chunk but a sequence's last, each from empty, the first one from the given state.
+
+    Or after ALL chunks, of sequences that are not packed.
+    """
+    cuts = chunks if ALL else cuts_of(cu_seqlens, T, chunk_len, chunks)
     b, chunk, C, c, exists = locate(C_aligned, cuts, CHANNELS, ALIGNMENT)
-    n, start, first, _, chunk, chunks = place(cu_seqlens, b, chunk, T, chunk_len, chunks, 0)
+    n, start, first, T, chunk, chunks = place(cu_seqlens, b, chunk, T, chunk_len, chunks, 0)
     if cu_seqlens is not None:
         if chunk == chunks:
             return
@@ -342,9 +345,17 @@ def summarise_states(
         own = load_first_state(state, n, C, c, ALIGNMENT)
     k = sequence(k, start, k_start_stride, k_time_stride, c, ALIGNMENT)
     v = sequence(v, start, v_start_stride, v_time_stride, c, ALIGNMENT)
-    for i in range(0, chunk_len, LOADED):
+    steps = chunk_len
+    left_over = 0
+    if ALL:
+        steps = tl.minimum(T - chunk * chunk_len, chunk_len)
+        left_over = steps % LOADED
+    for i in range(0, steps - left_over, LOADED):
         own = advance_steps(k, v, chunk * chunk_len + i, log_decay, own, LOADED)
     after = states_of(cu_seqlens, n, first, chunk_len, rows, rows_per_chunk) + (chunk + 1) * rows_per_chunk - 1
+    if ALL:
+        for i in range(steps - left_over, steps):
+            own = advance_steps(k, v, chunk * chunk_len + i, log_decay, own, 1)
     store_state(columns(states + after * 3 * C, c, ALIGNMENT), C, own, exists)
 
 
@@ -363,9 +374,12 @@ def carry_state(slots, stride, C, decay, state, exists, SLOTS: tl.constexpr):
 def carry_states(
     w, cu_seqlens, states,
     C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32, rows: tl.int32, rows_per_chunk: tl.int32, T: tl.int32,
-    CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
+    CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
-    """Joins the states of a sequence's chunks in order, in place: each becomes the true state after its chunk."""
+    """Joins the states of a sequence's chunks in order, in place: each becomes the true state after its chunk.
+
+    But for the last, or of ALL chunks.
+    """
     n, _, C, c, exists = locate(C_aligned, 1, CHANNELS, ALIGNMENT)
     n = n.to(tl.int64)
     first = n
@@ -374,7 +388,8 @@ def carry_states(
         chunks = tl.cdiv(T, chunk_len)
         if chunks < 3:
             return
-    decay = chunk_len * log_decay_of(load_parameter(w, c, ALIGNMENT))
+    log_decay = log_decay_of(load_parameter(w, c, ALIGNMENT))
+    decay = chunk_len * log_decay
     stride = rows_per_chunk * 3 * C
     after_first = states_of(cu_seqlens, n, first, chunk_len, rows, rows_per_chunk) + rows_per_chunk - 1
     slots = columns(states + after_first * 3 * C, c, ALIGNMENT)
@@ -384,6 +399,9 @@ def carry_states(
         state = carry_state(slots + chunk * stride, stride, C, decay, state, exists, LOADED)
     for chunk in range(whole, chunks - 1):
         state = carry_state(slots + chunk * stride, stride, C, decay, state, exists, 1)
+    if ALL:
+        last_decay = (T - (chunks - 1) * chunk_len) * log_decay
+        carry_state(slots + (chunks - 1) * stride, stride, C, last_decay, state, exists, 1)
 
 
 @kernel
@@ -522,32 +540,40 @@ def backward_steps(k, v, r, gy, gk, gv, gr, t, C, log_decay, u, state, adjoint, 
 
 @kernel
 def summarise_adjoints(
-    w, u, k, v, r, cu_seqlens, gy, checkpoints, gstate_out, chunk_adjoints,
+    w, u, k, v, state, r, cu_seqlens, gy, checkpoints, gstate_out, chunk_adjoints,
     k_start_stride: tl.int64, k_time_stride: tl.int64, v_start_stride: tl.int64, v_time_stride: tl.int64,
     r_start_stride: tl.int64, r_time_stride: tl.int64, gy_start_stride: tl.int64, gy_time_stride: tl.int64,
     T: tl.int32, C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32,
-    CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
+    CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint before every chunk but a sequence's first, each of that chunk alone, the last one with gstate_out."""
-    cuts = cuts_of(cu_seqlens, T, chunk_len, chunks)
+    """The adjoint before every chunk but a sequence's first, each of that chunk alone, the last one with gstate_out.
+
+    Or before ALL chunks, of sequences that are not packed; only then is the state before the first one read.
+    """
+    cuts = chunks if ALL else cuts_of(cu_seqlens, T, chunk_len, chunks)
     b, slot, C, c, _ = locate(C_aligned, cuts, CHANNELS, ALIGNMENT)
     row = b * cuts + slot
     n, start, first, T, slot, chunks = place(cu_seqlens, b, slot, T, chunk_len, chunks, 0)
     if cu_seqlens is not None:
         if slot == chunks:
             return
-    begin = (slot + 1) * chunk_len
+    begin = slot * chunk_len if ALL else (slot + 1) * chunk_len
     end = tl.minimum(begin + chunk_len, T)
     log_decay = log_decay_of(load_parameter(w, c, ALIGNMENT))
     u = load_parameter(u, c, ALIGNMENT)
     checkpoints = checkpoints_of(checkpoints, cu_seqlens, n, first, T, C, c, ALIGNMENT)
-    state = load_state(checkpoints + (begin // INTERVAL - 1) * 3 * C, C)
+    if ALL:
+        running = load_first_state(state, n, C, c, ALIGNMENT)
+        if slot > 0:
+            running = load_state(checkpoints + (begin // INTERVAL - 1) * 3 * C, C)
+    else:
+        running = load_state(checkpoints + (begin // INTERVAL - 1) * 3 * C, C)
     gnum = tl.zeros(c.shape, tl.float32)
     gden = gnum
     if gstate_out is not None:
         if slot == chunks - 2:
             last_max = tl.load(checkpoints + ((tl.cdiv(T, INTERVAL) - 1) * 3 + 2) * C)
-            factor = tl.exp2((state[2] + (end - begin) * log_decay - last_max) * LOG2E)
+            factor = tl.exp2((running[2] + (end - begin) * log_decay - last_max) * LOG2E)
             gnum, gden = load_adjoint(gstate_out + n * 3 * C, C, c, ALIGNMENT)
             gnum *= factor
             gden *= factor
@@ -558,15 +584,16 @@ def summarise_adjoints(
     gy = sequence(gy, start, gy_start_stride, gy_time_stride, c, ALIGNMENT)
     passed = tl.full(c.shape, 1.0, tl.float32)
     adjoint = (gnum, gden)
-    # Rows of r are a fourth load for every step, and AMD's scalar registers hold the masks of no more gates.
-    LOADED_HERE: tl.constexpr = LOADED if r is None else REPLAYED
+    # Rows of r are a fourth load for every step, and AMD's scalar registers hold the masks of no more gates; of ALL
+    # chunks, those of gfx90a half as many.
+    LOADED_HERE: tl.constexpr = LOADED if r is None else REPLAYED // 2 if ALL else REPLAYED
     whole = end - (end - begin) % LOADED_HERE
     for t in range(begin, whole, LOADED_HERE):
-        state, passed, adjoint = summarise_adjoint_steps(
-            k, v, r, gy, t, log_decay, u, state, passed, adjoint, LOADED_HERE
+        running, passed, adjoint = summarise_adjoint_steps(
+            k, v, r, gy, t, log_decay, u, running, passed, adjoint, LOADED_HERE
         )
     for t in range(whole, end):
-        state, passed, adjoint = summarise_adjoint_steps(k, v, r, gy, t, log_decay, u, state, passed, adjoint, 1)
+        running, passed, adjoint = summarise_adjoint_steps(k, v, r, gy, t, log_decay, u, running, passed, adjoint, 1)
     # Without a mask: threads that repeat a channel have its values, and AMD's scalar registers are all in use.
     store_pair(chunk_adjoints + row * 2 * C, C, c, adjoint, tl.full(c.shape, 1, tl.int1), ALIGNMENT)
 
@@ -591,11 +618,14 @@ def carry_adjoint(slots, maxes, last, C, stride, decay, adjoint, exists, SLOTS: 
 
 @kernel
 def carry_adjoints(
-    w, cu_seqlens, checkpoints, chunk_adjoints,
+    w, state, cu_seqlens, checkpoints, chunk_adjoints,
     T: tl.int32, C_aligned: tl.int32, chunk_len: tl.int32, chunks: tl.int32,
-    CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr,
+    CHANNELS: tl.constexpr, ALIGNMENT: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
-    """Joins the adjoints of a sequence's chunks from the last to the first, in place: slot i is that after chunk i."""
+    """Joins the adjoints of a sequence's chunks from the last to the first, in place: slot i is that after chunk i.
+
+    Of ALL chunks there is one more slot before these, that before the first chunk.
+    """
     n, _, C, c, exists = locate(C_aligned, 1, CHANNELS, ALIGNMENT)
     n = n.to(tl.int64)
     first = n
@@ -608,7 +638,7 @@ def carry_adjoints(
     # The max of the state after chunk i lies at maxes + i * stride.
     stride = chunk_len // INTERVAL * 3 * C
     maxes = checkpoints_of(checkpoints, cu_seqlens, n, first, T, C, c, ALIGNMENT) + stride - C
-    row = adjoints_of(cu_seqlens, n, first, chunk_len, chunks)
+    row = n * chunks + 1 if ALL else adjoints_of(cu_seqlens, n, first, chunk_len, chunks)
     slots = columns(chunk_adjoints + row * 2 * C, c, ALIGNMENT)
     # The last slot is true already.
     adjoint = load_adjoint(chunk_adjoints + (row + chunks - 2) * 2 * C, C, c, ALIGNMENT)
@@ -617,6 +647,13 @@ def carry_adjoints(
         adjoint = carry_adjoint(slots, maxes, chunks - 3 - passed, C, stride, decay, adjoint, exists, LOADED)
     for passed in range(left_over):
         adjoint = carry_adjoint(slots, maxes, left_over - 1 - passed, C, stride, decay, adjoint, exists, 1)
+    if ALL:
+        change = load_first_state(state, n, C, c, ALIGNMENT)[2] - tl.load(maxes)
+        factor = tl.exp2((decay + change) * LOG2E)
+        before = chunk_adjoints + (row - 1) * 2 * C
+        own = load_adjoint(before, C, c, ALIGNMENT)
+        joined = (own[0] + factor * adjoint[0], own[1] + factor * adjoint[1])
+        store_pair(before, C, c, joined, exists, ALIGNMENT)
 
 
 @kernel

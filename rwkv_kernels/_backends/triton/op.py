@@ -38,6 +38,7 @@ __all__ = [
     "DEVICE",
     "INTERPRETED",
     "Launch",
+    "adjoint_summary",
     "backward",
     "bi_backward",
     "bi_forward",
@@ -45,6 +46,7 @@ __all__ = [
     "kernel_of",
     "plan_for",
     "step",
+    "summary",
 ]
 
 # Triton's interpreter runs kernels on the CPU with NumPy: for tests. Triton reads the variable when it is imported.
@@ -164,13 +166,13 @@ def forward(plan: Plan, inputs: Inputs, checkpoint: bool) -> tuple[tuple[Tensor,
     constants = {"CHANNELS": plan.channels, "ALIGNMENT": alignment}
     C_aligned, tiles = C // alignment, ceil_div(C, plan.channels)
 
-    launches = []
+    launches, of_cuts = [], constants | {"ALL": False}
     if plan.chunk_len < T:
         arguments: tuple[Any, ...] = (w, k, v, state, cu_seqlens, states, *strides, C_aligned, *chunks, T)
-        launches.append(Launch("summarise_states", tiles * B * cuts, arguments, constants))
+        launches.append(Launch("summarise_states", tiles * B * cuts, arguments, of_cuts))
     if 2 * plan.chunk_len < T:
         arguments = (w, cu_seqlens, states, C_aligned, *chunks, T)
-        launches.append(_carry("carry_states", len(state_out), C, arguments, alignment))
+        launches.append(_carry("carry_states", len(state_out), C, arguments, of_cuts))
     strides += _strides(alignment, is_packed, r)
     saved = checkpoints if checkpoint else None
     arguments = (w, u, k, v, state, r, cu_seqlens, states, y, state_out, saved, *strides, T, C_aligned, *chunks)
@@ -201,15 +203,15 @@ def backward(
     tiles = ceil_div(C, plan.channels)
     parked = _float32(k, tiles * B * plan.chunks, PARKED_STATES, 3, plan.channels)
 
-    launches = []
+    launches, of_cuts = [], constants | {"ALL": False}
     given = (w, u, k, v)
     saved = (cu_seqlens, gy, checkpoints, gstate_out, adjoints)
     if plan.chunk_len < T:
-        arguments: tuple[Any, ...] = (*given, r, *saved, *strides, *sizes)
-        launches.append(Launch("summarise_adjoints", tiles * B * cuts, arguments, constants))
+        arguments: tuple[Any, ...] = (*given, None, r, *saved, *strides, *sizes)
+        launches.append(Launch("summarise_adjoints", tiles * B * cuts, arguments, of_cuts))
     if 2 * plan.chunk_len < T:
-        arguments = (w, cu_seqlens, checkpoints, adjoints, *sizes)
-        launches.append(_carry("carry_adjoints", len(gstate), C, arguments, alignment))
+        arguments = (w, None, cu_seqlens, checkpoints, adjoints, *sizes)
+        launches.append(_carry("carry_adjoints", len(gstate), C, arguments, of_cuts))
     results = (gk, gv, gstate, None if r is None else gr)
     arguments = (*given, state, r, *saved, parked, *results, partials, *strides, *sizes)
     registers = None if r is None else REGISTERS.get(plan.channels)
@@ -218,13 +220,48 @@ def backward(
     return (gw, gu, gk, gv, gstate, gr), launches
 
 
+def summary(plan: Plan, w: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Launch]]:
+    """The state that the steps leave behind an empty one, and the launches that fill it; sizes are as for forward."""
+    B, T, C = k.shape
+    w, k, v = w.contiguous(), _with_contiguous_channels(k), _with_contiguous_channels(v)
+    states = _float32(k, B, plan.chunks, 3, C)
+    alignment = _alignment(w, k, v)
+    sizes = (C // alignment, plan.chunk_len, plan.chunks, plan.chunks, 1, T)
+    arguments: tuple[Any, ...] = (w, k, v, None, None, states, *_strides(alignment, False, k, v), *sizes)
+    constants = {"CHANNELS": plan.channels, "ALIGNMENT": alignment, "ALL": True}
+    launches = [Launch("summarise_states", ceil_div(C, plan.channels) * B * plan.chunks, arguments, constants)]
+    if plan.chunks > 1:
+        launches.append(_carry("carry_states", B, C, (w, None, states, *sizes), constants))
+    return states[:, -1], launches
+
+
+def adjoint_summary(plan: Plan, inputs: Inputs, checkpoints: Tensor, gy: Tensor) -> tuple[Tensor, list[Launch]]:
+    """The adjoint of (num, den) before the steps where the one after them is zero, and the launches that fill it."""
+    w, u, k, v, state, r, _ = inputs
+    B, T, C = k.shape
+    k, v, gy = (_with_contiguous_channels(x) for x in (k, v, gy))
+    r = None if r is None else _with_contiguous_channels(r)
+    w, u, checkpoints = w.contiguous(), u.contiguous(), checkpoints.contiguous()
+    state = None if state is None else state.contiguous()
+    adjoints = _float32(k, B, plan.chunks, 2, C)
+    alignment = _alignment(w, u, k, v, gy, state, r, checkpoints)
+    sizes = (T, C // alignment, plan.chunk_len, plan.chunks)
+    given = (w, u, k, v, state, r, None, gy, checkpoints, None, adjoints)
+    arguments: tuple[Any, ...] = (*given, *_strides(alignment, False, k, v, r, gy), *sizes)
+    constants = {"CHANNELS": plan.channels, "ALIGNMENT": alignment, "ALL": True}
+    launches = [Launch("summarise_adjoints", ceil_div(C, plan.channels) * B * plan.chunks, arguments, constants)]
+    if plan.chunks > 1:
+        launches.append(_carry("carry_adjoints", B, C, (w, state, None, checkpoints, adjoints, *sizes), constants))
+    return adjoints[:, 0], launches
+
+
 def _cuts(plan: Plan, inputs: Inputs) -> int:
     """The chunks of an element of the batch that may have one after them in their sequence."""
     return plan.chunks - (1 if inputs.cu_seqlens is None else inputs.sequences)
 
 
-def _carry(kernel: str, sequences: int, C: int, arguments: tuple[Any, ...], alignment: int) -> Launch:
-    constants = {"CHANNELS": CARRIED_CHANNELS, "ALIGNMENT": alignment}
+def _carry(kernel: str, sequences: int, C: int, arguments: tuple[Any, ...], of_chunks: dict[str, int]) -> Launch:
+    constants = of_chunks | {"CHANNELS": CARRIED_CHANNELS}
     return Launch(kernel, ceil_div(C, CARRIED_CHANNELS) * sequences, arguments, constants)
 
 
@@ -338,19 +375,23 @@ def _forward_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return results
 
 
-def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    *given, checkpoints, gy, gstate_out = arguments
-    inputs = Inputs(*given)
-    _check(SEQUENCE, *inputs)
-    k, state_shape = inputs.k, (inputs.sequences, 3, inputs.k.shape[2])
-    float32 = (torch.float32,)
+def _check_gradients(inputs: Inputs, checkpoints: Tensor, gy: Tensor, gstate_out: Tensor | None) -> None:
+    k, float32 = inputs.k, (torch.float32,)
     rows: list[Row] = [
         ("gy", gy, SEQUENCE, k.shape, (k.dtype,)),
         ("checkpoints", checkpoints, ("B", "n", 3, "C"), inputs.checkpoint_shape(CHECKPOINT_INTERVAL), float32),
     ]
     if gstate_out is not None:
-        rows.append(("gstate_out", gstate_out, STATE, state_shape, float32))
+        rows.append(("gstate_out", gstate_out, STATE, (inputs.sequences, 3, k.shape[2]), float32))
     check_like(k, rows)
+
+
+def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
+    *given, checkpoints, gy, gstate_out = arguments
+    inputs = Inputs(*given)
+    _check(SEQUENCE, *inputs)
+    _check_gradients(inputs, checkpoints, gy, gstate_out)
+    k, state_shape = inputs.k, (inputs.sequences, 3, inputs.k.shape[2])
     if k.numel() == 0 or inputs.sequences == 0:
         gstate = _float32(k, *state_shape).zero_() if gstate_out is None else gstate_out.clone()
         gw, gu, gk, gv, _, gr = (torch.zeros_like(x) for x in inputs.gradients(checkpoints))
@@ -360,6 +401,29 @@ def _backward_operator(*arguments: Any) -> tuple[Tensor, ...]:
         _run(launches, k.device)
     # The plain operator has five inputs and as many gradients; of seven inputs, cu_seqlens has none.
     return results[: len(given)]
+
+
+def _summary_operator(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    inputs = Inputs(w, u, k, v, None)
+    _check(SEQUENCE, *inputs)
+    if k.numel() == 0:
+        return empty_state(k, k.shape[0])
+    state, launches = summary(plan_for(inputs), w, k, v)
+    _run(launches, k.device)
+    return state.contiguous()
+
+
+def _adjoint_summary_operator(*arguments: Any) -> Tensor:
+    *given, checkpoints, gy = arguments
+    inputs = Inputs(*given)
+    _check(SEQUENCE, *inputs)
+    _check_gradients(inputs, checkpoints, gy, None)
+    k = inputs.k
+    if k.numel() == 0:
+        return _float32(k, k.shape[0], 2, k.shape[2]).zero_()
+    adjoint, launches = adjoint_summary(plan_for(inputs), inputs, checkpoints, gy)
+    _run(launches, k.device)
+    return adjoint.contiguous()
 
 
 def _step_operator(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, r: Tensor | None = None) -> Tensor:
@@ -422,6 +486,7 @@ _library = torch.library.Library(native.NAMESPACE, "FRAGMENT")
 
 
 autograd.define(_library, "triton", DEVICE, _forward_operator, _backward_operator, _step_operator)
+autograd.define_summaries(_library, "triton", DEVICE, _summary_operator, _adjoint_summary_operator)
 autograd.define_bi(_library, "triton_bi", DEVICE, _bi_forward_operator, _bi_backward_operator)
 BACKEND = Backend(
     "triton",

@@ -1,0 +1,314 @@
+// Backward of the bidirectional operator, with the table of states that forward leaves. Each side is an adjoint of its
+// own, against the direction of its states, and both are joined along a sequence as the states are: in a table of
+// adjoints "before" is what comes from the steps before, the adjoint of the states after, and the other way round.
+//
+//   bi_adjoint_sums  a block for each interval: the adjoints of its reads, decayed to its end and to its beginning
+//   bi_join          as in forward
+//   bi_backward      a block for each interval: the gradients, from states and adjoints on either side
+//
+// The adjoint of a state is the gradient of its true sums.
+#pragma once
+
+#include "bidirectional.h"
+
+namespace wkv {
+
+template <class Element, int kOfThread>
+struct BiBackwardTiles : BiTiles<Element, 3, kOfThread> {
+  using Base = BiTiles<Element, 3, kOfThread>;
+  using Base::kSteps;
+  using typename Base::Block;
+  using typename Base::Gates;
+  using typename Base::Tile;
+  static constexpr int kGy = 2;
+
+  struct Thread : Base::Thread {
+    Sums<Pair> reads[kSteps];  // their adjoints
+    BothSides own;             // the sums of these: "before" those of the states after, decayed to the end of the steps
+    BothSums decayed;          // states, each weighted by the decay to the end of the thread's steps on its side
+    Sums<Pair> partials;       // of the gradients of the log-decay and of u
+  };
+
+  WKV_HD static void load_incoming(const BiParams& params, const Block& block, const Tile& tile, Thread& thread) {
+    thread.in = Base::load_sides(block, Base::row_at(block, params.checkpoints, tile, thread));
+  }
+  WKV_HD static BothSides load_adjoints(const BiParams& params, const Block& block, const Tile& tile,
+                                        const Thread& thread) {
+    return Base::load_sides(block, Base::row_at(block, params.adjoints, tile, thread));
+  }
+
+  // A thread's columns.
+  struct Columns {
+    Column<Element> k, v, gy;
+    int steps;
+
+    WKV_HD Columns(const Block& block, const Tile& tile, const Thread& thread)
+        : k(block.column_of(0, thread)),
+          v(block.column_of(1, thread)),
+          gy(block.column_of(kGy, thread)),
+          steps(tile.steps_of(thread.warp())) {}
+  };
+
+  // The adjoints of a thread's reads, and their sums; with kGradients also gr and partial gradients.
+  template <bool kGradients, class Team>
+  WKV_HD static bool sum_up_adjoints(const Block& block, const Tile& tile, Team& team) {
+    const bool fit = Base::agree(block, tile, team);
+    team.phase([&](Thread& thread) { Base::sum_up(block, tile, fit, thread); });
+    // Inlined by force, as `correct` is.
+    team.phase([&](Thread& thread) __attribute__((always_inline)) {
+      thread.own = {empty_scaled(), empty_scaled()};
+      thread.partials = {Pair(0), Pair(0)};
+      if (!kFullTilesOnly && tile.steps_of(thread.warp()) == 0) return;
+      if (kFullTilesOnly || fit) {
+        Base::with_gates(block, tile, thread, [&](const auto& gates) __attribute__((always_inline)) {
+          sum_adjoints_together<kGradients>(block, tile, gates, thread);
+        });
+      } else {
+        sum_adjoints_spread(block, tile, thread);
+      }
+    });
+    team.phase([&](Thread& thread) {
+      if (kFullTilesOnly || fit) {
+        Base::leave_sums(block, thread, {thread.own.before.sums, thread.own.after.sums});
+      } else {
+        Base::leave_own(block, thread, thread.own);
+      }
+    });
+    return fit;
+  }
+
+  // ---- in one scale ----
+
+  template <bool kGradients, class AnyGates>
+  WKV_HD static void sum_adjoints_together(const Block& block, const Tile& tile, const AnyGates& gates,
+                                           Thread& thread) {
+    const Columns columns(block, tile, thread);
+    const Pair decay = block.channels.decay(thread.lane()), bonus = block.channels.bonus(thread.lane());
+    auto [before, after] = Base::states_around(block, thread);
+    BothSums decayed{{Pair(0), Pair(0)}, {Pair(0), Pair(0)}};
+    for_steps_back<kSteps>(kSteps, [&](int step) {
+      const Pair weight = thread.weights[step];
+      thread.reads[step] = after;
+      const Sums<Pair> past = decay * after;
+      decayed.after = decay * decayed.after + past;
+      after = {weight * columns.v.get(step) + past.num, weight + past.den};
+    });
+    Sums<Pair> of_after{Pair(0), Pair(0)}, of_before{Pair(0), Pair(0)};
+    Pair from_first(1), by_before(0), by_after(0), gu(0);
+    for_steps<kSteps>(kSteps, [&](int step) {
+      const Pair weight = thread.weights[step], vt = columns.v.get(step), num = weight * vt;
+      const Sums<Pair> sums = thread.reads[step];
+      const Sums<Pair> now{bonus * num + (before.num + sums.num), bonus * weight + (before.den + sums.den)};
+      const auto [y, h, gr] = gated_mean_adjoint(now, gates.get(step), columns.gy.get(step));
+      if constexpr (kGradients) gates.set_gradient(step, gr);
+      const Sums<Pair> adjoint{h, -(h * y)};
+      by_before = by_before + (adjoint.num * decayed.before.num + adjoint.den * decayed.before.den);
+      by_after = by_after + (sums.num * of_after.num + sums.den * of_after.den);
+      gu = gu + weight * h * (vt - y);
+      of_after = decay * of_after + adjoint;
+      of_before = from_first * adjoint + of_before;
+      from_first = from_first * decay;
+      const Sums<Pair> past = decay * before;
+      decayed.before = decay * decayed.before + past;
+      before = {num + past.num, weight + past.den};
+      thread.reads[step] = adjoint;
+    });
+    thread.decayed = decayed;
+    thread.partials = {decay * by_after + by_before, bonus * gu};
+    thread.own = {{of_after, -thread.reference}, {of_before, -thread.reference}};
+  }
+
+  // The adjoints of a tile's reads, when the warps have left their sums.
+  WKV_HD static BothSides adjoints_of_tile(const Block& block, const Tile& tile, bool fit, const Thread& thread) {
+    if (!kFullTilesOnly && !fit) return Base::sum_of_tile(block, tile, thread);
+    const Sums<Pair> none{Pair(0), Pair(0)};
+    const BothSums sums = Base::sums_around(block, thread.lane(), {none, none}, Base::kWarps, 0);
+    return {normalised_adjoint({sums.before, -thread.reference}), normalised_adjoint({sums.after, -thread.reference})};
+  }
+
+  // gk and gv take the places of k and v.
+  WKV_HD static void differentiate_together(const Block& block, const Tile& tile, BothSides incoming, Thread& thread) {
+    const Columns columns(block, tile, thread);
+    const Pair decay = block.channels.decay(thread.lane()), bonus = block.channels.bonus(thread.lane());
+    const auto entering = [&](Scaled adjoint) { return exp2(adjoint.exponent + thread.reference) * adjoint.sums; };
+    auto [of_after, of_before] =
+        Base::sums_around(block, thread, {entering(incoming.before), entering(incoming.after)});
+    const auto& [before, after] = thread.decayed;
+    thread.partials.num = thread.partials.num + (of_before.num * before.num + of_before.den * before.den) +
+                          (of_after.num * after.num + of_after.den * after.den);
+    Sums<Pair> adjoints[kSteps];
+    for_steps<kSteps>(kSteps, [&](int step) {
+      adjoints[step] = bonus * thread.reads[step] + of_after;
+      of_after = decay * of_after + thread.reads[step];
+    });
+    for_steps_back<kSteps>(kSteps, [&](int step) {
+      const Sums<Pair> adjoint = adjoints[step] + of_before;
+      of_before = decay * of_before + thread.reads[step];
+      const Pair gv = thread.weights[step] * adjoint.num;
+      columns.k.set(step, columns.v.get(step) * gv + thread.weights[step] * adjoint.den);
+      columns.v.set(step, gv);
+    });
+  }
+
+  // ---- of keys that spread: adjoints in the scale of states with this maximum, and back ----
+
+  WKV_HD static Sums<Pair> entering(Scaled adjoint, Pair max) {
+    // The adjoint times the sums is at most that of y: where the exponent is coarse, all above is its rounding, and so
+    // is what differs by it.
+    const Pair factor_log2 = sum_log2(max, adjoint.exponent), coarse = abs(adjoint.exponent) * Pair(0x1p-22);
+    const Pair rounded = select(abs(factor_log2) <= coarse, Pair(0), smaller(factor_log2, Pair(0)));
+    return exp2(select(coarse < Pair(2), factor_log2, rounded)) * adjoint.sums;
+  }
+  WKV_HD static Scaled leaving(Sums<Pair> adjoint, Pair max) {
+    return normalised_adjoint(scaled_by_exp(adjoint, -max));
+  }
+
+  WKV_HD static void sum_adjoints_spread(const Block& block, const Tile& tile, Thread& thread) {
+    const Columns columns(block, tile, thread);
+    thread.in = Base::around(block, tile, thread, thread.in);
+    const typename Base::Gates gates(block, tile, thread);
+    const RunningSides<Pair> scale = sides_of(block.running_scale(thread));
+    State<Pair> before = state_of(thread.in.before);
+    const State<Pair> after = state_of(thread.in.after);
+    SavedStep<Pair> saved[kSteps];
+    Base::replay_after(scale, columns.k, columns.v, columns.steps, after, saved);
+    const Pair max_before = before.max;
+    Sums<Pair> of_after{Pair(0), Pair(0)}, of_before{Pair(0), Pair(0)};
+    Pair from_first(1);
+    for_steps<kSteps, false, true>(columns.steps, [&](int step) {
+      const auto& [sums, at_after] = saved[step];
+      const Pair logit = scale.logit(columns.k.get(step)), vt = columns.v.get(step), at = before.max;
+      const Weights<Pair> weights = scale.advance(at, logit);
+      StepGradients<Pair> unused{};
+      of_after = scale.advance(at_after, logit).past * of_after;
+      const Sums<Pair> to_before = read_sides_adjoint(before.sums, sums, scale.read(at, at_after, logit), vt,
+                                                      columns.gy.get(step), of_after, unused, gates.get(step));
+      of_before = from_first * to_before + of_before;
+      from_first = from_first * weights.past;
+      before = {mix(before.sums, weights, vt), scale.next_max(before.max, logit)};
+    });
+    thread.own = {leaving(of_after, after.max), leaving(of_before, max_before)};
+  }
+
+  WKV_HD static void differentiate_spread(const Block& block, const Tile& tile, BothSides incoming, Thread& thread) {
+    const Columns columns(block, tile, thread);
+    const BothSides adjoints = Base::around(block, tile, thread, incoming);
+    const typename Base::Gates gates(block, tile, thread);
+    const RunningSides<Pair> scale = sides_of(block.running_scale(thread));
+    State<Pair> before = state_of(thread.in.before);
+    SavedStep<Pair> saved[kSteps];
+    Sums<Pair> known[kSteps];  // gk and gv without the part of the adjoint of the states before
+    const Pair max_first =
+        Base::replay_after(scale, columns.k, columns.v, columns.steps, state_of(thread.in.after), saved).max;
+    Sums<Pair> adjoint = entering(adjoints.before, max_first);
+    // The states before, each weighted by the decay from its step on: their derivatives by the log-decay.
+    Sums<Pair> decayed{Pair(0), Pair(0)};
+    Pair g_log_decay(0), gu(0);
+    for_steps<kSteps, false, true>(columns.steps, [&](int step) {
+      const auto [sums, at_after] = saved[step];
+      const Pair logit = scale.logit(columns.k.get(step)), vt = columns.v.get(step), at = before.max;
+      const Weights<Pair> weights = scale.advance(at, logit);
+      StepGradients<Pair> gradients;
+      advance_adjoint(sums, scale.advance(at_after, logit), vt, adjoint, gradients);
+      const Sums<Pair> to_before = read_sides_adjoint(before.sums, sums, scale.read(at, at_after, logit), vt,
+                                                      columns.gy.get(step), adjoint, gradients, gates.get(step));
+      gates.set_gradient(step, gradients.gr);
+      saved[step] = {to_before, at};
+      known[step] = {gradients.gk, gradients.gv};
+      g_log_decay = g_log_decay + gradients.g_log_decay + (to_before.num * decayed.num + to_before.den * decayed.den);
+      gu = gu + gradients.gu;
+      decayed = weights.past * (decayed + before.sums);
+      before = {mix(before.sums, weights, vt), scale.next_max(before.max, logit)};
+    });
+    adjoint = entering(adjoints.after, before.max);
+    g_log_decay = g_log_decay + (adjoint.num * decayed.num + adjoint.den * decayed.den);
+    thread.partials = {g_log_decay, gu};
+    for_steps<kSteps, true, true>(columns.steps, [&](int step) {
+      const auto& [to_before, at] = saved[step];
+      const Pair logit = scale.logit(columns.k.get(step)), vt = columns.v.get(step);
+      StepGradients<Pair> gradients;
+      advance_adjoint(to_before, scale.advance(at, logit), vt, adjoint, gradients);
+      adjoint = adjoint + to_before;
+      columns.k.set(step, known[step].num + gradients.gk);
+      columns.v.set(step, known[step].den + gradients.gv);
+    });
+  }
+};
+
+template <class Element>
+struct BiAdjointSumsPass : BiBackwardTiles<Element, kBiSteps> {
+  using Base = BiBackwardTiles<Element, kBiSteps>;
+  using typename Base::Block;
+  using typename Base::Thread;
+  using typename Base::Tile;
+
+  WKV_HD static void leave_nothing(const BiParams&, const Block&, const Thread&) {}
+
+  template <class Team>
+  WKV_HD static void finish(const BiParams& params, const Block& block, const Tile& tile, Team& team) {
+    const bool fit = Base::template sum_up_adjoints<false>(block, tile, team);
+    team.last_phase([&](Thread& thread) {
+      if (thread.warp() != 0) return;
+      Base::store_sides(block, Base::row_at(block, params.adjoints, tile, thread),
+                        Base::adjoints_of_tile(block, tile, fit, thread));
+    });
+  }
+};
+
+template <class Element>
+struct BiBackwardPass : BiBackwardTiles<Element, kBiBackwardSteps> {
+  using Base = BiBackwardTiles<Element, kBiBackwardSteps>;
+  using typename Base::Block;
+  using typename Base::Thread;
+  using typename Base::Tile;
+
+  // The row is the block's alone.
+  WKV_HD static void store_partials(const BiParams& params, const Block& block, const Thread& thread,
+                                    Sums<Pair> total) {
+    const auto& place = block.place();
+    const ChannelRow row = block.row_of(params.partials, place.b * params.chunking.chunks + place.ticket(), 2, thread);
+    row.store(0, total.num);
+    row.store(params.C, total.den);
+  }
+  WKV_HD static void leave_nothing(const BiParams& params, const Block& block, const Thread& thread) {
+    if (thread.warp() == 0) store_partials(params, block, thread, {Pair(0), Pair(0)});
+  }
+
+  WKV_HD static Rows64 partials_of(const Block& block, int warp) { return block.messages.from(2 * warp); }
+
+  template <class Team>
+  WKV_HD static void finish(const BiParams& params, const Block& block, const Tile& tile, Team& team) {
+    const bool fit = Base::template sum_up_adjoints<true>(block, tile, team);
+    team.phase([&](Thread& thread) __attribute__((always_inline)) {
+      if (!kFullTilesOnly && tile.steps_of(thread.warp()) == 0) return;
+      const BothSides incoming = Base::load_adjoints(params, block, tile, thread);
+      if (kFullTilesOnly || fit) {
+        Base::differentiate_together(block, tile, incoming, thread);
+      } else {
+        Base::differentiate_spread(block, tile, incoming, thread);
+      }
+    });
+    team.phase([&](Thread& thread) {
+      partials_of(block, thread.warp()).set_sums(thread.lane(), thread.partials);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) block.unstage(i, params.outputs[i], tile, thread);
+    });
+    team.last_phase([&](Thread& thread) {
+      if (thread.warp() != 0) return;
+      Sums<Pair> total = partials_of(block, 0).get_sums(thread.lane());
+#pragma unroll 1
+      for (int warp = 1; warp < Base::kWarps; ++warp) {
+        total = total + partials_of(block, warp).get_sums(thread.lane());
+      }
+      store_partials(params, block, thread, total);
+    });
+  }
+};
+
+template <class Element>
+struct BiAdjointSums : BiTileKernel<BiAdjointSumsPass<Element>> {};
+
+template <class Element>
+struct BiBackward : BiTileKernel<BiBackwardPass<Element>> {};
+
+}  // namespace wkv

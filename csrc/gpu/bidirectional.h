@@ -1,0 +1,458 @@
+// The common part of the bidirectional operator's kernels, and those of its forward. Nothing waits for another block: a
+// launch sums up every interval from both ends, one joins these sums along the sequences, and one reads.
+//
+//   bi_sums     a block for each interval: the sums of its steps, decayed to its end and to its beginning
+//   bi_join     a thread for each pair of channels and side: what stands on that side of each interval
+//   bi_forward  a block for each interval: y, from what stands on either side
+//
+// and backward, bi_backward.h, likewise: bi_adjoint_sums, bi_join, bi_backward.
+//
+// A block's tile is an interval, a warp for each subchunk. Where its logits allow it a block takes one exponent for
+// both sides and its steps, in which a sum is a product and an addition, and else RunningSides.
+#pragma once
+
+#include "../common/bidirectional.h"
+#include "scan.h"
+
+namespace wkv {
+
+// Of the steps before and of those after.
+struct BothSides {
+  Scaled before, after;
+};
+// The same in the scale of a tile.
+struct BothSums {
+  Sums<Pair> before, after;
+};
+
+// Log2 of the growth over a tile that leaves room for sums in one scale.
+inline constexpr double kLargestGrowth = 16.0;
+// From there on the product of a key and log2(e) is too coarse for a common exponent.
+inline constexpr double kLargestReference = 1048576.0;
+
+template <class Element_, int kInputs_, int kSteps_>
+struct BiTiles {
+  using Element = Element_;
+  static constexpr int kInputs = kInputs_, kSteps = kSteps_, kWarps = bi_warps(kSteps);
+  using Block = ScanBlock<Element, kInputs, kSteps, kWarps, false, true>;
+  using Place = typename Block::Place;
+  using Tile = wkv::Tile<kSteps>;
+  using Gates = DistantGates<Block, kSteps>;
+  static constexpr int kTileSteps = kSteps * kWarps;
+  static_assert(kTileSteps == checkpoint_interval(Block::kType));
+
+  struct Thread : TileThread {
+    BothSides in;  // comes in to the tile, and of keys that spread then to the thread's steps
+    Keys<Element, kSteps> keys;
+    Pair reference;  // of the tile's scale, in which these are
+    Pair weights[kSteps];
+  };
+
+  // ---- where a block is, and its tile ----
+
+  // Rows of the table lie along two dimensions of the grid.
+  WKV_HD static Place place_of(const BiParams& params, BlockIndex index) {
+    const uint32_t row = index.z * kPackedRows + index.y, chunks = params.chunking.chunks;
+    if (params.boundaries.data != nullptr) return Place(params, {index.x, 0, 0}, row);
+    return Place(params, {index.x, row / chunks, 0}, row % chunks);
+  }
+  WKV_HD static bool is_there(const BiParams& params, BlockIndex index) {
+    return kFullTilesOnly || index.z * kPackedRows + index.y < params.rows;
+  }
+
+  WKV_HD static Tile tile_of(const Block& block) {
+    const Place& place = block.place();
+    const int t = static_cast<int>(place.position) * kTileSteps;
+    if (kFullTilesOnly) return {t, kTileSteps, false, true};
+    return {t, clamp_count(int64_t{place.steps(block.params)} - t, kTileSteps), false, true};
+  }
+
+  WKV_HD static uint32_t table_row(const Block& block, const Tile& tile) {
+    return block.place().checkpoint_row(block.params, tile.t + tile.rows);
+  }
+  WKV_HD static ChannelRow row_at(const Block& block, const void* table, const Tile& tile, const Thread& thread) {
+    return block.row_of(table, table_row(block, tile), 6, thread);
+  }
+  WKV_HD static BothSides load_sides(const Block& block, ChannelRow row) {
+    const int64_t C = block.params.C;
+    return {{{row.load(0), row.load(C)}, row.load(2 * C)}, {{row.load(3 * C), row.load(4 * C)}, row.load(5 * C)}};
+  }
+  WKV_HD static void store_sides(const Block& block, ChannelRow row, BothSides sides) {
+    const int64_t C = block.params.C;
+    row.store(0, sides.before.sums.num);
+    row.store(C, sides.before.sums.den);
+    row.store(2 * C, sides.before.exponent);
+    row.store(3 * C, sides.after.sums.num);
+    row.store(4 * C, sides.after.sums.den);
+    row.store(5 * C, sides.after.exponent);
+  }
+
+  WKV_HD static void stage_tile(const Block& block, const Tile& tile, const Thread& thread) {
+#pragma unroll
+    for (int i = 0; i < kInputs; ++i) block.stage(i, block.params.inputs[i], tile, thread);
+    if (!block.is_gated()) return;
+    const int warp = thread.warp();
+    prefetch_rows(rows_from<Element>(block.params.r, block.place().b, block.c),
+                  block.place().begin() + tile.t + warp * kSteps, tile.steps_of(warp), block.columns, thread.lane());
+  }
+
+  // Calls function(gates), with none where there is no r.
+  template <class Function>
+  WKV_HD static void with_gates(const Block& block, const Tile& tile, const Thread& thread, const Function& function) {
+    if (block.is_gated()) {
+      function(Gates(block, tile, thread));
+    } else {
+      function(NoGates());
+    }
+  }
+
+  // ---- the sums of a tile's warps ----
+
+  // Of a warp's steps, decayed to their end and to their beginning.
+  static constexpr int kRowsOfWarp = 6;
+  WKV_HD static Rows64 own_before(const Block& block, int warp) { return block.messages.from(kRowsOfWarp * warp); }
+  WKV_HD static Rows64 own_after(const Block& block, int warp) { return block.messages.from(kRowsOfWarp * warp + 3); }
+  static_assert(kRowsOfWarp * kWarps <= forward_message_rows(kWarps));
+
+  WKV_HD static void leave_own(const Block& block, const Thread& thread, BothSides own) {
+    own_before(block, thread.warp()).set_scaled(thread.lane(), own.before);
+    own_after(block, thread.warp()).set_scaled(thread.lane(), own.after);
+  }
+
+  // `in` comes in to a tile: joined with its warps before `end`, and with those from `first` on.
+  WKV_HD static Scaled with_warps_before(const Block& block, const Tile& tile, int lane, Scaled in, int end) {
+#pragma unroll 1
+    for (int warp = 0; warp < end; ++warp) {
+      in = join(in, block.channels.decay_log2(lane, tile.steps_of(warp)), own_before(block, warp).get_scaled(lane));
+    }
+    return in;
+  }
+  WKV_HD static Scaled with_warps_from(const Block& block, const Tile& tile, int lane, Scaled in, int first) {
+#pragma unroll 1
+    for (int warp = kWarps - 1; warp >= first; --warp) {
+      in = join(in, block.channels.decay_log2(lane, tile.steps_of(warp)), own_after(block, warp).get_scaled(lane));
+    }
+    return in;
+  }
+  // On either side of a thread's steps.
+  WKV_HD static BothSides around(const Block& block, const Tile& tile, const Thread& thread, BothSides in) {
+    return {with_warps_before(block, tile, thread.lane(), in.before, thread.warp()),
+            with_warps_from(block, tile, thread.lane(), in.after, thread.warp() + 1)};
+  }
+  // Of the whole tile.
+  WKV_HD static BothSides sum_of_tile(const Block& block, const Tile& tile, const Thread& thread) {
+    return {with_warps_before(block, tile, thread.lane(), empty_scaled(), kWarps),
+            with_warps_from(block, tile, thread.lane(), empty_scaled(), 0)};
+  }
+
+  // ---- in one scale ----
+
+  // NaN does not fit.
+  WKV_HD static bool is_moderate(Pair reference, Pair decay_log2) {
+    return all(abs(reference) <= Pair(kLargestReference)) && all(decay_log2 <= Pair(kLargestGrowth));
+  }
+  WKV_HD static bool fits(const Block& block, const Thread& thread, int steps) {
+    const int lane = thread.lane();
+    return tile_fits(thread.reference, thread.keys.lowest, block.channels.bonus(lane)) &&
+           is_moderate(thread.reference, block.channels.decay_log2(lane, steps));
+  }
+
+  // Whether the tile and what comes in to it have one scale. Only whole tiles do, so that this code is for whole ones:
+  // a sequence has no more than one that is not, at its end.
+  template <class Team>
+  WKV_HD static bool agree(const Block& block, const Tile& tile, Team& team) {
+    team.phase([&](Thread& thread) {
+      thread.keys.load(block.column_of(0, thread), tile.steps_of(thread.warp()));
+      const Pair incoming = larger(thread.in.before.exponent, thread.in.after.exponent);
+      own_before(block, thread.warp()).set(0, thread.lane(), larger(thread.keys.highest, incoming));
+    });
+    return team.agree([&](Thread& thread) {
+      thread.reference = reference_of(own_before(block, 0), kRowsOfWarp, kWarps, thread.lane());
+      return tile.rows == kTileSteps && fits(block, thread, kTileSteps);
+    });
+  }
+
+  WKV_HD static BothSums sum_together(const Block& block, const Tile& tile, Thread& thread) {
+    const Column<Element> v = block.column_of(1, thread);
+    const Pair decay = block.channels.decay(thread.lane());
+    BothSums own{{Pair(0), Pair(0)}, {Pair(0), Pair(0)}};
+    Pair decayed(1);
+    for_steps<kSteps>(kSteps, [&](int step) {
+      const Pair weight = weight_of(thread.keys.get(step), thread.reference), num = weight * v.get(step);
+      thread.weights[step] = weight;
+      own.before = {decay * own.before.num + num, decay * own.before.den + weight};
+      own.after = {decayed * num + own.after.num, decayed * weight + own.after.den};
+      decayed = decayed * decay;
+    });
+    return own;
+  }
+
+  WKV_HD static void leave_sums(const Block& block, const Thread& thread, BothSums own) {
+    own_before(block, thread.warp()).set_sums(thread.lane(), own.before);
+    own_after(block, thread.warp()).set_sums(thread.lane(), own.after);
+  }
+  // As `with_warps_before` and `with_warps_from`.
+  WKV_HD static BothSums sums_around(const Block& block, int lane, BothSums in, int end, int first) {
+    const Pair decay = exp2(block.channels.decay_log2(lane, kSteps));
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      if (warp < end) in.before = decay * in.before + own_before(block, warp).get_sums(lane);
+    }
+#pragma unroll
+    for (int warp = kWarps - 1; warp >= 0; --warp) {
+      if (warp >= first) in.after = decay * in.after + own_after(block, warp).get_sums(lane);
+    }
+    return in;
+  }
+  WKV_HD static BothSums sums_around(const Block& block, const Thread& thread, BothSums in) {
+    return sums_around(block, thread.lane(), in, thread.warp(), thread.warp() + 1);
+  }
+  // The states on either side of a thread's steps.
+  WKV_HD static BothSums states_around(const Block& block, const Thread& thread) {
+    const auto& [before, after] = thread.in;
+    return sums_around(block, thread,
+                       {power_of_two(before.exponent - thread.reference) * before.sums,
+                        power_of_two(after.exponent - thread.reference) * after.sums});
+  }
+
+  // ---- of keys that spread ----
+
+  template <class Left>
+  WKV_HD static Scaled sum_of_spread(const Left& left, Column<Element> v, int steps) {
+    State<Pair> state = empty_state<Pair>();
+    for_steps<kSteps, false, true>(steps, [&](int step) { state.max = larger(left(step), state.max); });
+    for_steps<kSteps, false, true>(steps, [&](int step) {
+      // The difference first: log2(e) times a logit that has grown is too coarse.
+      const Pair weight = exp_nonpositive(left(step) - state.max);
+      state.sums = {weight * v.get(step) + state.sums.num, state.sums.den + weight};
+    });
+    return scaled(state);
+  }
+  WKV_HD static BothSides sum_spread(const Block& block, const Tile& tile, Thread& thread) {
+    const int steps = tile.steps_of(thread.warp());
+    const Column<Element> v = block.column_of(1, thread);
+    const auto& keys = thread.keys;
+    thread.keys.replace_infinite(steps);
+    const Pair log_decay = block.channels.log_decay(thread.lane());
+    return {
+        sum_of_spread([&](int step) { return logit_at_end<kSteps>(keys.get(step), log_decay, step, steps); }, v, steps),
+        sum_of_spread([&](int step) { return Pair(step) * log_decay + keys.get(step); }, v, steps)};
+  }
+
+  // Leaves the sums of the thread's steps.
+  WKV_HD static void sum_up(const Block& block, const Tile& tile, bool fit, Thread& thread) {
+    if (kFullTilesOnly || fit) {
+      leave_sums(block, thread, sum_together(block, tile, thread));
+    } else {
+      leave_own(block, thread, sum_spread(block, tile, thread));
+    }
+  }
+
+  // The sums after each step, from the state after all of them; returns the one before them.
+  WKV_HD static State<Pair> replay_after(const RunningSides<Pair>& scale, Column<Element> k, Column<Element> v,
+                                         int steps, State<Pair> after, SavedStep<Pair> (&saved)[kSteps]) {
+    for_steps<kSteps, true, true>(steps, [&](int step) {
+      const Pair logit = scale.logit(k.get(step)), at = scale.at(after.max, logit);
+      saved[step] = {after.sums, at};
+      after = {mix(after.sums, scale.advance(at, logit), v.get(step)), scale.next_max(after.max, logit)};
+    });
+    return after;
+  }
+};
+
+// A kernel of a block for each interval: the pass goes on from the sums of the warps.
+template <class Pass>
+struct BiTileKernel {
+  using Params = BiParams;
+  using Thread = typename Pass::Thread;
+
+  template <class Team>
+  WKV_HD static void run(const Params& params, BlockIndex index, int threads, Team& team, char* shared) {
+    using Block = typename Pass::Block;
+    const Block block(params, index, threads, shared);
+    if (!Pass::is_there(params, index)) return;
+    team.phase([&](Thread& thread) {
+      if (thread.index == 0) *block.shared_place = Pass::place_of(params, index);
+    });
+    if (!kFullTilesOnly && !block.place().has_steps) {
+      team.last_phase([&](Thread& thread) { Pass::leave_nothing(params, block, thread); });
+      return;
+    }
+    const typename Pass::Tile tile = Pass::tile_of(block);
+    team.phase([&](Thread& thread) {
+      Pass::stage_tile(block, tile, thread);
+      Pass::load_incoming(params, block, tile, thread);
+      block.channels.template load<false>(params.parameters, block.c, block.columns, thread.index, threads);
+      wait_for_copies();
+    });
+    Pass::finish(params, block, tile, team);
+  }
+};
+
+template <class Element>
+struct BiSumsPass : BiTiles<Element, 2, kBiSteps> {
+  using Base = BiTiles<Element, 2, kBiSteps>;
+  using typename Base::Block;
+  using typename Base::Thread;
+  using typename Base::Tile;
+
+  WKV_HD static void load_incoming(const BiParams&, const Block&, const Tile&, const Thread&) {}
+  WKV_HD static void leave_nothing(const BiParams&, const Block&, const Thread&) {}
+
+  // Warp by warp in one scale: nothing comes in.
+  WKV_HD static BothSides sum_up(const Block& block, const Tile& tile, Thread& thread) {
+    const int steps = tile.steps_of(thread.warp());
+    thread.keys.load(block.column_of(0, thread), steps);
+    thread.reference = ceil(thread.keys.highest);
+    if (kFullTilesOnly || warp_agrees(steps == Base::kSteps && Base::fits(block, thread, steps))) {
+      const auto [before, after] = Base::sum_together(block, tile, thread);
+      return {{before, thread.reference}, {after, thread.reference}};
+    }
+    return Base::sum_spread(block, tile, thread);
+  }
+
+  template <class Team>
+  WKV_HD static void finish(const BiParams& params, const Block& block, const Tile& tile, Team& team) {
+    team.phase([&](Thread& thread) { Base::leave_own(block, thread, sum_up(block, tile, thread)); });
+    team.last_phase([&](Thread& thread) {
+      if (thread.warp() != 0) return;
+      Base::store_sides(block, Base::row_at(block, params.checkpoints, tile, thread),
+                        Base::sum_of_tile(block, tile, thread));
+    });
+  }
+};
+
+template <class Element>
+struct BiForwardPass : BiTiles<Element, 2, kBiSteps> {
+  using Base = BiTiles<Element, 2, kBiSteps>;
+  using Base::kSteps;
+  using typename Base::Block;
+  using typename Base::Gates;
+  using typename Base::Thread;
+  using typename Base::Tile;
+
+  WKV_HD static void load_incoming(const BiParams& params, const Block& block, const Tile& tile, Thread& thread) {
+    thread.in = Base::load_sides(block, Base::row_at(block, params.checkpoints, tile, thread));
+  }
+  WKV_HD static void leave_nothing(const BiParams&, const Block&, const Thread&) {}
+
+  template <class Team>
+  WKV_HD static void finish(const BiParams& params, const Block& block, const Tile& tile, Team& team) {
+    const bool fit = Base::agree(block, tile, team);
+    team.phase([&](Thread& thread) { Base::sum_up(block, tile, fit, thread); });
+    team.warp_phase([&](Thread& thread) {
+      if (!kFullTilesOnly && tile.steps_of(thread.warp()) == 0) return;
+      if (kFullTilesOnly || fit) {
+        read_together(block, tile, thread);
+      } else {
+        read_spread(block, tile, thread);
+      }
+    });
+    team.last_phase([&](Thread& thread) { block.unstage(1, params.outputs[0], tile, thread); });
+  }
+
+  // y takes the place of v.
+  WKV_HD static void read_together(const Block& block, const Tile& tile, const Thread& thread) {
+    const int lane = thread.lane();
+    const Column<Element> v = block.column_of(1, thread);
+    const Pair decay = block.channels.decay(lane), bonus = block.channels.bonus(lane);
+    auto [before, after] = Base::states_around(block, thread);
+    Sums<Pair> saved[kSteps];
+    for_steps_back<kSteps>(kSteps, [&](int step) {
+      const Pair weight = thread.weights[step];
+      saved[step] = after;
+      after = {decay * after.num + weight * v.get(step), decay * after.den + weight};
+    });
+    Base::with_gates(block, tile, thread, [&](const auto& gates) {
+      Sums<Pair> past = before;
+      for_steps<kSteps>(kSteps, [&](int step) {
+        const Pair weight = thread.weights[step], num = weight * v.get(step);
+        const Sums<Pair> now{bonus * num + (past.num + saved[step].num), bonus * weight + (past.den + saved[step].den)};
+        v.set(step, gated_mean(now, gates.get(step)));
+        past = {decay * past.num + num, decay * past.den + weight};
+      });
+    });
+  }
+
+  WKV_HD static void read_spread(const Block& block, const Tile& tile, const Thread& thread) {
+    const int steps = tile.steps_of(thread.warp());
+    const Column<Element> k = block.column_of(0, thread), v = block.column_of(1, thread);
+    const BothSides in = Base::around(block, tile, thread, thread.in);
+    const Gates gates(block, tile, thread);
+    const RunningSides<Pair> scale = sides_of(block.running_scale(thread));
+    State<Pair> before = state_of(in.before);
+    SavedStep<Pair> saved[kSteps];
+    Base::replay_after(scale, k, v, steps, state_of(in.after), saved);
+    for_steps<kSteps, false, true>(steps, [&](int step) {
+      const auto& [sums, at_after] = saved[step];
+      const Pair logit = scale.logit(k.get(step)), vt = v.get(step), at = before.max;
+      v.set(step, read_sides(before.sums, sums, scale.read(at, at_after, logit), vt, gates.get(step)));
+      before = {mix(before.sums, scale.advance(at, logit), vt), scale.next_max(before.max, logit)};
+    });
+  }
+};
+
+// Turns the sums of each interval of a table into what comes in to the interval from either side.
+template <class Real>
+struct BiJoin {
+  using Params = BiParams;
+  using Thread = TileThread;
+
+  template <class Team>
+  WKV_HD static void run(const Params& params, BlockIndex block, int threads, Team& team, char*) {
+    team.last_phase([&](Thread& thread) {
+      const uint32_t pairs = (params.C + 1) / 2;
+      const uint64_t i = uint64_t{block.x} * threads + thread.index, of_side = i / pairs;
+      const uint32_t c = 2 * static_cast<uint32_t>(i % pairs), n = static_cast<uint32_t>(of_side / 2);
+      if (n < params.N) join_rows(params, n, c, of_side % 2 == 1);
+    });
+  }
+
+  WKV_HD static void join_rows(const Params& params, uint32_t n, uint32_t c, bool is_after) {
+    constexpr int64_t kInterval = checkpoint_interval(DType::float32);
+    const int64_t C = params.C, T = params.T;
+    const SequenceView<int64_t> view = params.boundaries.data == nullptr
+                                           ? view_of_batch<int64_t>(DType::float32, T, n)
+                                           : view_of_packed<int64_t>(DType::float32, params.boundaries, T, n);
+    const int64_t rows = checkpoint_count(DType::float32, view.steps);
+    void* const table = params.joins_adjoints ? params.adjoints : params.checkpoints;
+    const int channels = clamp_count(C - c, 2);
+    const bool is_aligned = C % 2 == 0 && reinterpret_cast<uintptr_t>(table) % sizeof(FloatPair) == 0;
+    const auto row_at = [&](int64_t i) {
+      const int64_t row = view.checkpoints + (is_after ? rows - 1 - i : i);
+      return ChannelRow{static_cast<float*>(table) + (row * 6 + (is_after ? 3 : 0)) * C + c, channels, is_aligned};
+    };
+    const auto load = [&](int64_t i) {
+      const ChannelRow row = row_at(i);
+      return Scaled{{row.load(0), row.load(C)}, row.load(2 * C)};
+    };
+    const auto log_decay = [&](int i) {
+      return i < channels
+                 ? bounded_log_decay(load_parameter<Real>(params.parameters.w, params.parameters.w_dtype, c + i))
+                 : Real(0);
+    };
+    const Pair step_decay = Pair(log_decay(0), log_decay(1)) * Pair(kLog2E);
+    Scaled in = empty_scaled(), next = in;
+    if (rows > 0) next = load(0);
+#pragma unroll 1
+    for (int64_t i = 0; i < rows; ++i) {
+      const Scaled own = next;
+      if (i + 1 < rows) next = load(i + 1);
+      const ChannelRow row = row_at(i);
+      row.store(0, in.sums.num);
+      row.store(C, in.sums.den);
+      row.store(2 * C, in.exponent);
+      const int64_t steps = is_after && i == 0 ? view.steps - (rows - 1) * kInterval : kInterval;
+      const Scaled sum = join(in, Pair(static_cast<int>(steps)) * step_decay, own);
+      in = params.joins_adjoints ? normalised_adjoint(sum) : normalised_state(sum);
+    }
+  }
+};
+
+template <class Element>
+struct BiSums : BiTileKernel<BiSumsPass<Element>> {};
+
+template <class Element>
+struct BiForward : BiTileKernel<BiForwardPass<Element>> {};
+
+}  // namespace wkv
