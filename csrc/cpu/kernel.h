@@ -23,7 +23,8 @@ struct Rows {
   Element* data;
   int64_t stride;
 
-  WKV_INLINE Element* row(int step) const { return data + step * stride; }
+  // An int would be extended in every access: it may overflow as -fwrapv has it.
+  WKV_INLINE Element* row(int64_t step) const { return data + step * stride; }
   WKV_INLINE Rows from(int64_t t, int64_t c) const { return {data + t * stride + c, stride}; }
 };
 
@@ -88,7 +89,8 @@ struct Kernel {
   static WKV_INLINE Rows<const Element> whole(Rows<const Element> rows, int steps, int count, Element* copy) {
     if (__builtin_expect(count == kLanes, 1)) return rows;
     std::memset(copy, 0, steps * kLanes * sizeof(Element));
-    for (int step = 0; step < steps; ++step) std::memcpy(copy + step * kLanes, rows.row(step), count * sizeof(Element));
+    for (int64_t step = 0; step < steps; ++step)
+      std::memcpy(copy + step * kLanes, rows.row(step), count * sizeof(Element));
     return {copy, kLanes};
   }
 
@@ -105,7 +107,7 @@ struct Kernel {
       return Gated(Kernel::whole(r, steps, count, copy));
     }
 
-    WKV_INLINE Gate<Vec> at(int step) const { return gate_of(load(r.row(step))); }
+    WKV_INLINE Gate<Vec> at(int64_t step) const { return gate_of(load(r.row(step))); }
 
     // A subchunk's gates, all computed before they are used: their exponentials are independent of everything else, and
     // among the steps they would only lengthen what the processor has to look ahead over.
@@ -114,13 +116,15 @@ struct Kernel {
 
       WKV_INLINE Computed(const Gated& gates, int steps) {
 #pragma GCC unroll 4
-        for (int step = 0; step < steps; ++step) {
+        for (int64_t step = 0; step < steps; ++step) {
           const Gate<Vec> gate = gates.at(step);
           store(shares + step * kLanes, gate.share);
           store(lessers + step * kLanes, gate.lesser);
         }
       }
-      WKV_INLINE Gate<Vec> at(int step) const { return {load(shares + step * kLanes), load(lessers + step * kLanes)}; }
+      WKV_INLINE Gate<Vec> at(int64_t step) const {
+        return {load(shares + step * kLanes), load(lessers + step * kLanes)};
+      }
     };
   };
   struct Ungated {
@@ -132,10 +136,10 @@ struct Kernel {
     WKV_INLINE Rows<const Element> rows_or(Rows<const Element> others) const { return others; }
     WKV_INLINE Ungated whole(int, int, Element*) const { return *this; }
 
-    WKV_INLINE NoGate at(int) const { return {}; }
+    WKV_INLINE NoGate at(int64_t) const { return {}; }
     struct Computed {
       WKV_INLINE Computed(const Ungated&, int) {}
-      WKV_INLINE NoGate at(int) const { return {}; }
+      WKV_INLINE NoGate at(int64_t) const { return {}; }
     };
   };
 
@@ -147,7 +151,7 @@ struct Kernel {
       if constexpr (std::is_same_v<Element, Real>) {
         return k;
       } else {
-        for (int step = 0; step < steps; ++step) store(data + step * kLanes, load(k.row(step)));
+        for (int64_t step = 0; step < steps; ++step) store(data + step * kLanes, load(k.row(step)));
         return {data, kLanes};
       }
     }
@@ -156,7 +160,7 @@ struct Kernel {
     WKV_INLINE Rows<const Real> widen(Rows<const Element> k, int steps, StandingRange<Vec>& range) {
       constexpr bool kWidens = !std::is_same_v<Element, Real>;
 #pragma GCC unroll 4
-      for (int step = 0; step < steps; ++step) {
+      for (int64_t step = 0; step < steps; ++step) {
         const Vec kt = load(k.row(step));
         range.add(kt);
         if constexpr (kWidens) store(data + step * kLanes, kt);
@@ -178,11 +182,11 @@ struct Kernel {
     WKV_INLINE void write(Rows<Element> target, int steps, int count, bool streams) {
       const Rows<Element> lines = rows(0);
       if (streams && count == kLine) {
-        for (int step = 0; step < steps; ++step) stream_line(target.row(step), lines.row(step));
+        for (int64_t step = 0; step < steps; ++step) stream_line(target.row(step), lines.row(step));
       } else if (count == kLine) {
-        for (int step = 0; step < steps; ++step) std::memcpy(target.row(step), lines.row(step), kLineBytes);
+        for (int64_t step = 0; step < steps; ++step) std::memcpy(target.row(step), lines.row(step), kLineBytes);
       } else {
-        for (int step = 0; step < steps; ++step) {
+        for (int64_t step = 0; step < steps; ++step) {
           std::memcpy(target.row(step), lines.row(step), count * sizeof(Element));
         }
       }
@@ -284,7 +288,7 @@ struct Kernel {
                                                 Vec largest) {
     auto range = LogitRange<Vec>::from(largest);
 #pragma GCC unroll 4
-    for (int step = 0; step < steps; ++step) range.add(channels.channel, load(k.row(step)));
+    for (int64_t step = 0; step < steps; ++step) range.add(channels.channel, load(k.row(step)));
     return range;
   }
 
@@ -362,7 +366,7 @@ struct Kernel {
     static constexpr int kVectors = kLine / kLanes, kStreams = (inputs + kVectors - 1) / kVectors;
     Rows<const Element> streams[kStreams];
 
-    WKV_INLINE void prefetch(int step) const {
+    WKV_INLINE void prefetch(int64_t step) const {
       for (const auto& stream : streams) __builtin_prefetch(stream.row(step), 0, 2);
     }
   };
@@ -400,13 +404,13 @@ struct Kernel {
       // The exponentials come first: they are independent, the sums are not.
       alignas(kLineBytes) Real ats[kSubchunk * kLanes];
 #pragma GCC unroll 4
-      for (int step = 0; step < steps; ++step) {
+      for (int64_t step = 0; step < steps; ++step) {
         const Vec kt = scale.logit(load(keys.row(step)));
         store(ats + step * kLanes, scale.at(state.max, kt));
         state.max = scale.next_max(state.max, kt);
       }
 #pragma GCC unroll 4
-      for (int step = 0; step < steps; ++step) {
+      for (int64_t step = 0; step < steps; ++step) {
         next.prefetch(step);
         const Vec vt = load(v.row(step));
         const auto weights = scale.weights(load(ats + step * kLanes));
@@ -552,7 +556,7 @@ struct Kernel {
     const auto keys = widened.widen(k, steps, range);
     const auto steps_in = [=](const auto& scale, State<Vec> state) WKV_INLINE_LAMBDA {
 #pragma GCC unroll 4
-      for (int step = 0; step < steps; ++step) {
+      for (int64_t step = 0; step < steps; ++step) {
         next.prefetch(step);
         const Vec kt = scale.logit(load(keys.row(step)));
         const Vec at = scale.at(state.max, kt);
@@ -579,7 +583,7 @@ struct Kernel {
     const auto* const gate = &computed;
     const auto reversed = [=](const auto& scale, Reversed carried) WKV_INLINE_LAMBDA {
 #pragma GCC unroll 2
-      for (int step = steps - 1; step >= 0; --step) {
+      for (int64_t step = steps - 1; step >= 0; --step) {
         next.prefetch(step);
         const auto gradients =
             step_adjoint(scale, saved[step], load(v.row(step)), load(gy.row(step)), carried.adjoint, gate->at(step));
