@@ -266,6 +266,9 @@ struct Kernel {
     return {{state.sums.num * kept.leave, state.sums.den * kept.leave}, max};
   }
 
+  // An empty state has no weight at all, so that its adjoint is exactly zero.
+  static WKV_INLINE Vec entering(State<Vec> state, Vec weight) { return select(is_empty(state), Vec(Real(0)), weight); }
+
   // Advances the state over a subchunk by `steps_in(scale, state)`, in the scale that the keys allow, which it stores
   // in `kept`.
   template <class Steps>
@@ -280,7 +283,7 @@ struct Kernel {
     }
     kept.reference_log2 = range.reference(channels.channel) * Vec(Real(kLog2E));
     const auto scale = kept.shared(channels);
-    kept.enter = scale.weight(state.max);
+    kept.enter = entering(state, scale.weight(state.max));
     kept.leave = Vec(Real(1)) / scale.weight(range.running);
     return in_kept(scale, kept, range.running, state, steps_in);
   }
@@ -344,9 +347,7 @@ struct Kernel {
                                              channels.decay, channels.bonus);
       kept.reference_log2 = scale.reference_log2;
       const Vec whole = nearest_whole(range.standing_max(channels.channel) * log2e);
-      // No weight at all for an empty state: its adjoint is exactly zero.
-      kept.enter =
-          select(is_empty(state), Vec(Real(0)), exact_weight(clamped(state.max, scale.least), scale.reference_log2));
+      kept.enter = entering(state, exact_weight(clamped(state.max, scale.least), scale.reference_log2));
       kept.leave = exp2_in_range(scale.reference_log2 - whole) * exp2_over_max(whole);
       return in_kept(scale, kept, max_of_exp2(whole), state, steps_in);
     }
