@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import bi_problems
 import pytest
 import torch
 from problems import MIXING_PROBLEMS, PROBLEMS, Problem, assert_solves, log_denominator, make, solve
@@ -355,6 +356,42 @@ def test_a_missing_barrier_is_noticed(scenario: str, kernel: str) -> None:
     tried = [barrier for barrier, name in enumerate(barriers) if name not in UNTRIED]
     wrong = [barrier for barrier in tried if is_noticed(barrier) != (barriers[barrier] not in UNNOTICED)]
     assert [f"{barrier}, behind `{barriers[barrier]}`" for barrier in wrong] == []
+
+
+BI_READ = ["find the interval", "stage", "leave the largest key", "agree on a scale", "sum and leave sums"]
+BI_ADJOINTS = [*BI_READ, "sum up adjoints", "leave adjoints"]
+BI_BARRIERS = {
+    "bi_sums": ["find the interval", "stage", "sum and leave sums"],
+    "bi_forward": [*BI_READ, "read"],
+    "bi_adjoint_sums": BI_ADJOINTS,
+    "bi_backward": [*BI_ADJOINTS, "differentiate", "unstage and leave partials"],
+}
+
+
+@pytest.mark.parametrize("kernel", BI_BARRIERS)
+def test_a_missing_barrier_of_both_directions_is_noticed(kernel: str) -> None:
+    barriers = BI_BARRIERS[kernel]
+    given = bi_problems.make(Problem(B=1, T=192, C=64, gated=True, log_decay=-0.05), torch.bfloat16)
+    # Aligned differently to 16 bytes than the outputs, as above.
+    k, v = (torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x) for x in (given.k, given.v))
+    inputs = given.log_decay, given.u, k, v, given.r, None
+    _, checkpoints = gpu_host.bi_forward(gpu_host.Emulator(), *inputs, True)
+
+    def run(order: str, dropped: int | None) -> tuple[Tensor, ...]:
+        emulator = gpu_host.Emulator(order, 1, None if dropped is None else (kernel, dropped))
+        if kernel in ("bi_sums", "bi_forward"):
+            return gpu_host.bi_forward(emulator, *inputs, True)  # type: ignore[no-any-return]
+        return gpu_host.bi_backward(emulator, *inputs, checkpoints, given.gy)  # type: ignore[no-any-return]
+
+    def is_noticed(barrier: int) -> bool:
+        found = (run(order, barrier) for order in ("forward", "reversed", "shuffled"))
+        return any(not torch.equal(a, b) for results in found for a, b in zip(results, expected, strict=True))
+
+    expected = run("forward", None)
+    assert gpu_host.library().barriers_of_last_block(kernel.encode()) == len(barriers)
+    # Without its place a block reads anywhere.
+    wrong = [i for i in range(1, len(barriers)) if is_noticed(i) != (barriers[i] not in UNNOTICED)]
+    assert [f"{i}, behind `{barriers[i]}`" for i in wrong] == []
 
 
 # ---- inputs ----
