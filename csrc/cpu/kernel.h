@@ -309,7 +309,7 @@ struct Kernel {
     if constexpr (!kFuses) return state;
     constexpr double kRoundedUp = 1.00001;
     const Vec den = state.sums.den, none{Real(0)};
-    const Vec below = larger(smaller(floor_log2(den * Vec(Real(kRoundedUp))), none), Vec(Real(-100)));
+    const Vec below = larger(smaller(exponent_of(den * Vec(Real(kRoundedUp))), none), Vec(Real(-100)));
     const Vec moves = select(none < den, below, none);
     const Vec whole = nearest_whole(bounded(state.max) * Vec(Real(kLog2E))) + moves;
     const Vec factor = exact_weight(bounded(state.max), whole) * exp2_over_max(whole);
@@ -335,7 +335,7 @@ struct Kernel {
     kept.is_shared = true;
     if (__builtin_expect(!all(keys.fits(state, channels.channel, channels.decay)), 0)) {
       // The largest logit so far may be below a max that has stood.
-      const Vec largest = state.max + floor_log2(state.sums.den) * Vec(Real(kLn2));
+      const Vec largest = state.max + exponent_of(state.sums.den) * Vec(Real(kLn2));
       const auto range = logit_range(channels, k, steps, largest);
       kept.is_shared = steps > 1 && all(range.fits(channels.channel));
       if (__builtin_expect(!kept.is_shared, 0)) {

@@ -258,14 +258,6 @@ WKV_INLINE Vec<double> nearest_whole(Vec<double> x) {
   return lane_by_lane(x, [](double a) { return std::nearbyint(a); });
 }
 
-// The largest whole number that is not above log2 x, for x > 0 that is not subnormal.
-template <class Real>
-WKV_INLINE Vec<Real> floor_log2(Vec<Real> x) {
-  constexpr int kMantissa = sizeof(Real) == 4 ? 23 : 52, kBias = sizeof(Real) == 4 ? 127 : 1023;
-  const auto exponent = ((typename Vec<Real>::NativeInteger)x.native >> kMantissa) - kBias;
-  return __builtin_convertvector(exponent, typename Vec<Real>::Native);
-}
-
 template <class T, int lanes>
 WKV_INLINE typename NativeOf<T, lanes>::type load_bits(const void* source) {
   typename NativeOf<T, lanes>::type value;
