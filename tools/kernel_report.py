@@ -40,7 +40,7 @@ TILE_CHANNELS = 64
 REDUCE_THREADS, REDUCE_SHARED_BYTES = 1024, 1024 * 2 * 8
 STEP_THREADS = 128
 # Of the bidirectional kernels: threads, and inputs in a tile of 64 steps; `bi_join` has none.
-BI_BLOCKS = {"bi_sums": (128, 2), "bi_forward": (128, 2), "bi_adjoint_sums": (128, 3), "bi_backward": (256, 3)}
+BI_BLOCKS = {"bi_sums": (64, 2), "bi_forward": (128, 2), "bi_adjoint_sums": (128, 3), "bi_backward": (256, 3)}
 BI_STEPS, BI_DOUBLE_THREADS, BI_JOIN_THREADS = 64, 32, 128
 
 
@@ -134,8 +134,8 @@ CODE_LIMITS = {
     ("adjoint_summary", "bfloat16"): (57, 3.5),
     ("adjoint_summary", "float32"): (55, 3.5),
     # Of code with a gate.
-    ("bi_sums", "bfloat16"): (26, 1.3),
-    ("bi_sums", "float32"): (26, 1.3),
+    ("bi_sums", "bfloat16"): (20, 1.3),
+    ("bi_sums", "float32"): (20, 1.3),
     ("bi_forward", "bfloat16"): (55, 3.3),
     ("bi_forward", "float32"): (50, 3.3),
     ("bi_adjoint_sums", "bfloat16"): (65, 3.4),

@@ -290,8 +290,8 @@ struct BiTileKernel {
 };
 
 template <class Element>
-struct BiSumsPass : BiTiles<Element, 2, kBiSteps> {
-  using Base = BiTiles<Element, 2, kBiSteps>;
+struct BiSumsPass : BiTiles<Element, 2, kBiSumsSteps> {
+  using Base = BiTiles<Element, 2, kBiSumsSteps>;
   using typename Base::Block;
   using typename Base::Thread;
   using typename Base::Tile;

@@ -66,7 +66,7 @@ struct BiBounds<double, steps> {
   static constexpr int threads = kDoubleThreads, blocks = 1;
 };
 template <class Element>
-struct Bounds<BiSums<Element>> : BiBounds<Element, kBiSteps> {};
+struct Bounds<BiSums<Element>> : BiBounds<Element, kBiSumsSteps> {};
 template <class Element>
 struct Bounds<BiForward<Element>> : BiBounds<Element, kBiSteps> {};
 template <class Element>

@@ -81,7 +81,8 @@ inline constexpr int64_t kColumnsPerMultiprocessor = 4;
 inline constexpr int64_t kBlocksPerMultiprocessor = 32;
 
 // Steps of a bidirectional kernel's subchunk, whose tile is an interval. `bi_backward` keeps five pairs for each step:
-// with 16 of them nvcc 13.0 spills.
+// with 16 of them nvcc 13.0 spills. `bi_sums` keeps nothing of a step.
+inline constexpr int kBiSumsSteps = 32;
 inline constexpr int kBiSteps = 16;
 inline constexpr int kBiBackwardSteps = 8;
 constexpr int bi_warps(int steps) { return static_cast<int>(checkpoint_interval(DType::float32)) / steps; }
