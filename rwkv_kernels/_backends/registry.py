@@ -123,11 +123,11 @@ _choice = _Choice()
 
 def _chosen() -> str:
     """The meaning of "auto" here."""
-    if _choice.region is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return _choice.name
     region = recomputation.current()
     if region.recomputation is not None and region != _choice.region:
-        return DEFAULT  # the forward was in no block, or a block like its own would have been opened in the region
+        return DEFAULT  # a block like that of the forward would have been opened in the region
     if region.forward is not None and region != _choice.region:
         recomputation.repeat_under(functools.partial(use_backend, _choice.name), region)
     return _choice.name
@@ -188,8 +188,9 @@ def use_backend(name: str) -> Iterator[None]:
     """Changes what backend="auto" means inside the block, in this thread; "auto" restores the automatic choice.
 
     What torch.utils.checkpoint recomputes takes the backend of its forward, in any thread and after the block, except
-    with use_reentrant=True, which recomputes with what "auto" means at that time. (A function that opens a block itself
-    does so again.)
+    with use_reentrant=True, which recomputes with what "auto" means at that time: if that is another backend, gradients
+    of a returned state are wrong, as they belong to a state with the max of the first one. (A function that opens a
+    block itself does so again.)
 
     The environment variable RWKV_KERNELS_BACKEND, read when the package is imported, does the same for the process.
     Raises ValueError for an unknown name at once; whether the backend can run is asked by each call.
