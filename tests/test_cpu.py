@@ -143,6 +143,20 @@ def test_checkpoints_are_the_states_after_each_interval_and_after_all_steps(dtyp
         torch.testing.assert_close(*logits, rtol=0, atol=4 * (eps + torch.finfo(torch.float64).eps * float(max_.max())))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_a_page_apart_change_no_bit(dtype: torch.dtype) -> None:
+    """The kernels copy such keys; as views of wider rows they are read where they lie."""
+    C = 4096 // dtype.itemsize
+    w, u = torch.linspace(-2, 1, C), torch.linspace(-1, 1, C)
+    k, v = torch.randn(2, 1, 70, C + 16, generator=torch.Generator().manual_seed(0)).to(dtype)[..., :C]
+    found = []
+    for inputs in ((w, u, k, v), (w, u, k.contiguous(), v.contiguous())):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        y = rwkv_kernels.wkv(*leaves, backend="cpu")
+        found.append((y, *torch.autograd.grad(y, leaves, y)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_the_plan_covers_every_element_once(seed: int) -> None:
     draw = random.Random(seed)

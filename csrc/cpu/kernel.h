@@ -156,20 +156,22 @@ struct Kernel {
       }
     }
 
-    // The same along with their range.
+    // The same along with their range. Rows whose distance is a multiple of a page, as those of 1024 channels in
+    // float32, are copied as well: they would evict one another from the first-level cache before the next pass.
     WKV_INLINE Rows<const Real> widen(Rows<const Element> k, int steps, StandingRange<Vec>& range) {
       constexpr bool kWidens = !std::is_same_v<Element, Real>;
+      constexpr int64_t kPage = 4096 / sizeof(Element);
+      const bool copies = kWidens || k.stride % kPage == 0;
 #pragma GCC unroll 4
       for (int64_t step = 0; step < steps; ++step) {
         const Vec kt = load(k.row(step));
         range.add(kt);
-        if constexpr (kWidens) store(data + step * kLanes, kt);
+        if (copies) store(data + step * kLanes, kt);
       }
-      if constexpr (kWidens) {
-        return {data, kLanes};
-      } else {
-        return k;
+      if constexpr (!kWidens) {
+        if (!copies) return k;
       }
+      return {data, kLanes};
     }
   };
 
