@@ -37,8 +37,15 @@ Tensors tensors_of(const c10::impl::GenericDict& example, const char* name) {
   return tensors;
 }
 
-void require_close(const std::string& what, const Tensors& found, const Tensors& expected) {
+// What two states have in common, whatever their max: [layers, B, 3, C] -> num / den and max + log(den).
+at::Tensor without_gauge(const at::Tensor& state) {
+  const at::Tensor den = state.select(2, 1);
+  return at::stack({state.select(2, 0) / den, state.select(2, 2) + den.log()}, 2);
+}
+
+void require_close(const std::string& what, Tensors found, Tensors expected) {
   if (found.size() != expected.size()) throw std::runtime_error(what + ": another number of outputs");
+  for (Tensors* outputs : {&found, &expected}) outputs->back() = without_gauge(outputs->back());
   double largest = 0;
   for (size_t i = 0; i < found.size(); ++i) {
     if (!at::allclose(found[i], expected[i], 1e-4, 1e-5)) {
