@@ -37,7 +37,7 @@ Tensors tensors_of(const c10::impl::GenericDict& example, const char* name) {
   return tensors;
 }
 
-// What two states have in common, whatever their max: [layers, B, 3, C] -> num / den and max + log(den).
+// The parts of a state that do not depend on its max: [layers, B, 3, C] -> num / den and max + log(den).
 at::Tensor without_gauge(const at::Tensor& state) {
   const at::Tensor den = state.select(2, 1);
   return at::stack({state.select(2, 0) / den, state.select(2, 2) + den.log()}, 2);
