@@ -5,11 +5,8 @@ WKV_TEST_ARCHITECTURE=sm_90 on the PTX of that architecture. WKV_TEST_MULTIPROCE
 """
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import gpu_host
@@ -77,9 +74,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     if architecture is None:
         executor = gpu_host.Emulator("shuffled", limits=limits)
     else:
-        folder = Path(tempfile.mkdtemp())
-        early_config.add_cleanup(lambda: shutil.rmtree(folder))
-        executor = gpu_host.PtxRunner(folder, architecture, "shuffled", limits=limits)
+        executor = gpu_host.PtxRunner(architecture, "shuffled", limits=limits)
     context = emulated(executor)
     context.__enter__()
     early_config.add_cleanup(lambda: context.__exit__(None, None, None))

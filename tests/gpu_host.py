@@ -8,7 +8,6 @@ PTX that nvcc makes of the kernels, by tools/ptx.
 import ctypes
 import functools
 import os
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -135,6 +134,13 @@ def symbol(kernel: str, dtype: str) -> str:
     return f"{len(name)}{name}I{element}E"
 
 
+@functools.cache
+def _ptx_of(architecture: str) -> Path:
+    source = ROOT / "csrc" / "cuda" / "kernels.cu"
+    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-arch={architecture}", "-ptx"]
+    return compiled("kernels_ptx", ["nvcc", *flags, str(source)], source)
+
+
 # Kernels compiled for this processor, which takes longer than to run them, by PTX and kernel. All count, so that each
 # is compiled once.
 _kernels: dict[tuple[Path, str], Any] = {}
@@ -148,7 +154,6 @@ class PtxRunner:
 
     def __init__(
         self,
-        folder: Path,
         architecture: str,
         order: str = "forward",
         seed: int = 0,
@@ -161,14 +166,10 @@ class PtxRunner:
         self.limits = limits
         self.resident = resident
         self._counted = counted
-        self._ptx = folder / f"{architecture}.ptx"
+        self._ptx = _ptx_of(architecture)
         self._callback = _Runner(self._run)
         self._given: list[numpy.ndarray[Any, Any]] = []
         self._error: BaseException | None = None
-        if not self._ptx.exists():
-            source = ROOT / "csrc" / "cuda" / "kernels.cu"
-            flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-arch={architecture}", "-ptx"]
-            subprocess.run(["nvcc", *flags, str(source), "-o", str(self._ptx)], check=True)
 
     def prepare(self, given: tuple[Any, ...]) -> None:
         self._given = [

@@ -42,14 +42,10 @@ SUITE_ARCHITECTURE = "sm_90"
 OLDEST_ARCHITECTURE = "sm_75"
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ptx")
-
-
-def test_the_suite_passes_on_the_ptx() -> None:
+@pytest.mark.parametrize("names", [("operator", "state", "special_values"), ("bidirectional",)], ids=" ".join)
+def test_the_suite_passes_on_the_ptx(names: tuple[str, ...]) -> None:
     """Outputs, states and gradients of every problem, dtype and special value, threads in random order."""
-    files = [str(HERE / f"test_{name}.py") for name in ("operator", "state", "special_values", "bidirectional")]
+    files = [str(HERE / f"test_{name}.py") for name in names]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "emulated_backend", *files, "-k", "emulated"],
         env={
@@ -71,10 +67,10 @@ WHOLE_VECTORS = Problem(B=2, T=300, C=72, with_state=True)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=gpu_host.name_of)
 @pytest.mark.parametrize("limits", ["H100", "small_tiles"])
-def test_the_order_of_threads_and_blocks_changes_no_bit(limits: str, dtype: torch.dtype, folder: Path) -> None:
+def test_the_order_of_threads_and_blocks_changes_no_bit(limits: str, dtype: torch.dtype) -> None:
     for problem in (WHOLE_VECTORS, replace(SEVERAL_TILES, C=8)):
         tensors = make(problem, dtype)
-        runner = gpu_host.PtxRunner(folder, SUITE_ARCHITECTURE, limits=LIMITS[limits])
+        runner = gpu_host.PtxRunner(SUITE_ARCHITECTURE, limits=LIMITS[limits])
         with emulated_backend.emulated(runner) as backend:
             assert_solves(tensors, backend)
             expected = solve(tensors, backend)
@@ -85,45 +81,45 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(limits: str, dtype: torc
 
 @pytest.mark.parametrize("resident", [1, 2])
 @pytest.mark.parametrize("order", ["forward", "reversed", "shuffled"])
-def test_a_device_that_holds_few_blocks_ends(order: str, resident: int, folder: Path) -> None:
+def test_a_device_that_holds_few_blocks_ends(order: str, resident: int) -> None:
     """No block waits for one that is not resident yet."""
     tensors = make(Problem(B=2, T=2100, C=72, with_state=True), torch.bfloat16)
     for limits in ("H100", "small_tiles"):
-        runner = gpu_host.PtxRunner(folder, SUITE_ARCHITECTURE, order, limits=LIMITS[limits], resident=resident)
+        runner = gpu_host.PtxRunner(SUITE_ARCHITECTURE, order, limits=LIMITS[limits], resident=resident)
         with emulated_backend.emulated(runner) as backend:
             assert_solves(tensors, backend, "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=gpu_host.name_of)
-def test_the_oldest_architecture_equals_the_oracle(dtype: torch.dtype, folder: Path) -> None:
+def test_the_oldest_architecture_equals_the_oracle(dtype: torch.dtype) -> None:
     problems = [*(PROBLEMS[name] for name in ("two_checkpoints_and_one", "k_of_1000", "u_of_plus_50")), WHOLE_VECTORS]
     for order in ("forward", "reversed", "shuffled"):
-        runner = gpu_host.PtxRunner(folder, OLDEST_ARCHITECTURE, order, limits=gpu_host.T4)
+        runner = gpu_host.PtxRunner(OLDEST_ARCHITECTURE, order, limits=gpu_host.T4)
         with emulated_backend.emulated(runner) as backend:
             for problem in problems:
                 assert_solves(make(problem, dtype), backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=gpu_host.name_of)
-def test_no_address_has_to_be_a_multiple_of_more_than_an_element(dtype: torch.dtype, folder: Path) -> None:
+def test_no_address_has_to_be_a_multiple_of_more_than_an_element(dtype: torch.dtype) -> None:
     """The runner reports an access whose address is not a multiple of its size."""
 
     def shifted(x: Tensor) -> Tensor:
         return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
 
     tensors = make(Problem(B=1, T=200, C=64, with_state=True), dtype)
-    with emulated_backend.emulated(gpu_host.PtxRunner(folder, SUITE_ARCHITECTURE)) as backend:
+    with emulated_backend.emulated(gpu_host.PtxRunner(SUITE_ARCHITECTURE)) as backend:
         assert_solves(tensors.changed(shifted), backend, exact_backend="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=gpu_host.name_of)
 @pytest.mark.parametrize("problem", OVER_ANCHORS)
-def test_states_pass_through_many_chunks(problem: str, dtype: torch.dtype, folder: Path) -> None:
+def test_states_pass_through_many_chunks(problem: str, dtype: torch.dtype) -> None:
     given = OVER_ANCHORS[problem]
     for operation in ("forward", "backward"):
         plan = plan_of(operation, dtype, given, gpu_host.H100)
         assert 1 < plan["anchor"] < plan["chunks"] - 1
-    with emulated_backend.emulated(gpu_host.PtxRunner(folder, SUITE_ARCHITECTURE, "shuffled")) as backend:
+    with emulated_backend.emulated(gpu_host.PtxRunner(SUITE_ARCHITECTURE, "shuffled")) as backend:
         assert_solves(make(given, dtype), backend, "cpu")
 
 
@@ -141,12 +137,10 @@ MIXING = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=gpu_host.name_of)
 @pytest.mark.parametrize("limits", ["H100", "small_tiles"])
-def test_gates_and_packed_sequences_equal_the_oracle_in_any_order(
-    limits: str, dtype: torch.dtype, folder: Path
-) -> None:
+def test_gates_and_packed_sequences_equal_the_oracle_in_any_order(limits: str, dtype: torch.dtype) -> None:
     for name, problem in MIXING.items():
         tensors = make(problem, dtype)
-        runner = gpu_host.PtxRunner(folder, SUITE_ARCHITECTURE, limits=LIMITS[limits], resident=1)
+        runner = gpu_host.PtxRunner(SUITE_ARCHITECTURE, limits=LIMITS[limits], resident=1)
         with emulated_backend.emulated(runner) as backend:
             assert_solves(tensors, backend)
             expected = solve(tensors, backend)
@@ -157,9 +151,9 @@ def test_gates_and_packed_sequences_equal_the_oracle_in_any_order(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=gpu_host.name_of)
-def test_boundaries_that_are_none_end_and_touch_nothing_else(dtype: torch.dtype, folder: Path) -> None:
+def test_boundaries_that_are_none_end_and_touch_nothing_else(dtype: torch.dtype) -> None:
     for seed, (total, order) in enumerate([(64, "forward"), (300, "reversed"), (701, "shuffled")]):
-        run_bad_boundaries(gpu_host.PtxRunner(folder, SUITE_ARCHITECTURE, order, resident=1), dtype, total, seed)
+        run_bad_boundaries(gpu_host.PtxRunner(SUITE_ARCHITECTURE, order, resident=1), dtype, total, seed)
 
 
 # ---- both directions ----
@@ -170,10 +164,10 @@ BI_NAMES = ("gated_wide", "packed_of_all_lengths", "k_of_20", "growing")
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=gpu_host.name_of)
 @pytest.mark.parametrize("architecture", [SUITE_ARCHITECTURE, OLDEST_ARCHITECTURE])
-def test_both_directions_equal_the_oracle_in_any_order(architecture: str, dtype: torch.dtype, folder: Path) -> None:
+def test_both_directions_equal_the_oracle_in_any_order(architecture: str, dtype: torch.dtype) -> None:
     for name in BI_NAMES:
         tensors = bi_problems.make(bi_problems.PROBLEMS[name], dtype)
-        runner = gpu_host.PtxRunner(folder, architecture, resident=1)
+        runner = gpu_host.PtxRunner(architecture, resident=1)
         with emulated_backend.emulated(runner) as backend:
             bi_problems.assert_solves(tensors, backend)
             expected = bi_problems.solve_by(tensors, backend)
@@ -205,10 +199,10 @@ SUMMARIES = {
     ],
     ids=lambda x: x if isinstance(x, str) else gpu_host.name_of(x),
 )
-def test_summaries_equal_the_oracle_in_any_order(limits: str, dtype: torch.dtype, folder: Path) -> None:
+def test_summaries_equal_the_oracle_in_any_order(limits: str, dtype: torch.dtype) -> None:
     architecture = OLDEST_ARCHITECTURE if limits == "T4" else SUITE_ARCHITECTURE
     for name, problem in SUMMARIES.items():
-        runner = gpu_host.PtxRunner(folder, architecture, limits=LIMITS[limits], resident=1)
+        runner = gpu_host.PtxRunner(architecture, limits=LIMITS[limits], resident=1)
         expected = assert_summaries(runner, problem, dtype)
         runner.resident = 0
         for runner.order in ("reversed", "shuffled"):
@@ -308,11 +302,11 @@ BUDGETS = {
 }
 
 
-def _counts(load: Load, dtype: torch.dtype, folder: Path) -> dict[str, Budget]:
+def _counts(load: Load, dtype: torch.dtype) -> dict[str, Budget]:
     """The counts of each kernel of the operator and its gradient."""
     executed: dict[str, Counter[str]] = {}
     problem, limits, _ = load
-    runner = gpu_host.PtxRunner(folder, SUITE_ARCHITECTURE, counted=executed, limits=limits)
+    runner = gpu_host.PtxRunner(SUITE_ARCHITECTURE, counted=executed, limits=limits)
     with emulated_backend.emulated(runner) as backend:
         tensors = make(problem, dtype)
         solve(tensors, backend)
@@ -324,12 +318,12 @@ def _counts(load: Load, dtype: torch.dtype, folder: Path) -> dict[str, Budget]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=gpu_host.name_of)
 @pytest.mark.parametrize("load", LOADS)
-def test_a_kernel_keeps_to_its_budget(load: str, dtype: torch.dtype, folder: Path) -> None:
+def test_a_kernel_keeps_to_its_budget(load: str, dtype: torch.dtype) -> None:
     problem, limits, chunk_tiles = LOADS[load]
     if problem.lengths is None:
         assert plan_of("backward", dtype, problem, limits)["chunk_tiles"] == chunk_tiles
     name = gpu_host.name_of(dtype)
-    counts = _counts(LOADS[load], dtype, folder)
+    counts = _counts(LOADS[load], dtype)
     for kernel, spent in counts.items():
         print(f"{kernel} {load} {name}", *(f"{value:.3f}" for value in spent))
     for kernel in counts.keys() - {"reduce"}:
@@ -339,11 +333,9 @@ def test_a_kernel_keeps_to_its_budget(load: str, dtype: torch.dtype, folder: Pat
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=gpu_host.name_of)
 @pytest.mark.parametrize(("kernel", "most"), [("forward", 1.62), ("backward", 1.62)])
-def test_keys_that_spread_cost_less_than_twice_as_much(
-    kernel: str, most: float, dtype: torch.dtype, folder: Path
-) -> None:
+def test_keys_that_spread_cost_less_than_twice_as_much(kernel: str, most: float, dtype: torch.dtype) -> None:
     usual, spread = (
-        _counts(Load(Problem(T=512, C=64, k_scale=k_scale), gpu_host.H100, 1), dtype, folder)[kernel].instructions
+        _counts(Load(Problem(T=512, C=64, k_scale=k_scale), gpu_host.H100, 1), dtype)[kernel].instructions
         for k_scale in (1.0, 20.0)
     )
     print(f"{kernel} {gpu_host.name_of(dtype)} {spread / usual:.2f}")
