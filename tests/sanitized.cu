@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -200,6 +201,56 @@ Expected solve(const Problem& p, const Inputs& in, const Values& max_out) {
   return out;
 }
 
+struct BiExpected {
+  Values y, g_log_decay, gu, gk, gv;
+};
+
+// Of both directions, likewise. A direction's sums and adjoints run against each other, so that one loop serves both.
+BiExpected solve_both_directions(const Problem& p, const Inputs& in) {
+  BiExpected out;
+  out.y = out.gk = out.gv = Values(static_cast<size_t>(p.B * p.T * p.C));
+  out.g_log_decay = out.gu = Values(static_cast<size_t>(p.C));
+  for (int64_t b = 0; b < p.B; ++b) {
+    for (int64_t c = 0; c < p.C; ++c) {
+      const auto at = [&](int64_t t) { return (b * p.T + t) * p.C + c; };
+      const double decay = std::exp(-std::exp(in.w[c]));
+      Values nums[2], dens[2];  // of the steps before each step, and of those after it
+      for (const int side : {0, 1}) {
+        nums[side] = dens[side] = Values(static_cast<size_t>(p.T));
+        for (int64_t n = 1; n < p.T; ++n) {
+          const int64_t t = side == 0 ? n : p.T - 1 - n, from = side == 0 ? t - 1 : t + 1;
+          const double weight = std::exp(in.k[at(from)]);
+          nums[side][t] = decay * nums[side][from] + weight * in.v[at(from)];
+          dens[side][t] = decay * dens[side][from] + weight;
+        }
+      }
+      Values gnums(static_cast<size_t>(p.T)), gdens = gnums;  // of the reads
+      for (int64_t t = 0; t < p.T; ++t) {
+        const double now = std::exp(in.u[c] + in.k[at(t)]), den = dens[0][t] + dens[1][t] + now;
+        out.y[at(t)] = (nums[0][t] + nums[1][t] + now * in.v[at(t)]) / den;
+        gnums[t] = in.gy[at(t)] / den;
+        gdens[t] = -gnums[t] * out.y[at(t)];
+        out.gk[at(t)] = (gnums[t] * in.v[at(t)] + gdens[t]) * now;
+        out.gv[at(t)] = gnums[t] * now;
+        out.gu[c] += out.gk[at(t)];
+      }
+      for (const int side : {0, 1}) {
+        double gnum = 0, gden = 0;  // of the sums behind the step
+        for (int64_t n = p.T - 1; n >= 0; --n) {
+          const int64_t t = side == 0 ? n : p.T - 1 - n;
+          const double weight = std::exp(in.k[at(t)]);
+          out.gk[at(t)] += (gnum * in.v[at(t)] + gden) * weight;
+          out.gv[at(t)] += gnum * weight;
+          out.g_log_decay[c] += (gnum * nums[side][t] + gden * dens[side][t]) * decay;
+          gnum = gnum * decay + gnums[t];
+          gden = gden * decay + gdens[t];
+        }
+      }
+    }
+  }
+  return out;
+}
+
 int failures = 0;
 
 // Relative to the largest element, or to `least` where sums of larger terms cancel.
@@ -286,22 +337,13 @@ class Kernels {
     params.gstate_out = gstate_out.memory.get();
     params.partials = planned.partials();
     params.chunking = planned.chunking();
-    const wkv::ReduceParams reduce = {
-        .parameters = parameters(),
-        .C = p.C,
-        .partials = planned.partials(),
-        .rows = planned.plan.partial_bytes / (2 * p.C * static_cast<int64_t>(sizeof(Real))),
-        .gw = gw.memory.get(),
-        .gu = gu.memory.get()};
-    constexpr int kThreads = wkv::kReduceLanes * wkv::kReduceGroups;
-    device.run(Launches{planned.launch(mixing ? Kernel::mixing_backward : Kernel::backward, params),
-                        {.kernel = Kernel::reduce,
-                         .dtype = kType,
-                         .grid = {blocks_for(p.C, wkv::kReduceLanes), 1, 1},
-                         .threads = kThreads,
-                         .shared_bytes = kThreads * 2 * static_cast<int>(sizeof(double)),
-                         .params = &reduce,
-                         .params_bytes = sizeof reduce}});
+    device.run(Launches{planned.launch(mixing ? Kernel::mixing_backward : Kernel::backward, params)});
+    reduce({.parameters = parameters(),
+            .C = p.C,
+            .partials = planned.partials(),
+            .rows = planned.plan.partial_bytes / (2 * p.C * static_cast<int64_t>(sizeof(Real))),
+            .gw = gw.memory.get(),
+            .gu = gu.memory.get()});
     // A gradient of k is made of terms of the size of gy v, even where they cancel.
     const double terms = 4;
     compare(name + " gk", gk.values(), expected.gk, kAllowed + kElement, terms);
@@ -340,6 +382,94 @@ class Kernels {
     compare(name + " adjoint summary", adjoint.values(), expected, kAllowed, 4);
     std::fill(alone.state.begin(), alone.state.end(), 0.0);
     compare(name + " summary", comparable(own.values()), solve(p, alone, {}).state, kAllowed);
+  }
+
+  // Both directions, with a gate and packed as `run` does: a table of the intervals' sums, joined, and the read of it.
+  void run_both_directions(bool mixing) {
+    const bool is_double = kType == DType::float64;
+    const int64_t T = mixing ? p.B * p.T : p.T, of_all = p.B * p.T * p.C;
+    const int64_t intervals = mixing ? wkv::packed_row(T, p.B, wkv::checkpoint_interval(kType))
+                                     : wkv::checkpoint_count(kType, p.T),
+                  rows = mixing ? intervals : p.B * intervals;
+    const Output<Element> y(of_all), gk(of_all), gv(of_all), gr(of_all);
+    const Output<Real> g_log_decay(p.C), gu(p.C), checkpoints(rows * 6 * p.C), adjoints(rows * 6 * p.C);
+    const Output<Real> partials((is_double ? p.B : rows) * 2 * p.C), steps(is_double ? of_all * 6 : 0);
+    Values of_decays;
+    for (const double raw : w.values) of_decays.push_back(-std::exp(raw));
+    const Input<Real> log_decay(of_decays);
+    wkv::BiParams params = {};
+    params.parameters = {log_decay.memory.get(), u.memory.get(), kParameters, kParameters};
+    params.B = static_cast<uint32_t>(mixing ? 1 : p.B);
+    params.T = static_cast<uint32_t>(T);
+    params.C = static_cast<uint32_t>(p.C);
+    params.N = static_cast<uint32_t>(p.B);
+    if (mixing) params.boundaries = {boundaries.get(), false};
+    if (mixing) params.r = sequence(r);
+    params.inputs[0] = sequence(k);
+    params.inputs[1] = sequence(v);
+    params.checkpoints = checkpoints.memory.get();
+    params.rows = static_cast<uint32_t>(rows);
+    params.chunking.chunks = static_cast<uint32_t>(intervals);
+    params.chunking.log2_packed_steps = std::countr_zero(static_cast<uint64_t>(wkv::checkpoint_interval(kType)));
+    params.steps = steps.memory.get();
+    const auto launch = [&](Kernel kernel, int inputs, int of_thread) {
+      wkv::Launch launch = {kernel, kType, {1, 1, 1}, wkv::kDoubleThreads, 0, &params, sizeof params};
+      if (is_double) {
+        launch.grid.x = blocks_for(p.C, wkv::kDoubleThreads);
+        launch.grid.y = params.N;
+      } else {
+        launch.grid.x = blocks_for(p.C, wkv::kTileChannels);
+        launch.grid.y = params.rows;
+        launch.threads = wkv::bi_warps(of_thread) * wkv::kWarpThreads;
+        launch.shared_bytes = wkv::bi_shared_bytes(kType, inputs, of_thread);
+      }
+      device.run(Launches{launch});
+    };
+    const auto join = [&](bool of_adjoints) {
+      if (is_double) return;
+      params.joins_adjoints = of_adjoints;
+      const unsigned blocks = blocks_for(2 * p.B * ((p.C + 1) / 2), wkv::kPlainThreads);
+      device.run(Launches{{Kernel::bi_join, kType, {blocks, 1, 1}, wkv::kPlainThreads, 0, &params, sizeof params}});
+    };
+
+    params.step_height = 3;
+    params.outputs[0] = y.memory.get();
+    launch(Kernel::bi_sums, 2, wkv::kBiSumsSteps);
+    join(false);
+    launch(Kernel::bi_forward, 2, wkv::kBiSteps);
+    params.step_height = 6;
+    params.inputs[2] = sequence(gy);
+    params.outputs[0] = gk.memory.get();
+    params.outputs[1] = gv.memory.get();
+    params.gr = mixing ? gr.memory.get() : nullptr;
+    params.adjoints = adjoints.memory.get();
+    params.partials = partials.memory.get();
+    if (is_double) launch(Kernel::bi_sums, 2, wkv::kBiSumsSteps);
+    launch(Kernel::bi_adjoint_sums, 3, wkv::kBiSteps);
+    join(true);
+    launch(Kernel::bi_backward, 3, wkv::kBiBackwardSteps);
+    reduce({.parameters = params.parameters,
+            .is_raw = false,
+            .C = p.C,
+            .partials = partials.memory.get(),
+            .rows = partials.count / (2 * p.C),
+            .gw = g_log_decay.memory.get(),
+            .gu = gu.memory.get()});
+
+    Inputs gated = in;
+    for (size_t i = 0; mixing && i < gated.gy.size(); ++i) gated.gy[i] *= gate_of(in.r[i]);
+    BiExpected expected = solve_both_directions(p, gated);
+    Values of_gate = expected.y;
+    for (size_t i = 0; i < of_gate.size(); ++i) of_gate[i] *= gated.gy[i] * gate_of(-in.r[i]);
+    for (size_t i = 0; mixing && i < of_gate.size(); ++i) expected.y[i] *= gate_of(in.r[i]);
+    const std::string name = mixing ? "both directions, mixing" : "both directions";
+    const double terms = 4;  // as in `run`
+    compare(name + " y", y.values(), expected.y, kAllowed + kElement);
+    compare(name + " gk", gk.values(), expected.gk, kAllowed + kElement, terms);
+    compare(name + " gv", gv.values(), expected.gv, kAllowed + kElement, terms);
+    if (mixing) compare(name + " gr", gr.values(), of_gate, kAllowed + kElement, terms);
+    compare(name + " g_log_decay", g_log_decay.values(), expected.g_log_decay, kAllowed, terms);
+    compare(name + " gu", gu.values(), expected.gu, kAllowed, terms);
   }
 
   // A token for each sequence, the first of k and v, with a gate and without.
@@ -473,6 +603,17 @@ class Kernels {
     }
   };
 
+  void reduce(const wkv::ReduceParams& params) {
+    constexpr int kThreads = wkv::kReduceLanes * wkv::kReduceGroups;
+    device.run(Launches{{.kernel = Kernel::reduce,
+                         .dtype = kType,
+                         .grid = {blocks_for(p.C, wkv::kReduceLanes), 1, 1},
+                         .threads = kThreads,
+                         .shared_bytes = kThreads * 2 * static_cast<int>(sizeof(double)),
+                         .params = &params,
+                         .params_bytes = sizeof params}});
+  }
+
   static unsigned blocks_for(int64_t count, int of_block) {
     return static_cast<unsigned>((count + of_block - 1) / of_block);
   }
@@ -513,6 +654,7 @@ void run_all(const char* dtype, Device& device) {
       kernels.run("this device" + of, device.limits, mixing);
       kernels.run("one multiprocessor" + of, one, mixing);
       kernels.run("small tiles" + of, small, mixing);
+      kernels.run_both_directions(mixing);
     }
     kernels.step();
     plans_of_chunks += kernels.plans_of_chunks;
