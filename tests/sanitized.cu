@@ -436,7 +436,7 @@ class Kernels {
     params.outputs[0] = y.memory.get();
     launch(Kernel::bi_sums, 2, wkv::kBiSumsSteps);
     join(false);
-    launch(Kernel::bi_forward, 2, wkv::kBiSteps);
+    launch(Kernel::bi_forward, 2, wkv::bi_steps(kType));
     params.step_height = 6;
     params.inputs[2] = sequence(gy);
     params.outputs[0] = gk.memory.get();
@@ -445,7 +445,7 @@ class Kernels {
     params.adjoints = adjoints.memory.get();
     params.partials = partials.memory.get();
     if (is_double) launch(Kernel::bi_sums, 2, wkv::kBiSumsSteps);
-    launch(Kernel::bi_adjoint_sums, 3, wkv::kBiSteps);
+    launch(Kernel::bi_adjoint_sums, 3, wkv::bi_steps(kType));
     join(true);
     launch(Kernel::bi_backward, 3, wkv::kBiBackwardSteps);
     reduce({.parameters = params.parameters,

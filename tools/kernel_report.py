@@ -39,8 +39,13 @@ PROBLEM = (8, 1024, 768)
 TILE_CHANNELS = 64
 REDUCE_THREADS, REDUCE_SHARED_BYTES = 1024, 1024 * 2 * 8
 STEP_THREADS = 128
-# Of the bidirectional kernels: threads, and inputs in a tile of 64 steps; `bi_join` has none.
-BI_BLOCKS = {"bi_sums": (64, 2), "bi_forward": (128, 2), "bi_adjoint_sums": (128, 3), "bi_backward": (256, 3)}
+# Of the bidirectional kernels: threads in 16 bits and in float32, and inputs in a tile of 64 steps; `bi_join` has none.
+BI_BLOCKS = {
+    "bi_sums": (64, 64, 2),
+    "bi_forward": (64, 128, 2),
+    "bi_adjoint_sums": (64, 128, 3),
+    "bi_backward": (128, 128, 3),
+}
 BI_STEPS, BI_DOUBLE_THREADS, BI_JOIN_THREADS = 64, 32, 128
 
 
@@ -151,6 +156,8 @@ _BACKWARD_16_BITS = {**dict.fromkeys(DEVICES, 3), "7.5": 2}
 # r is one more tile.
 _MIXING_BACKWARD_16_BITS = {**dict.fromkeys(DEVICES, 3), "7.5": 1, "8.6": 2, "8.9": 2, "12.0": 2}
 _BI = {**dict.fromkeys(DEVICES, 2), "7.5": 1}
+_BI_16_BITS = {**dict.fromkeys(DEVICES, 4), "7.5": 3}
+_BI_ADJOINTS_16_BITS = {**dict.fromkeys(DEVICES, 4), "7.5": 2, "8.6": 3, "8.9": 3, "12.0": 3}
 LEAST_BLOCKS = {
     ("forward", "float32"): _FORWARD,
     ("forward", "float16"): _FORWARD,
@@ -164,8 +171,10 @@ LEAST_BLOCKS = {
     ("mixing_backward", "float32"): {"7.5": 1, "8.0": 2, "8.6": 2, "8.9": 2, "9.0": 3, "10.0": 2, "12.0": 2},
     ("mixing_backward", "float16"): _MIXING_BACKWARD_16_BITS,
     ("mixing_backward", "bfloat16"): _MIXING_BACKWARD_16_BITS,
-    **dict.fromkeys(itertools.product(("bi_forward", "bi_adjoint_sums"), ("float32", "float16", "bfloat16")), _BI),
+    ("bi_forward", "float32"): _BI,
     ("bi_adjoint_sums", "float32"): {**_BI, "8.6": 1, "8.9": 1, "12.0": 1},
+    **dict.fromkeys((("bi_forward", "float16"), ("bi_forward", "bfloat16")), _BI_16_BITS),
+    **dict.fromkeys((("bi_adjoint_sums", "float16"), ("bi_adjoint_sums", "bfloat16")), _BI_ADJOINTS_16_BITS),
 }
 # The same tiles without their outputs.
 for _dtype in ("float32", "float16", "bfloat16"):
@@ -238,11 +247,12 @@ def blocks(architecture: str) -> dict[tuple[str, str], Block]:
             elements = plan["tile_steps"] * TILE_CHANNELS // plan["threads"]
             found[operation, dtype] = Block(plan["threads"], plan["shared_bytes"], elements)
         found["step", dtype] = Block(STEP_THREADS, 0)
-    for name, (threads, inputs) in BI_BLOCKS.items():
+    for name, (of_16_bits, of_32_bits, inputs) in BI_BLOCKS.items():
         for dtype, bytes_of in (("float32", 4), ("float16", 2), ("bfloat16", 2)):
+            threads = of_32_bits if dtype == "float32" else of_16_bits
             tile = BI_STEPS * TILE_CHANNELS
-            # Messages of the warps and of eight more, the channels' parameters, the ticket and the place.
-            shared = inputs * tile * bytes_of + (3 * (8 + threads // 32) + 3) * 4 * TILE_CHANNELS + 16 + 48
+            # Sums of the warps, the channels' parameters, the ticket and the place.
+            shared = inputs * tile * bytes_of + (6 * (threads // 32) + 3) * 4 * TILE_CHANNELS + 16 + 48
             found[name, dtype] = Block(threads, shared, tile // threads)
         found[name, "float64"] = Block(BI_DOUBLE_THREADS, 0)
     found["bi_join", "float32"] = Block(BI_JOIN_THREADS, 0)

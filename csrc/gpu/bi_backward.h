@@ -16,17 +16,20 @@ namespace wkv {
 template <class Element, int kOfThread>
 struct BiBackwardTiles : BiTiles<Element, 3, kOfThread> {
   using Base = BiTiles<Element, 3, kOfThread>;
+  using Base::kPart;
+  using Base::kParts;
   using Base::kSteps;
   using typename Base::Block;
-  using typename Base::Gates;
   using typename Base::Tile;
   static constexpr int kGy = 2;
+  static constexpr int kHalf = kPart / 2;
 
   struct Thread : Base::Thread {
     Sums<Pair> reads[kSteps];  // their adjoints
     BothSides own;             // the sums of these: "before" those of the states after, decayed to the end of the steps
-    BothSums decayed;          // states, each weighted by the decay to the end of the thread's steps on its side
-    Sums<Pair> partials;       // of the gradients of the log-decay and of u
+    Sums<Pair> of_second_half;  // the sum of the later ones, decayed to the beginning of these steps
+    BothSums decayed;           // states, each weighted by the decay to the end of the thread's steps on its side
+    Sums<Pair> partials;        // of the gradients of the log-decay and of u
   };
 
   WKV_HD static void load_incoming(const BiParams& params, const Block& block, const Tile& tile, Thread& thread) {
@@ -49,84 +52,79 @@ struct BiBackwardTiles : BiTiles<Element, 3, kOfThread> {
           steps(tile.steps_of(thread.warp())) {}
   };
 
-  // The adjoints of a thread's reads, and their sums; with kGradients also gr and partial gradients.
-  template <bool kGradients, class Team>
-  WKV_HD static bool sum_up_adjoints(const Block& block, const Tile& tile, Team& team) {
-    const bool fit = Base::agree(block, tile, team);
-    team.phase([&](Thread& thread) { Base::sum_up(block, tile, fit, thread); });
-    // Inlined by force, as `correct` is.
-    team.phase([&](Thread& thread) __attribute__((always_inline)) {
-      thread.own = {empty_scaled(), empty_scaled()};
-      thread.partials = {Pair(0), Pair(0)};
-      if (!kFullTilesOnly && tile.steps_of(thread.warp()) == 0) return;
-      if (kFullTilesOnly || fit) {
-        Base::with_gates(block, tile, thread, [&](const auto& gates) __attribute__((always_inline)) {
-          sum_adjoints_together<kGradients>(block, tile, gates, thread);
-        });
-      } else {
-        sum_adjoints_spread(block, tile, thread);
-      }
-    });
-    team.phase([&](Thread& thread) {
-      if (kFullTilesOnly || fit) {
-        Base::leave_sums(block, thread, {thread.own.before.sums, thread.own.after.sums});
-      } else {
-        Base::leave_own(block, thread, thread.own);
-      }
-    });
-    return fit;
-  }
-
   // ---- in one scale ----
 
+  // The adjoints of a thread's reads, and their sums; with kGradients also gr and partial gradients.
   template <bool kGradients, class AnyGates>
   WKV_HD static void sum_adjoints_together(const Block& block, const Tile& tile, const AnyGates& gates,
                                            Thread& thread) {
+    static_assert(!kGradients || kParts == 1);
     const Columns columns(block, tile, thread);
-    const Pair decay = block.channels.decay(thread.lane()), bonus = block.channels.bonus(thread.lane());
+    const int lane = thread.lane();
+    const Pair decay = block.channels.decay(lane), bonus = block.channels.bonus(lane);
     auto [before, after] = Base::states_around(block, thread);
-    BothSums decayed{{Pair(0), Pair(0)}, {Pair(0), Pair(0)}};
-    for_steps_back<kSteps>(kSteps, [&](int step) {
-      const Pair weight = thread.weights[step];
-      thread.reads[step] = after;
-      const Sums<Pair> past = decay * after;
-      decayed.after = decay * decayed.after + past;
-      after = {weight * columns.v.get(step) + past.num, weight + past.den};
-    });
-    Sums<Pair> of_after{Pair(0), Pair(0)}, of_before{Pair(0), Pair(0)};
-    Pair from_first(1), by_before(0), by_after(0), gu(0);
-    for_steps<kSteps>(kSteps, [&](int step) {
-      const Pair weight = thread.weights[step], vt = columns.v.get(step), num = weight * vt;
-      const Sums<Pair> sums = thread.reads[step];
-      const Sums<Pair> now{bonus * num + (before.num + sums.num), bonus * weight + (before.den + sums.den)};
-      const auto [y, h, gr] = gated_mean_adjoint(now, gates.get(step), columns.gy.get(step));
-      if constexpr (kGradients) gates.set_gradient(step, gr);
-      const Sums<Pair> adjoint{h, -(h * y)};
-      by_before = by_before + (adjoint.num * decayed.before.num + adjoint.den * decayed.before.den);
-      by_after = by_after + (sums.num * of_after.num + sums.den * of_after.den);
-      gu = gu + weight * h * (vt - y);
-      of_after = decay * of_after + adjoint;
-      of_before = from_first * adjoint + of_before;
-      from_first = from_first * decay;
-      const Sums<Pair> past = decay * before;
-      decayed.before = decay * decayed.before + past;
-      before = {num + past.num, weight + past.den};
-      thread.reads[step] = adjoint;
-    });
+    BothSums decayed{Base::none(), Base::none()};
+    Sums<Pair> of_after = Base::none(), of_before = Base::none();
+    Pair g_log_decay(0), gu(0);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const int first = part * kPart;
+      Sums<Pair> later = Base::state_after_part(block, thread, after, part);
+      for_steps_back<kPart>(kPart, [&](int i) {
+        thread.reads[first + i] = later;
+        decayed.after = decay * decayed.after + later;
+        later = decay * later + thread.present[first + i];
+      });
+      for_steps<kPart>(kPart, [&](int i) {
+        const int step = first + i;
+        const Sums<Pair> present = thread.present[step], sums = thread.reads[step];
+        const Sums<Pair> now = bonus * present + (before + sums);
+        const auto [y, h, gr] = gated_mean_adjoint(now, gates.get(step), columns.gy.get(step));
+        if constexpr (kGradients) gates.set_gradient(step, gr);
+        const Sums<Pair> adjoint{h, -(h * y)};
+        g_log_decay = g_log_decay + (adjoint.num * decayed.before.num + adjoint.den * decayed.before.den) +
+                      (sums.num * of_after.num + sums.den * of_after.den);
+        gu = gu + (present.num * adjoint.num + present.den * adjoint.den);
+        of_after = decay * of_after + adjoint;
+        decayed.before = decay * decayed.before + before;
+        before = decay * before + present;
+        thread.reads[step] = adjoint;
+      });
+      Sums<Pair> of_part = Base::none();
+      for_steps_back<kPart>(kPart, [&](int i) {
+        if (i == kHalf - 1) thread.of_second_half = of_part;
+        of_part = decay * of_part + thread.reads[first + i];
+      });
+      of_before = part == 0 ? of_part : exp2(block.channels.decay_log2(lane, first)) * of_part + of_before;
+    }
     thread.decayed = decayed;
-    thread.partials = {decay * by_after + by_before, bonus * gu};
+    thread.partials = {g_log_decay, bonus * gu};
     thread.own = {{of_after, -thread.reference}, {of_before, -thread.reference}};
   }
 
+  // Leaves the sums of the adjoints of each thread's reads.
+  template <bool kGradients, class Team>
+  WKV_HD static void sum_up_adjoints_together(const Block& block, const Tile& tile, Team& team) {
+    Base::sum_up_together(block, tile, team);
+    // Inlined by force, as `correct` is.
+    team.phase([&](Thread& thread) __attribute__((always_inline)) {
+      Base::with_gates(block, thread, [&](const auto& gates) __attribute__((always_inline)) {
+        sum_adjoints_together<kGradients>(block, tile, gates, thread);
+      });
+    });
+    team.phase([&](Thread& thread) {
+      if (kGradients && block.is_gated()) block.unstage(0, block.params.gr, tile, thread);
+      Base::leave_sums(block, thread, {thread.own.before.sums, thread.own.after.sums});
+    });
+  }
+
   // The adjoints of a tile's reads, when the warps have left their sums.
-  WKV_HD static BothSides adjoints_of_tile(const Block& block, const Tile& tile, bool fit, const Thread& thread) {
-    if (!kFullTilesOnly && !fit) return Base::sum_of_tile(block, tile, thread);
-    const Sums<Pair> none{Pair(0), Pair(0)};
-    const BothSums sums = Base::sums_around(block, thread.lane(), {none, none}, Base::kWarps, 0);
+  WKV_HD static BothSides adjoints_of_tile(const Block& block, const Tile&, const Thread& thread) {
+    const BothSums sums = Base::sums_around(block, thread.lane(), {Base::none(), Base::none()}, Base::kWarps, 0);
     return {normalised_adjoint({sums.before, -thread.reference}), normalised_adjoint({sums.after, -thread.reference})};
   }
 
-  // gk and gv take the places of k and v.
+  // gk and gv take the places of gy and v.
   WKV_HD static void differentiate_together(const Block& block, const Tile& tile, BothSides incoming, Thread& thread) {
     const Columns columns(block, tile, thread);
     const Pair decay = block.channels.decay(thread.lane()), bonus = block.channels.bonus(thread.lane());
@@ -134,20 +132,25 @@ struct BiBackwardTiles : BiTiles<Element, 3, kOfThread> {
     auto [of_after, of_before] =
         Base::sums_around(block, thread, {entering(incoming.before), entering(incoming.after)});
     const auto& [before, after] = thread.decayed;
-    thread.partials.num = thread.partials.num + (of_before.num * before.num + of_before.den * before.den) +
-                          (of_after.num * after.num + of_after.den * after.den);
-    Sums<Pair> adjoints[kSteps];
-    for_steps<kSteps>(kSteps, [&](int step) {
-      adjoints[step] = bonus * thread.reads[step] + of_after;
-      of_after = decay * of_after + thread.reads[step];
-    });
-    for_steps_back<kSteps>(kSteps, [&](int step) {
-      const Sums<Pair> adjoint = adjoints[step] + of_before;
-      of_before = decay * of_before + thread.reads[step];
-      const Pair gv = thread.weights[step] * adjoint.num;
-      columns.k.set(step, columns.v.get(step) * gv + thread.weights[step] * adjoint.den);
-      columns.v.set(step, gv);
-    });
+    thread.partials.num = decay * (thread.partials.num + (of_before.num * before.num + of_before.den * before.den) +
+                                   (of_after.num * after.num + of_after.den * after.den));
+    const Pair decay_of_half = exp2(block.channels.decay_log2(thread.lane(), kHalf));
+#pragma unroll
+    for (int first = 0; first < kPart; first += kHalf) {
+      Sums<Pair> adjoints[kHalf];
+      for_steps<kHalf>(kHalf, [&](int i) {
+        adjoints[i] = bonus * thread.reads[first + i] + of_after;
+        of_after = decay * of_after + thread.reads[first + i];
+      });
+      Sums<Pair> later = first > 0 ? of_before : decay_of_half * of_before + thread.of_second_half;
+      for_steps_back<kHalf>(kHalf, [&](int i) {
+        const Sums<Pair> adjoint = adjoints[i] + later;
+        later = decay * later + thread.reads[first + i];
+        const auto [num, weight] = thread.present[first + i];
+        columns.gy.set(first + i, num * adjoint.num + weight * adjoint.den);
+        columns.v.set(first + i, weight * adjoint.num);
+      });
+    }
   }
 
   // ---- of keys that spread: adjoints in the scale of states with this maximum, and back ----
@@ -161,6 +164,17 @@ struct BiBackwardTiles : BiTiles<Element, 3, kOfThread> {
   }
   WKV_HD static Scaled leaving(Sums<Pair> adjoint, Pair max) {
     return normalised_adjoint(scaled_by_exp(adjoint, -max));
+  }
+
+  template <class Team>
+  WKV_HD static void sum_up_adjoints_spread(const Block& block, const Tile& tile, Team& team) {
+    team.phase([&](Thread& thread) { Base::leave_own(block, thread, Base::sum_spread(block, tile, thread)); });
+    team.phase([&](Thread& thread) {
+      thread.own = {empty_scaled(), empty_scaled()};
+      thread.partials = Base::none();
+      if (tile.steps_of(thread.warp()) > 0) sum_adjoints_spread(block, tile, thread);
+    });
+    team.phase([&](Thread& thread) { Base::leave_own(block, thread, thread.own); });
   }
 
   WKV_HD static void sum_adjoints_spread(const Block& block, const Tile& tile, Thread& thread) {
@@ -229,15 +243,15 @@ struct BiBackwardTiles : BiTiles<Element, 3, kOfThread> {
       StepGradients<Pair> gradients;
       advance_adjoint(to_before, scale.advance(at, logit), vt, adjoint, gradients);
       adjoint = adjoint + to_before;
-      columns.k.set(step, known[step].num + gradients.gk);
+      columns.gy.set(step, known[step].num + gradients.gk);
       columns.v.set(step, known[step].den + gradients.gv);
     });
   }
 };
 
 template <class Element>
-struct BiAdjointSumsPass : BiBackwardTiles<Element, kBiSteps> {
-  using Base = BiBackwardTiles<Element, kBiSteps>;
+struct BiAdjointSumsPass : BiBackwardTiles<Element, bi_steps(kTypeOf<Element>)> {
+  using Base = BiBackwardTiles<Element, bi_steps(kTypeOf<Element>)>;
   using typename Base::Block;
   using typename Base::Thread;
   using typename Base::Tile;
@@ -246,12 +260,21 @@ struct BiAdjointSumsPass : BiBackwardTiles<Element, kBiSteps> {
 
   template <class Team>
   WKV_HD static void finish(const BiParams& params, const Block& block, const Tile& tile, Team& team) {
-    const bool fit = Base::template sum_up_adjoints<false>(block, tile, team);
-    team.last_phase([&](Thread& thread) {
-      if (thread.warp() != 0) return;
-      Base::store_sides(block, Base::row_at(block, params.adjoints, tile, thread),
-                        Base::adjoints_of_tile(block, tile, fit, thread));
-    });
+    if (Base::agree(block, tile, team) || kFullTilesOnly) {
+      Base::template sum_up_adjoints_together<false>(block, tile, team);
+      team.last_phase([&](Thread& thread) { store(params, block, tile, thread, Base::adjoints_of_tile); });
+    } else {
+      Base::sum_up_adjoints_spread(block, tile, team);
+      team.last_phase([&](Thread& thread) { store(params, block, tile, thread, Base::sum_of_tile); });
+    }
+  }
+
+  // Stores what sum(block, tile, thread) returns, by the first warp.
+  template <class Sum>
+  WKV_HD static void store(const BiParams& params, const Block& block, const Tile& tile, const Thread& thread,
+                           const Sum& sum) {
+    if (thread.warp() != 0) return;
+    Base::store_sides(block, Base::row_at(block, params.adjoints, tile, thread), sum(block, tile, thread));
   }
 };
 
@@ -278,20 +301,22 @@ struct BiBackwardPass : BiBackwardTiles<Element, kBiBackwardSteps> {
 
   template <class Team>
   WKV_HD static void finish(const BiParams& params, const Block& block, const Tile& tile, Team& team) {
-    const bool fit = Base::template sum_up_adjoints<true>(block, tile, team);
-    team.phase([&](Thread& thread) __attribute__((always_inline)) {
-      if (!kFullTilesOnly && tile.steps_of(thread.warp()) == 0) return;
-      const BothSides incoming = Base::load_adjoints(params, block, tile, thread);
-      if (kFullTilesOnly || fit) {
-        Base::differentiate_together(block, tile, incoming, thread);
-      } else {
-        Base::differentiate_spread(block, tile, incoming, thread);
-      }
-    });
+    if (Base::agree(block, tile, team) || kFullTilesOnly) {
+      Base::template sum_up_adjoints_together<true>(block, tile, team);
+      team.phase([&](Thread& thread) {
+        Base::differentiate_together(block, tile, Base::load_adjoints(params, block, tile, thread), thread);
+      });
+    } else {
+      Base::sum_up_adjoints_spread(block, tile, team);
+      team.phase([&](Thread& thread) {
+        if (tile.steps_of(thread.warp()) == 0) return;
+        Base::differentiate_spread(block, tile, Base::load_adjoints(params, block, tile, thread), thread);
+      });
+    }
     team.phase([&](Thread& thread) {
       partials_of(block, thread.warp()).set_sums(thread.lane(), thread.partials);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) block.unstage(i, params.outputs[i], tile, thread);
+      block.unstage(Base::kGy, params.outputs[0], tile, thread);
+      block.unstage(1, params.outputs[1], tile, thread);
     });
     team.last_phase([&](Thread& thread) {
       if (thread.warp() != 0) return;

@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor> gpu_bi_forward(const Tensor& log_decay, const Tensor&
   launches.params.outputs[0] = y.mutable_data_ptr();
   launches.launch(Kernel::bi_sums, 2, kBiSumsSteps);
   launches.join(false);
-  launches.launch(Kernel::bi_forward, 2, kBiSteps);
+  launches.launch(Kernel::bi_forward, 2, bi_steps(arguments.dtype));
   return {y, none};
 }
 
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gpu_bi_backward(const Tensor&
   params.adjoints = adjoints.mutable_data_ptr();
   params.partials = partials.mutable_data_ptr();
   if (is_double) launches.launch(Kernel::bi_sums, 2, kBiSumsSteps);
-  launches.launch(Kernel::bi_adjoint_sums, 3, kBiSteps);
+  launches.launch(Kernel::bi_adjoint_sums, 3, bi_steps(dtype));
   launches.join(true);
   launches.launch(Kernel::bi_backward, 3, kBiBackwardSteps);
   launch_reduce(launcher, dtype,

@@ -39,13 +39,16 @@ struct BiTiles {
   using Tile = wkv::Tile<kSteps>;
   using Gates = DistantGates<Block, kSteps>;
   static constexpr int kTileSteps = kSteps * kWarps;
+  // Steps for which a thread keeps what stands after each.
+  static constexpr int kPart = 16, kParts = kSteps / kPart;
   static_assert(kTileSteps == checkpoint_interval(Block::kType));
 
   struct Thread : TileThread {
     BothSides in;  // comes in to the tile, and of keys that spread then to the thread's steps
     Keys<Element, kSteps> keys;
-    Pair reference;  // of the tile's scale, in which these are
-    Pair weights[kSteps];
+    Pair reference;                 // of the tile's scale, in which these are
+    Sums<Pair> present[kSteps];     // what each step adds: its weight, and that times v
+    Sums<Pair> after_part[kParts];  // of the thread's steps after each of its parts
   };
 
   // ---- where a block is, and its tile ----
@@ -96,11 +99,18 @@ struct BiTiles {
                   block.place().begin() + tile.t + warp * kSteps, tile.steps_of(warp), block.columns, thread.lane());
   }
 
+  // A thread's steps of r in the place of k, and of its gradient.
+  struct StagedGates {
+    Column<Element> r;
+
+    WKV_HD Gate<Pair> get(int step) const { return gate_of(r.get(step)); }
+    WKV_HD void set_gradient(int step, Pair value) const { r.set(step, value); }
+  };
   // Calls function(gates), with none where there is no r.
   template <class Function>
-  WKV_HD static void with_gates(const Block& block, const Tile& tile, const Thread& thread, const Function& function) {
+  WKV_HD static void with_gates(const Block& block, const Thread& thread, const Function& function) {
     if (block.is_gated()) {
-      function(Gates(block, tile, thread));
+      function(StagedGates{block.column_of(0, thread)});
     } else {
       function(NoGates());
     }
@@ -109,10 +119,8 @@ struct BiTiles {
   // ---- the sums of a tile's warps ----
 
   // Of a warp's steps, decayed to their end and to their beginning.
-  static constexpr int kRowsOfWarp = 6;
-  WKV_HD static Rows64 own_before(const Block& block, int warp) { return block.messages.from(kRowsOfWarp * warp); }
-  WKV_HD static Rows64 own_after(const Block& block, int warp) { return block.messages.from(kRowsOfWarp * warp + 3); }
-  static_assert(kRowsOfWarp * kWarps <= forward_message_rows(kWarps));
+  WKV_HD static Rows64 own_before(const Block& block, int warp) { return block.messages.from(kBiRowsOfWarp * warp); }
+  WKV_HD static Rows64 own_after(const Block& block, int warp) { return block.messages.from(kBiRowsOfWarp * warp + 3); }
 
   WKV_HD static void leave_own(const Block& block, const Thread& thread, BothSides own) {
     own_before(block, thread.warp()).set_scaled(thread.lane(), own.before);
@@ -147,6 +155,8 @@ struct BiTiles {
 
   // ---- in one scale ----
 
+  WKV_HD static Sums<Pair> none() { return {Pair(0), Pair(0)}; }
+
   // NaN does not fit.
   WKV_HD static bool is_moderate(Pair reference, Pair decay_log2) {
     return all(abs(reference) <= Pair(kLargestReference)) && all(decay_log2 <= Pair(kLargestGrowth));
@@ -167,22 +177,25 @@ struct BiTiles {
       own_before(block, thread.warp()).set(0, thread.lane(), larger(thread.keys.highest, incoming));
     });
     return team.agree([&](Thread& thread) {
-      thread.reference = reference_of(own_before(block, 0), kRowsOfWarp, kWarps, thread.lane());
+      thread.reference = reference_of(own_before(block, 0), kBiRowsOfWarp, kWarps, thread.lane());
       return tile.rows == kTileSteps && fits(block, thread, kTileSteps);
     });
   }
 
-  WKV_HD static BothSums sum_together(const Block& block, const Tile& tile, Thread& thread) {
+  // Either side's sums are taken in its own direction, a product and an addition each.
+  WKV_HD static BothSums sum_together(const Block& block, Thread& thread) {
     const Column<Element> v = block.column_of(1, thread);
     const Pair decay = block.channels.decay(thread.lane());
-    BothSums own{{Pair(0), Pair(0)}, {Pair(0), Pair(0)}};
-    Pair decayed(1);
+    BothSums own{none(), none()};
     for_steps<kSteps>(kSteps, [&](int step) {
-      const Pair weight = weight_of(thread.keys.get(step), thread.reference), num = weight * v.get(step);
-      thread.weights[step] = weight;
-      own.before = {decay * own.before.num + num, decay * own.before.den + weight};
-      own.after = {decayed * num + own.after.num, decayed * weight + own.after.den};
-      decayed = decayed * decay;
+      const Pair weight = weight_of(thread.keys.get(step), thread.reference);
+      const Sums<Pair> present = thread.present[step] = {weight * v.get(step), weight};
+      own.before = step == 0 ? present : decay * own.before + present;
+    });
+    for_steps_back<kSteps>(kSteps, [&](int step) {
+      const Sums<Pair> present = thread.present[step];
+      if (step % kPart == kPart - 1) thread.after_part[step / kPart] = own.after;
+      own.after = step == kSteps - 1 ? present : decay * own.after + present;
     });
     return own;
   }
@@ -190,6 +203,15 @@ struct BiTiles {
   WKV_HD static void leave_sums(const Block& block, const Thread& thread, BothSums own) {
     own_before(block, thread.warp()).set_sums(thread.lane(), own.before);
     own_after(block, thread.warp()).set_sums(thread.lane(), own.after);
+  }
+  // The sums of each thread's steps, while r comes to the place of the keys, which are in registers by now.
+  template <class Team>
+  WKV_HD static void sum_up_together(const Block& block, const Tile& tile, Team& team) {
+    team.phase([&](Thread& thread) {
+      if (block.is_gated()) block.stage(0, block.params.r, tile, thread);
+      leave_sums(block, thread, sum_together(block, thread));
+      wait_for_copies();
+    });
   }
   // As `with_warps_before` and `with_warps_from`.
   WKV_HD static BothSums sums_around(const Block& block, int lane, BothSums in, int end, int first) {
@@ -215,6 +237,13 @@ struct BiTiles {
                         power_of_two(after.exponent - thread.reference) * after.sums});
   }
 
+  // The state after a part, from that after all of the thread's steps.
+  WKV_HD static Sums<Pair> state_after_part(const Block& block, const Thread& thread, Sums<Pair> after, int part) {
+    const int steps = (kParts - 1 - part) * kPart;
+    if (steps == 0) return after;
+    return exp2(block.channels.decay_log2(thread.lane(), steps)) * after + thread.after_part[part];
+  }
+
   // ---- of keys that spread ----
 
   template <class Left>
@@ -237,15 +266,6 @@ struct BiTiles {
     return {
         sum_of_spread([&](int step) { return logit_at_end<kSteps>(keys.get(step), log_decay, step, steps); }, v, steps),
         sum_of_spread([&](int step) { return Pair(step) * log_decay + keys.get(step); }, v, steps)};
-  }
-
-  // Leaves the sums of the thread's steps.
-  WKV_HD static void sum_up(const Block& block, const Tile& tile, bool fit, Thread& thread) {
-    if (kFullTilesOnly || fit) {
-      leave_sums(block, thread, sum_together(block, tile, thread));
-    } else {
-      leave_own(block, thread, sum_spread(block, tile, thread));
-    }
   }
 
   // The sums after each step, from the state after all of them; returns the one before them.
@@ -305,7 +325,7 @@ struct BiSumsPass : BiTiles<Element, 2, kBiSumsSteps> {
     thread.keys.load(block.column_of(0, thread), steps);
     thread.reference = ceil(thread.keys.highest);
     if (kFullTilesOnly || warp_agrees(steps == Base::kSteps && Base::fits(block, thread, steps))) {
-      const auto [before, after] = Base::sum_together(block, tile, thread);
+      const auto [before, after] = Base::sum_together(block, thread);
       return {{before, thread.reference}, {after, thread.reference}};
     }
     return Base::sum_spread(block, tile, thread);
@@ -323,8 +343,9 @@ struct BiSumsPass : BiTiles<Element, 2, kBiSumsSteps> {
 };
 
 template <class Element>
-struct BiForwardPass : BiTiles<Element, 2, kBiSteps> {
-  using Base = BiTiles<Element, 2, kBiSteps>;
+struct BiForwardPass : BiTiles<Element, 2, bi_steps(kTypeOf<Element>)> {
+  using Base = BiTiles<Element, 2, bi_steps(kTypeOf<Element>)>;
+  using Base::kPart;
   using Base::kSteps;
   using typename Base::Block;
   using typename Base::Gates;
@@ -336,41 +357,43 @@ struct BiForwardPass : BiTiles<Element, 2, kBiSteps> {
   }
   WKV_HD static void leave_nothing(const BiParams&, const Block&, const Thread&) {}
 
+  // The two scales have phases of their own, so that neither keeps registers for the other.
   template <class Team>
   WKV_HD static void finish(const BiParams& params, const Block& block, const Tile& tile, Team& team) {
-    const bool fit = Base::agree(block, tile, team);
-    team.phase([&](Thread& thread) { Base::sum_up(block, tile, fit, thread); });
-    team.warp_phase([&](Thread& thread) {
-      if (!kFullTilesOnly && tile.steps_of(thread.warp()) == 0) return;
-      if (kFullTilesOnly || fit) {
-        read_together(block, tile, thread);
-      } else {
-        read_spread(block, tile, thread);
-      }
-    });
+    if (Base::agree(block, tile, team) || kFullTilesOnly) {
+      Base::sum_up_together(block, tile, team);
+      team.warp_phase([&](Thread& thread) { read_together(block, thread); });
+    } else {
+      team.phase([&](Thread& thread) { Base::leave_own(block, thread, Base::sum_spread(block, tile, thread)); });
+      team.warp_phase([&](Thread& thread) {
+        if (tile.steps_of(thread.warp()) > 0) read_spread(block, tile, thread);
+      });
+    }
     team.last_phase([&](Thread& thread) { block.unstage(1, params.outputs[0], tile, thread); });
   }
 
   // y takes the place of v.
-  WKV_HD static void read_together(const Block& block, const Tile& tile, const Thread& thread) {
+  WKV_HD static void read_together(const Block& block, const Thread& thread) {
     const int lane = thread.lane();
     const Column<Element> v = block.column_of(1, thread);
     const Pair decay = block.channels.decay(lane), bonus = block.channels.bonus(lane);
-    auto [before, after] = Base::states_around(block, thread);
-    Sums<Pair> saved[kSteps];
-    for_steps_back<kSteps>(kSteps, [&](int step) {
-      const Pair weight = thread.weights[step];
-      saved[step] = after;
-      after = {decay * after.num + weight * v.get(step), decay * after.den + weight};
-    });
-    Base::with_gates(block, tile, thread, [&](const auto& gates) {
+    const auto [before, after] = Base::states_around(block, thread);
+    Base::with_gates(block, thread, [&](const auto& gates) {
       Sums<Pair> past = before;
-      for_steps<kSteps>(kSteps, [&](int step) {
-        const Pair weight = thread.weights[step], num = weight * v.get(step);
-        const Sums<Pair> now{bonus * num + (past.num + saved[step].num), bonus * weight + (past.den + saved[step].den)};
-        v.set(step, gated_mean(now, gates.get(step)));
-        past = {decay * past.num + num, decay * past.den + weight};
-      });
+#pragma unroll
+      for (int part = 0; part < Base::kParts; ++part) {
+        Sums<Pair> others[kPart];  // all that a step reads but what stands before it
+        Sums<Pair> later = Base::state_after_part(block, thread, after, part);
+        for_steps_back<kPart>(kPart, [&](int step) {
+          const Sums<Pair> present = thread.present[part * kPart + step];
+          others[step] = bonus * present + later;
+          later = decay * later + present;
+        });
+        for_steps<kPart>(kPart, [&](int step) {
+          v.set(part * kPart + step, gated_mean(past + others[step], gates.get(part * kPart + step)));
+          past = decay * past + thread.present[part * kPart + step];
+        });
+      }
     });
   }
 

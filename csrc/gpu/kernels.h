@@ -68,9 +68,9 @@ struct BiBounds<double, steps> {
 template <class Element>
 struct Bounds<BiSums<Element>> : BiBounds<Element, kBiSumsSteps> {};
 template <class Element>
-struct Bounds<BiForward<Element>> : BiBounds<Element, kBiSteps> {};
+struct Bounds<BiForward<Element>> : BiBounds<Element, bi_steps(kTypeOf<Element>)> {};
 template <class Element>
-struct Bounds<BiAdjointSums<Element>> : BiBounds<Element, kBiSteps> {};
+struct Bounds<BiAdjointSums<Element>> : BiBounds<Element, bi_steps(kTypeOf<Element>)> {};
 template <class Element>
 struct Bounds<BiBackward<Element>> : BiBounds<Element, kBiBackwardSteps> {};
 template <>

@@ -73,7 +73,7 @@ WKV_HD Pair reference_of(Rows64 first_warp, int stride, int warps, int lane) {
   return ceil(highest);
 }
 
-WKV_HD Pair weight_of(Pair key, Pair reference) { return exp2(key * Pair(kLog2E) - reference); }
+WKV_HD Pair weight_of(Pair key, Pair reference) { return exp2(fused(key, Pair(kLog2E), -reference)); }
 
 // The weights of a tile fit in one scale. The keys may spread by e^40, and the bonus e^u lower that by e^20 or lift it
 // by e^10: it lifts as well what is held at the smallest float, and counts twice. Together that is kSharedSpread. A

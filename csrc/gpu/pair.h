@@ -31,6 +31,7 @@ WKV_HD Quotients<Pair> divide(Pair first, Pair second, Pair by) {
   const Pair factor = reciprocal(by);
   return {first * factor, second * factor};
 }
+WKV_HD Pair fused(Pair a, Pair b, Pair c) { return {fused(a.x, b.x, c.x), fused(a.y, b.y, c.y)}; }
 WKV_HD PairOfBool operator<(Pair a, Pair b) { return {a.x < b.x, a.y < b.y}; }
 WKV_HD PairOfBool operator<=(Pair a, Pair b) { return {a.x <= b.x, a.y <= b.y}; }
 WKV_HD PairOfBool operator>=(Pair a, Pair b) { return {a.x >= b.x, a.y >= b.y}; }

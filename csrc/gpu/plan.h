@@ -53,7 +53,7 @@ constexpr int backward_shared_bytes(DType dtype, int64_t architecture, bool mixi
 // Of the bidirectional kernels' tile, with the sums of its warps.
 constexpr int bi_shared_bytes(DType dtype, int inputs, int steps) {
   return inputs * tile_bytes(dtype, bi_warps(steps) * steps) +
-         (forward_message_rows(bi_warps(steps)) + kChannelRows) * kRowBytes + kTicketBytes + kPlaceBytes;
+         (bi_warps(steps) * kBiRowsOfWarp + kChannelRows) * kRowBytes + kTicketBytes + kPlaceBytes;
 }
 
 struct Plan {

@@ -57,12 +57,11 @@ struct ScanBlock {
         columns(kFullTilesOnly ? kTileChannels : clamp_count(int64_t{params.C} - c, kTileChannels)),
         warps(kWarps > 0 ? kWarps : static_cast<unsigned>(threads) / kWarpThreads),
         tiles(reinterpret_cast<Element*>(shared)) {
-    messages = {reinterpret_cast<Pair*>(tiles + kInputs * warps * kSubchunk)};
-    constexpr bool kHasMessages = kMixing && !kReverse;
-    channels = {messages.from(kHasMessages ? forward_message_rows(warps) : 0)};
+    channels = {{reinterpret_cast<Pair*>(tiles + kInputs * warps * kSubchunk)}};
     ticket = reinterpret_cast<uint32_t*>(channels.rows.first + kChannelRows * kWarpThreads);
     shared_place = reinterpret_cast<Place*>(ticket + kTicketBytes / 4);
-    kept = {reinterpret_cast<Pair*>(ticket + (kTicketBytes + (kMixing ? kPlaceBytes : 0)) / 4)};
+    messages = {reinterpret_cast<Pair*>(ticket + (kTicketBytes + (kMixing ? kPlaceBytes : 0)) / 4)};
+    kept = messages.from(kMixing && !kReverse ? forward_message_rows(warps) : 0);
     static_assert(!kMixing || sizeof(Place) <= kPlaceBytes);
   }
 

@@ -80,11 +80,15 @@ constexpr bool backward_stages_gate(DType dtype, int64_t architecture) {
 inline constexpr int64_t kColumnsPerMultiprocessor = 4;
 inline constexpr int64_t kBlocksPerMultiprocessor = 32;
 
-// Steps of a bidirectional kernel's subchunk, whose tile is an interval. `bi_backward` keeps five pairs for each step:
-// with 16 of them nvcc 13.0 spills. `bi_sums` keeps nothing of a step.
+// Steps of a bidirectional kernel's subchunk, whose tile is an interval. Counted: a thread does as much once as two or
+// three steps cost. Of a step `bi_backward` keeps four pairs, the other two keep two, for which 32 steps take all
+// registers: 8 warps of a multiprocessor have them, if its shared memory holds their tiles. In float32 it often does
+// not.
 inline constexpr int kBiSumsSteps = 32;
-inline constexpr int kBiSteps = 16;
-inline constexpr int kBiBackwardSteps = 8;
+constexpr int bi_steps(DType dtype) { return element_bytes(dtype) == 2 ? 32 : 16; }
+inline constexpr int kBiBackwardSteps = 16;
+// Rows of its sums.
+inline constexpr int kBiRowsOfWarp = 6;
 constexpr int bi_warps(int steps) { return static_cast<int>(checkpoint_interval(DType::float32)) / steps; }
 
 // Rows of a grid for the chunks of packed sequences, which may be more than a grid's y or z has room for.
