@@ -54,6 +54,11 @@ struct BiBackwardTiles : BiTiles<Element, 3, kOfThread> {
 
   // ---- in one scale ----
 
+  // Adds the product of an adjoint and sums.
+  WKV_HD static Pair with_product(Pair known, Sums<Pair> a, Sums<Pair> b) {
+    return a.num * b.num + (a.den * b.den + known);
+  }
+
   // The adjoints of a thread's reads, and their sums; with kGradients also gr and partial gradients.
   template <bool kGradients, class AnyGates>
   WKV_HD static void sum_adjoints_together(const Block& block, const Tile& tile, const AnyGates& gates,
@@ -81,10 +86,10 @@ struct BiBackwardTiles : BiTiles<Element, 3, kOfThread> {
         const Sums<Pair> now = bonus * present + (before + sums);
         const auto [y, h, gr] = gated_mean_adjoint(now, gates.get(step), columns.gy.get(step));
         if constexpr (kGradients) gates.set_gradient(step, gr);
-        const Sums<Pair> adjoint{h, -(h * y)};
-        g_log_decay = g_log_decay + (adjoint.num * decayed.before.num + adjoint.den * decayed.before.den) +
-                      (sums.num * of_after.num + sums.den * of_after.den);
-        gu = gu + (present.num * adjoint.num + present.den * adjoint.den);
+        // The negative product itself: each sum of -(h y) would be a product and a difference.
+        const Sums<Pair> adjoint{h, fused(-h, y, Pair(0))};
+        g_log_decay = with_product(with_product(g_log_decay, adjoint, decayed.before), sums, of_after);
+        gu = with_product(gu, adjoint, present);
         of_after = decay * of_after + adjoint;
         decayed.before = decay * decayed.before + before;
         before = decay * before + present;
@@ -132,8 +137,8 @@ struct BiBackwardTiles : BiTiles<Element, 3, kOfThread> {
     auto [of_after, of_before] =
         Base::sums_around(block, thread, {entering(incoming.before), entering(incoming.after)});
     const auto& [before, after] = thread.decayed;
-    thread.partials.num = decay * (thread.partials.num + (of_before.num * before.num + of_before.den * before.den) +
-                                   (of_after.num * after.num + of_after.den * after.den));
+    const Pair g_log_decay = with_product(with_product(thread.partials.num, of_before, before), of_after, after);
+    thread.partials.num = decay * g_log_decay;
     const Pair decay_of_half = exp2(block.channels.decay_log2(thread.lane(), kHalf));
 #pragma unroll
     for (int first = 0; first < kPart; first += kHalf) {

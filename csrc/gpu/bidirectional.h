@@ -76,9 +76,14 @@ struct BiTiles {
   WKV_HD static ChannelRow row_at(const Block& block, const void* table, const Tile& tile, const Thread& thread) {
     return block.row_of(table, table_row(block, tile), 6, thread);
   }
+  // One branch for all values.
   WKV_HD static BothSides load_sides(const Block& block, ChannelRow row) {
     const int64_t C = block.params.C;
-    return {{{row.load(0), row.load(C)}, row.load(2 * C)}, {{row.load(3 * C), row.load(4 * C)}, row.load(5 * C)}};
+    const auto sides = [=](const auto& load) -> BothSides {
+      return {{{load(0), load(C)}, load(2 * C)}, {{load(3 * C), load(4 * C)}, load(5 * C)}};
+    };
+    if (row.is_whole()) return sides([=](int64_t offset) { return row.load_whole(offset); });
+    return sides([=](int64_t offset) { return row.load(offset); });
   }
   WKV_HD static void store_sides(const Block& block, ChannelRow row, BothSides sides) {
     const int64_t C = block.params.C;
@@ -127,30 +132,32 @@ struct BiTiles {
     own_after(block, thread.warp()).set_scaled(thread.lane(), own.after);
   }
 
-  // `in` comes in to a tile: joined with its warps before `end`, and with those from `first` on.
-  WKV_HD static Scaled with_warps_before(const Block& block, const Tile& tile, int lane, Scaled in, int end) {
+  // `in` stands before the warps from `first` to `end`, or after them: joined with them.
+  WKV_HD static Scaled with_warps_before(const Block& block, const Tile& tile, int lane, Scaled in, int first,
+                                         int end) {
 #pragma unroll 1
-    for (int warp = 0; warp < end; ++warp) {
+    for (int warp = first; warp < end; ++warp) {
       in = join(in, block.channels.decay_log2(lane, tile.steps_of(warp)), own_before(block, warp).get_scaled(lane));
     }
     return in;
   }
-  WKV_HD static Scaled with_warps_from(const Block& block, const Tile& tile, int lane, Scaled in, int first) {
+  WKV_HD static Scaled with_warps_after(const Block& block, const Tile& tile, int lane, Scaled in, int first, int end) {
 #pragma unroll 1
-    for (int warp = kWarps - 1; warp >= first; --warp) {
+    for (int warp = end - 1; warp >= first; --warp) {
       in = join(in, block.channels.decay_log2(lane, tile.steps_of(warp)), own_after(block, warp).get_scaled(lane));
     }
     return in;
   }
   // On either side of a thread's steps.
   WKV_HD static BothSides around(const Block& block, const Tile& tile, const Thread& thread, BothSides in) {
-    return {with_warps_before(block, tile, thread.lane(), in.before, thread.warp()),
-            with_warps_from(block, tile, thread.lane(), in.after, thread.warp() + 1)};
+    return {with_warps_before(block, tile, thread.lane(), in.before, 0, thread.warp()),
+            with_warps_after(block, tile, thread.lane(), in.after, thread.warp() + 1, kWarps)};
   }
   // Of the whole tile.
   WKV_HD static BothSides sum_of_tile(const Block& block, const Tile& tile, const Thread& thread) {
-    return {with_warps_before(block, tile, thread.lane(), empty_scaled(), kWarps),
-            with_warps_from(block, tile, thread.lane(), empty_scaled(), 0)};
+    const int lane = thread.lane(), last = kWarps - 1;
+    return {with_warps_before(block, tile, lane, own_before(block, 0).get_scaled(lane), 1, kWarps),
+            with_warps_after(block, tile, lane, own_after(block, last).get_scaled(lane), 0, last)};
   }
 
   // ---- in one scale ----
@@ -177,43 +184,63 @@ struct BiTiles {
       own_before(block, thread.warp()).set(0, thread.lane(), larger(thread.keys.highest, incoming));
     });
     return team.agree([&](Thread& thread) {
-      thread.reference = reference_of(own_before(block, 0), kBiRowsOfWarp, kWarps, thread.lane());
+      Pair highest = own_before(block, 0).get(0, thread.lane());
+#pragma unroll
+      for (int warp = 1; warp < kWarps; ++warp)
+        highest = larger(highest, own_before(block, warp).get(0, thread.lane()));
+      thread.reference = ceil(highest);
       return tile.rows == kTileSteps && fits(block, thread, kTileSteps);
     });
   }
 
-  // Either side's sums are taken in its own direction, a product and an addition each.
-  WKV_HD static BothSums sum_together(const Block& block, Thread& thread) {
+  WKV_HD static void weigh_together(const Block& block, Thread& thread) {
     const Column<Element> v = block.column_of(1, thread);
-    const Pair decay = block.channels.decay(thread.lane());
-    BothSums own{none(), none()};
     for_steps<kSteps>(kSteps, [&](int step) {
       const Pair weight = weight_of(thread.keys.get(step), thread.reference);
-      const Sums<Pair> present = thread.present[step] = {weight * v.get(step), weight};
-      own.before = step == 0 ? present : decay * own.before + present;
+      thread.present[step] = {weight * v.get(step), weight};
     });
-    for_steps_back<kSteps>(kSteps, [&](int step) {
-      const Sums<Pair> present = thread.present[step];
-      if (step % kPart == kPart - 1) thread.after_part[step / kPart] = own.after;
-      own.after = step == kSteps - 1 ? present : decay * own.after + present;
-    });
-    return own;
+  }
+  // The sum of a thread's steps, decayed to their end.
+  WKV_HD static Sums<Pair> sum_before(const Thread& thread, Pair decay) {
+    Sums<Pair> sums = thread.present[0];
+    for_steps<kSteps - 1>(kSteps - 1, [&](int i) { sums = decay * sums + thread.present[i + 1]; });
+    return sums;
+  }
+  // The sum of a part of them and of `sums`, of the steps after it, decayed to the beginning of the part.
+  WKV_HD static Sums<Pair> sum_after(const Thread& thread, Pair decay, int part, Sums<Pair> sums) {
+    for_steps_back<kPart>(kPart, [&](int i) { sums = decay * sums + thread.present[part * kPart + i]; });
+    return sums;
+  }
+  // Keeps the sums of the steps after each part but the last, and returns those after the first one.
+  WKV_HD static Sums<Pair> sum_after_parts(Thread& thread, Pair decay) {
+    Sums<Pair> sums = none();
+#pragma unroll
+    for (int part = kParts - 1; part > 0; --part) {
+      thread.after_part[part - 1] = sums = sum_after(thread, decay, part, sums);
+    }
+    return sums;
   }
 
   WKV_HD static void leave_sums(const Block& block, const Thread& thread, BothSums own) {
     own_before(block, thread.warp()).set_sums(thread.lane(), own.before);
     own_after(block, thread.warp()).set_sums(thread.lane(), own.after);
   }
-  // The sums of each thread's steps, while r comes to the place of the keys, which are in registers by now.
+  // Leaves the sums of each warp's steps for those on that side of it, while r comes to the place of the keys, which
+  // are in registers by now.
   template <class Team>
   WKV_HD static void sum_up_together(const Block& block, const Tile& tile, Team& team) {
     team.phase([&](Thread& thread) {
+      const int lane = thread.lane(), warp = thread.warp();
       if (block.is_gated()) block.stage(0, block.params.r, tile, thread);
-      leave_sums(block, thread, sum_together(block, thread));
+      weigh_together(block, thread);
+      const Pair decay = block.channels.decay(lane);
+      if (warp + 1 < kWarps) own_before(block, warp).set_sums(lane, sum_before(thread, decay));
+      const Sums<Pair> after = sum_after_parts(thread, decay);
+      if (warp > 0) own_after(block, warp).set_sums(lane, sum_after(thread, decay, 0, after));
       wait_for_copies();
     });
   }
-  // As `with_warps_before` and `with_warps_from`.
+  // As `with_warps_before` and `with_warps_after`.
   WKV_HD static BothSums sums_around(const Block& block, int lane, BothSums in, int end, int first) {
     const Pair decay = exp2(block.channels.decay_log2(lane, kSteps));
 #pragma unroll
@@ -325,8 +352,10 @@ struct BiSumsPass : BiTiles<Element, 2, kBiSumsSteps> {
     thread.keys.load(block.column_of(0, thread), steps);
     thread.reference = ceil(thread.keys.highest);
     if (kFullTilesOnly || warp_agrees(steps == Base::kSteps && Base::fits(block, thread, steps))) {
-      const auto [before, after] = Base::sum_together(block, thread);
-      return {{before, thread.reference}, {after, thread.reference}};
+      const Pair decay = block.channels.decay(thread.lane());
+      Base::weigh_together(block, thread);
+      return {{Base::sum_before(thread, decay), thread.reference},
+              {Base::sum_after(thread, decay, 0, Base::sum_after_parts(thread, decay)), thread.reference}};
     }
     return Base::sum_spread(block, tile, thread);
   }
@@ -441,13 +470,11 @@ struct BiJoin {
     void* const table = params.joins_adjoints ? params.adjoints : params.checkpoints;
     const int channels = clamp_count(C - c, 2);
     const bool is_aligned = C % 2 == 0 && reinterpret_cast<uintptr_t>(table) % sizeof(FloatPair) == 0;
-    const auto row_at = [&](int64_t i) {
-      const int64_t row = view.checkpoints + (is_after ? rows - 1 - i : i);
-      return ChannelRow{static_cast<float*>(table) + (row * 6 + (is_after ? 3 : 0)) * C + c, channels, is_aligned};
-    };
-    const auto load = [&](int64_t i) {
-      const ChannelRow row = row_at(i);
-      return Scaled{{row.load(0), row.load(C)}, row.load(2 * C)};
+    const int64_t first = (view.checkpoints + (is_after ? rows - 1 : 0)) * 6 + (is_after ? 3 : 0);
+    const int64_t to_next = (is_after ? -6 : 6) * C;
+    ChannelRow row{static_cast<float*>(table) + first * C + c, channels, is_aligned};
+    const auto load = [&](int64_t offset) {
+      return Scaled{{row.load(offset), row.load(offset + C)}, row.load(offset + 2 * C)};
     };
     const auto log_decay = [&](int i) {
       return i < channels
@@ -455,19 +482,21 @@ struct BiJoin {
                  : Real(0);
     };
     const Pair step_decay = Pair(log_decay(0), log_decay(1)) * Pair(kLog2E);
+    const auto decay_over = [&](int64_t steps) { return Pair(static_cast<int>(steps)) * step_decay; };
+    Pair decay = decay_over(is_after ? view.steps - (rows - 1) * kInterval : kInterval);
     Scaled in = empty_scaled(), next = in;
     if (rows > 0) next = load(0);
 #pragma unroll 1
-    for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t left = rows; left > 0; --left) {
       const Scaled own = next;
-      if (i + 1 < rows) next = load(i + 1);
-      const ChannelRow row = row_at(i);
+      if (left > 1) next = load(to_next);
       row.store(0, in.sums.num);
       row.store(C, in.sums.den);
       row.store(2 * C, in.exponent);
-      const int64_t steps = is_after && i == 0 ? view.steps - (rows - 1) * kInterval : kInterval;
-      const Scaled sum = join(in, Pair(static_cast<int>(steps)) * step_decay, own);
+      row.first += to_next;
+      const Scaled sum = join(in, decay, own);
       in = params.joins_adjoints ? normalised_adjoint(sum) : normalised_state(sum);
+      decay = decay_over(kInterval);
     }
   }
 };
