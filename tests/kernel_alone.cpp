@@ -32,7 +32,8 @@ struct Tensor {
   }
   Numbers get() const {
     Numbers numbers(T * C);
-    for (int64_t i = 0; i < T * C; ++i) numbers[i] = alone::load_some(&data[i], 1).native[0];
+    for (int64_t i = 0; i < T * C; ++i)
+      numbers[i] = alone::load_some<decltype(alone::load(data.data()))>(&data[i], 1).native[0];
     return numbers;
   }
   Sequence sequence() const { return {data.data(), T * C, C}; }

@@ -17,6 +17,8 @@ struct BiKernel : Kernel<dtype> {
   using Base::kInterval;
   using Base::kLanes;
   using Base::kLine;
+  using Base::load;
+  using Base::load_some;
   using typename Base::Element;
   using typename Base::Gated;
   using typename Base::Real;

@@ -28,11 +28,53 @@ struct Rows {
   WKV_INLINE Rows from(int64_t t, int64_t c) const { return {data + t * stride + c, stride}; }
 };
 
+// One part of a pair, and of what consists of pairs.
+template <bool high, class Part>
+WKV_INLINE Part part(Pair<Part> x) {
+  return high ? x.high : x.low;
+}
+template <bool high, class Part>
+WKV_INLINE Sums<Part> part(Sums<Pair<Part>> x) {
+  return {part<high>(x.num), part<high>(x.den)};
+}
+template <bool high, class Part>
+WKV_INLINE SavedStep<Part> part(const SavedStep<Pair<Part>>& x) {
+  return {part<high>(x.sums), part<high>(x.at)};
+}
+template <bool high, class Part>
+WKV_INLINE SharedScale<Part> part(const SharedScale<Pair<Part>>& x) {
+  return {part<high>(x.reference_log2), part<high>(x.decay), part<high>(x.bonus)};
+}
+template <bool high, class Part>
+WKV_INLINE Gate<Part> part(const Gate<Pair<Part>>& x) {
+  return {part<high>(x.share), part<high>(x.lesser)};
+}
+template <bool high>
+WKV_INLINE NoGate part(NoGate) {
+  return {};
+}
+
+// One part after the other: both at once would need more registers than AVX2 has.
+template <class Part, class Gating>
+WKV_INLINE StepGradients<Pair<Part>> step_adjoint(const SharedScale<Pair<Part>>& scale,
+                                                  const SavedStep<Pair<Part>>& before, Pair<Part> v, Pair<Part> gy,
+                                                  Sums<Pair<Part>>& adjoint, Gating gate) {
+  Sums<Part> low = part<false>(adjoint), high = part<true>(adjoint);
+  const auto a =
+      step_adjoint(part<false>(scale), part<false>(before), part<false>(v), part<false>(gy), low, part<false>(gate));
+  const auto b =
+      step_adjoint(part<true>(scale), part<true>(before), part<true>(v), part<true>(gy), high, part<true>(gate));
+  adjoint = {{low.num, high.num}, {low.den, high.den}};
+  return {{a.gk, b.gk}, {a.gv, b.gv}, {a.g_log_decay, b.g_log_decay}, {a.gu, b.gu}, {a.gr, b.gr}};
+}
+
 template <DType dtype>
 struct Kernel {
   using Element = ElementOf<dtype, Half, Bfloat16>;
   using Real = RealOf<dtype>;
-  using Vec = WKV_ISA::Vec<Real>;
+  // A line of 16-bit elements has four vectors of AVX2, which are taken by two.
+  static constexpr bool kPairs = WKV_SIMD_BYTES == 32 && sizeof(Element) == 2;
+  using Vec = std::conditional_t<kPairs, Pair<WKV_ISA::Vec<Real>>, WKV_ISA::Vec<Real>>;
   static constexpr int kLanes = Vec::lanes;
   static constexpr int64_t kInterval = checkpoint_interval(dtype);
   static_assert(kInterval % kSubchunk == 0, "a subchunk must not cross a checkpoint");
@@ -42,6 +84,15 @@ struct Kernel {
   static WKV_INLINE int at_most(int limit, int64_t left) { return static_cast<int>(left < limit ? left : limit); }
 
   // ---- memory ----
+
+  template <class Number>
+  static WKV_INLINE Vec load(const Number* source) {
+    return load_as<Vec>(source);
+  }
+  template <class Number>
+  static WKV_INLINE Vec load_some(const Number* source, int count) {
+    return WKV_ISA::load_some<Vec>(source, count);
+  }
 
   static WKV_INLINE Rows<const Element> rows_of(const Sequence& sequence, const SequenceView<int64_t>& view) {
     const int64_t first = view.b * sequence.batch_stride + view.begin * sequence.time_stride;
