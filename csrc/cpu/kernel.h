@@ -414,14 +414,15 @@ struct Kernel {
 
   // The prefetches of a vector's steps: its share of a line's inputs, where a line has several vectors. It comes a row
   // at a time, because a processor waits for more than a few dozen rows at once, and into the second-level cache,
-  // because rows whose distance is a multiple of a power of two would evict one another from the first.
+  // because rows whose distance is a multiple of a power of two would evict one another from the first. Pairs read a
+  // line so seldom that this costs less than the way from the second level.
   template <int inputs>
   struct Next {
     static constexpr int kVectors = kLine / kLanes, kStreams = (inputs + kVectors - 1) / kVectors;
     Rows<const Element> streams[kStreams];
 
     WKV_INLINE void prefetch(int64_t step) const {
-      for (const auto& stream : streams) __builtin_prefetch(stream.row(step), 0, 2);
+      for (const auto& stream : streams) __builtin_prefetch(stream.row(step), 0, kPairs ? 3 : 2);
     }
   };
 
@@ -636,8 +637,7 @@ struct Kernel {
     const typename Gates::Computed computed(gates, steps);
     const auto* const gate = &computed;
     const auto reversed = [=](const auto& scale, Reversed carried) WKV_INLINE_LAMBDA {
-#pragma GCC unroll 2
-      for (int64_t step = steps - 1; step >= 0; --step) {
+      const auto take = [&](int64_t step) WKV_INLINE_LAMBDA {
         next.prefetch(step);
         const auto gradients =
             step_adjoint(scale, saved[step], load(v.row(step)), load(gy.row(step)), carried.adjoint, gate->at(step));
@@ -648,6 +648,12 @@ struct Kernel {
           carried.g_log_decay = carried.g_log_decay + gradients.g_log_decay;
           carried.gu = carried.gu + gradients.gu;
         }
+      };
+      if constexpr (kPairs) {
+        for (int64_t step = steps - 1; step >= 0; --step) take(step);
+      } else {
+#pragma GCC unroll 2
+        for (int64_t step = steps - 1; step >= 0; --step) take(step);
       }
       return carried;
     };
