@@ -434,7 +434,7 @@ class Kernels {
 
     params.step_height = 3;
     params.outputs[0] = y.memory.get();
-    launch(Kernel::bi_sums, 2, wkv::kBiSumsSteps);
+    launch(Kernel::bi_sums, 2, wkv::bi_sums_steps(kType));
     join(false);
     launch(Kernel::bi_forward, 2, wkv::bi_steps(kType));
     params.step_height = 6;
@@ -444,7 +444,7 @@ class Kernels {
     params.gr = mixing ? gr.memory.get() : nullptr;
     params.adjoints = adjoints.memory.get();
     params.partials = partials.memory.get();
-    if (is_double) launch(Kernel::bi_sums, 2, wkv::kBiSumsSteps);
+    if (is_double) launch(Kernel::bi_sums, 2, wkv::bi_sums_steps(kType));
     launch(Kernel::bi_adjoint_sums, 3, wkv::bi_steps(kType));
     join(true);
     launch(Kernel::bi_backward, 3, wkv::kBiBackwardSteps);

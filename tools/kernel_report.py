@@ -41,7 +41,7 @@ REDUCE_THREADS, REDUCE_SHARED_BYTES = 1024, 1024 * 2 * 8
 STEP_THREADS = 128
 # Of the bidirectional kernels: threads in 16 bits and in float32, and inputs in a tile of 64 steps; `bi_join` has none.
 BI_BLOCKS = {
-    "bi_sums": (64, 64, 2),
+    "bi_sums": (32, 64, 2),
     "bi_forward": (64, 128, 2),
     "bi_adjoint_sums": (64, 128, 3),
     "bi_backward": (128, 128, 3),

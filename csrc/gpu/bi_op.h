@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> gpu_bi_forward(const Tensor& log_decay, const Tensor&
   BiLaunches<Launcher> launches(launcher, arguments, 3);
   launches.params.checkpoints = table.mutable_data_ptr();
   launches.params.outputs[0] = y.mutable_data_ptr();
-  launches.launch(Kernel::bi_sums, 2, kBiSumsSteps);
+  launches.launch(Kernel::bi_sums, 2, bi_sums_steps(arguments.dtype));
   launches.join(false);
   launches.launch(Kernel::bi_forward, 2, bi_steps(arguments.dtype));
   return {y, none};
@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gpu_bi_backward(const Tensor&
   params.checkpoints = gradients.checkpoints.mutable_data_ptr();
   params.adjoints = adjoints.mutable_data_ptr();
   params.partials = partials.mutable_data_ptr();
-  if (is_double) launches.launch(Kernel::bi_sums, 2, kBiSumsSteps);
+  if (is_double) launches.launch(Kernel::bi_sums, 2, bi_sums_steps(dtype));
   launches.launch(Kernel::bi_adjoint_sums, 3, bi_steps(dtype));
   launches.join(true);
   launches.launch(Kernel::bi_backward, 3, kBiBackwardSteps);

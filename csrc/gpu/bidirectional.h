@@ -34,6 +34,7 @@ template <class Element_, int kInputs_, int kSteps_>
 struct BiTiles {
   using Element = Element_;
   static constexpr int kInputs = kInputs_, kSteps = kSteps_, kWarps = bi_warps(kSteps);
+  static constexpr bool kReads = true;  // and has a use for u and r
   using Block = ScanBlock<Element, kInputs, kSteps, kWarps, false, true>;
   using Place = typename Block::Place;
   using Tile = wkv::Tile<kSteps>;
@@ -98,6 +99,8 @@ struct BiTiles {
   WKV_HD static void stage_tile(const Block& block, const Tile& tile, const Thread& thread) {
 #pragma unroll
     for (int i = 0; i < kInputs; ++i) block.stage(i, block.params.inputs[i], tile, thread);
+  }
+  WKV_HD static void prefetch_gate(const Block& block, const Tile& tile, const Thread& thread) {
     if (!block.is_gated()) return;
     const int warp = thread.warp();
     prefetch_rows(rows_from<Element>(block.params.r, block.place().b, block.c),
@@ -168,10 +171,9 @@ struct BiTiles {
   WKV_HD static bool is_moderate(Pair reference, Pair decay_log2) {
     return all(abs(reference) <= Pair(kLargestReference)) && all(decay_log2 <= Pair(kLargestGrowth));
   }
-  WKV_HD static bool fits(const Block& block, const Thread& thread, int steps) {
-    const int lane = thread.lane();
-    return tile_fits(thread.reference, thread.keys.lowest, block.channels.bonus(lane)) &&
-           is_moderate(thread.reference, block.channels.decay_log2(lane, steps));
+  WKV_HD static bool fits(const Block& block, const Thread& thread, Pair bonus) {
+    return tile_fits(thread.reference, thread.keys.lowest, bonus) &&
+           is_moderate(thread.reference, block.channels.decay_log2(thread.lane(), kTileSteps));
   }
 
   // Whether the tile and what comes in to it have one scale. Only whole tiles do, so that this code is for whole ones:
@@ -189,16 +191,13 @@ struct BiTiles {
       for (int warp = 1; warp < kWarps; ++warp)
         highest = larger(highest, own_before(block, warp).get(0, thread.lane()));
       thread.reference = ceil(highest);
-      return tile.rows == kTileSteps && fits(block, thread, kTileSteps);
+      return tile.rows == kTileSteps && fits(block, thread, block.channels.bonus(thread.lane()));
     });
   }
 
-  WKV_HD static void weigh_together(const Block& block, Thread& thread) {
-    const Column<Element> v = block.column_of(1, thread);
-    for_steps<kSteps>(kSteps, [&](int step) {
-      const Pair weight = weight_of(thread.keys.get(step), thread.reference);
-      thread.present[step] = {weight * v.get(step), weight};
-    });
+  WKV_HD static Sums<Pair> weighed(const Thread& thread, Column<Element> v, int step) {
+    const Pair weight = weight_of(thread.keys.get(step), thread.reference);
+    return {weight * v.get(step), weight};
   }
   // The sum of a thread's steps, decayed to their end.
   WKV_HD static Sums<Pair> sum_before(const Thread& thread, Pair decay) {
@@ -232,7 +231,8 @@ struct BiTiles {
     team.phase([&](Thread& thread) {
       const int lane = thread.lane(), warp = thread.warp();
       if (block.is_gated()) block.stage(0, block.params.r, tile, thread);
-      weigh_together(block, thread);
+      const Column<Element> v = block.column_of(1, thread);
+      for_steps<kSteps>(kSteps, [&](int step) { thread.present[step] = weighed(thread, v, step); });
       const Pair decay = block.channels.decay(lane);
       if (warp + 1 < kWarps) own_before(block, warp).set_sums(lane, sum_before(thread, decay));
       const Sums<Pair> after = sum_after_parts(thread, decay);
@@ -328,8 +328,10 @@ struct BiTileKernel {
     const typename Pass::Tile tile = Pass::tile_of(block);
     team.phase([&](Thread& thread) {
       Pass::stage_tile(block, tile, thread);
+      if (Pass::kReads) Pass::prefetch_gate(block, tile, thread);
       Pass::load_incoming(params, block, tile, thread);
-      block.channels.template load<false>(params.parameters, block.c, block.columns, thread.index, threads);
+      block.channels.template load<false, Pass::kReads>(params.parameters, block.c, block.columns, thread.index,
+                                                        threads);
       wait_for_copies();
     });
     Pass::finish(params, block, tile, team);
@@ -337,11 +339,13 @@ struct BiTileKernel {
 };
 
 template <class Element>
-struct BiSumsPass : BiTiles<Element, 2, kBiSumsSteps> {
-  using Base = BiTiles<Element, 2, kBiSumsSteps>;
+struct BiSumsPass : BiTiles<Element, 2, bi_sums_steps(kTypeOf<Element>)> {
+  using Base = BiTiles<Element, 2, bi_sums_steps(kTypeOf<Element>)>;
+  using Base::kPart;
   using typename Base::Block;
   using typename Base::Thread;
   using typename Base::Tile;
+  static constexpr bool kReads = false;
 
   WKV_HD static void load_incoming(const BiParams&, const Block&, const Tile&, const Thread&) {}
   WKV_HD static void leave_nothing(const BiParams&, const Block&, const Thread&) {}
@@ -351,23 +355,45 @@ struct BiSumsPass : BiTiles<Element, 2, kBiSumsSteps> {
     const int steps = tile.steps_of(thread.warp());
     thread.keys.load(block.column_of(0, thread), steps);
     thread.reference = ceil(thread.keys.highest);
-    if (kFullTilesOnly || warp_agrees(steps == Base::kSteps && Base::fits(block, thread, steps))) {
-      const Pair decay = block.channels.decay(thread.lane());
-      Base::weigh_together(block, thread);
-      return {{Base::sum_before(thread, decay), thread.reference},
-              {Base::sum_after(thread, decay, 0, Base::sum_after_parts(thread, decay)), thread.reference}};
+    if (kFullTilesOnly || warp_agrees(steps == Base::kSteps && Base::fits(block, thread, Pair(1)))) {
+      const auto [before, after] = sum_together(block, thread);
+      return {{before, thread.reference}, {after, thread.reference}};
     }
     return Base::sum_spread(block, tile, thread);
   }
 
+  WKV_HD static BothSums sum_together(const Block& block, const Thread& thread) {
+    const int lane = thread.lane();
+    const Column<Element> v = block.column_of(1, thread);
+    const Pair decay = block.channels.decay(lane);
+    BothSums own{Base::none(), Base::none()};
+#pragma unroll
+    for (int part = 0; part < Base::kParts; ++part) {
+      const int first = part * kPart;
+      Sums<Pair> present[kPart], of_part = Base::none();
+      for_steps<kPart>(kPart, [&](int i) {
+        present[i] = Base::weighed(thread, v, first + i);
+        own.before = decay * own.before + present[i];
+      });
+      for_steps_back<kPart>(kPart, [&](int i) { of_part = decay * of_part + present[i]; });
+      own.after = part == 0 ? of_part : exp2(block.channels.decay_log2(lane, first)) * of_part + own.after;
+    }
+    return own;
+  }
+
   template <class Team>
   WKV_HD static void finish(const BiParams& params, const Block& block, const Tile& tile, Team& team) {
-    team.phase([&](Thread& thread) { Base::leave_own(block, thread, sum_up(block, tile, thread)); });
-    team.last_phase([&](Thread& thread) {
-      if (thread.warp() != 0) return;
-      Base::store_sides(block, Base::row_at(block, params.checkpoints, tile, thread),
-                        Base::sum_of_tile(block, tile, thread));
-    });
+    const auto store = [&](const Thread& thread, BothSides sides) {
+      Base::store_sides(block, Base::row_at(block, params.checkpoints, tile, thread), sides);
+    };
+    if constexpr (Base::kWarps == 1) {
+      team.last_phase([&](Thread& thread) { store(thread, sum_up(block, tile, thread)); });
+    } else {
+      team.phase([&](Thread& thread) { Base::leave_own(block, thread, sum_up(block, tile, thread)); });
+      team.last_phase([&](Thread& thread) {
+        if (thread.warp() == 0) store(thread, Base::sum_of_tile(block, tile, thread));
+      });
+    }
   }
 };
 

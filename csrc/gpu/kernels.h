@@ -66,7 +66,7 @@ struct BiBounds<double, steps> {
   static constexpr int threads = kDoubleThreads, blocks = 1;
 };
 template <class Element>
-struct Bounds<BiSums<Element>> : BiBounds<Element, kBiSumsSteps> {};
+struct Bounds<BiSums<Element>> : BiBounds<Element, bi_sums_steps(kTypeOf<Element>)> {};
 template <class Element>
 struct Bounds<BiForward<Element>> : BiBounds<Element, bi_steps(kTypeOf<Element>)> {};
 template <class Element>

@@ -86,12 +86,13 @@ struct SharedChannels {
   Rows64 rows;
 
   // Channels beyond the last have parameters of zero. `is_raw`: w is the raw decay, and not the log-decay itself.
-  template <bool is_raw = true>
+  // `has_bonus`: it is of use.
+  template <bool is_raw = true, bool has_bonus = true>
   WKV_HD void load(const ChannelParameters& parameters, uint32_t c, int columns, unsigned thread, int threads) const {
     float* const values = reinterpret_cast<float*>(rows.first);
 #pragma unroll 1
-    for (unsigned i = thread; i < 2 * kTileChannels; i += threads) {
-      const bool is_u = i >= kTileChannels;
+    for (unsigned i = thread; i < (has_bonus ? 2 : 1) * kTileChannels; i += threads) {
+      const bool is_u = has_bonus && i >= kTileChannels;
       const unsigned column = i % kTileChannels;
       float value = 0;
       if (kFullTilesOnly || static_cast<int>(column) < columns) {

@@ -80,12 +80,12 @@ constexpr bool backward_stages_gate(DType dtype, int64_t architecture) {
 inline constexpr int64_t kColumnsPerMultiprocessor = 4;
 inline constexpr int64_t kBlocksPerMultiprocessor = 32;
 
-// Steps of a bidirectional kernel's subchunk, whose tile is an interval. Counted: a thread does as much once as two or
-// three steps cost. Of a step `bi_backward` keeps four pairs, the other two keep two, for which 32 steps take all
-// registers: 8 warps of a multiprocessor have them, if its shared memory holds their tiles. In float32 it often does
-// not.
-inline constexpr int kBiSumsSteps = 32;
+// Steps of a bidirectional kernel's subchunk, whose tile is an interval. Counted: what a thread does once costs as much
+// as six to twelve of its steps. Of a step `bi_backward` keeps four pairs, `bi_forward` and `bi_adjoint_sums` keep two
+// and `bi_sums` none for long: so many steps take all registers, of which a multiprocessor has enough for 8 warps. In
+// float32 the shared memory of most does not have room for the tiles of so many warps.
 constexpr int bi_steps(DType dtype) { return element_bytes(dtype) == 2 ? 32 : 16; }
+constexpr int bi_sums_steps(DType dtype) { return 2 * bi_steps(dtype); }
 inline constexpr int kBiBackwardSteps = 16;
 // Rows of its sums.
 inline constexpr int kBiRowsOfWarp = 6;
