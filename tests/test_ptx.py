@@ -299,6 +299,28 @@ BUDGETS = {
     ("adjoint_summary", "full", "float32"): Budget(45.3, 2.27, 12.43),
     ("adjoint_summary", "gated", "bfloat16"): Budget(65.0, 3.38, 9.32),
     ("adjoint_summary", "gated", "float32"): Budget(62.0, 3.38, 17.32),
+    # Two, three, three and five tensors, of which a gate adds one, one and two, and the table's row, which every warp
+    # reads; `bi_join` of forward and of backward.
+    ("bi_sums", "whole_intervals", "bfloat16"): Budget(14.8, 1.09, 4.53),
+    ("bi_sums", "whole_intervals", "float32"): Budget(16.8, 1.10, 8.61),
+    ("bi_sums", "gated_intervals", "bfloat16"): Budget(14.8, 1.09, 4.53),
+    ("bi_sums", "gated_intervals", "float32"): Budget(16.8, 1.10, 8.61),
+    ("bi_forward", "whole_intervals", "bfloat16"): Budget(29.1, 2.14, 7.02),
+    ("bi_forward", "whole_intervals", "float32"): Budget(35.5, 2.14, 13.90),
+    ("bi_forward", "gated_intervals", "bfloat16"): Budget(39.1, 3.16, 9.06),
+    ("bi_forward", "gated_intervals", "float32"): Budget(46.2, 3.16, 17.98),
+    ("bi_adjoint_sums", "whole_intervals", "bfloat16"): Budget(38.1, 2.19, 7.40),
+    ("bi_adjoint_sums", "whole_intervals", "float32"): Budget(44.2, 2.16, 14.28),
+    ("bi_adjoint_sums", "gated_intervals", "bfloat16"): Budget(49.2, 3.21, 9.44),
+    ("bi_adjoint_sums", "gated_intervals", "float32"): Budget(55.9, 3.18, 18.36),
+    ("bi_backward", "whole_intervals", "bfloat16"): Budget(73.3, 2.40, 13.52),
+    ("bi_backward", "whole_intervals", "float32"): Budget(71.9, 2.40, 23.72),
+    ("bi_backward", "gated_intervals", "bfloat16"): Budget(90.3, 3.42, 17.60),
+    ("bi_backward", "gated_intervals", "float32"): Budget(88.5, 3.42, 31.88),
+    ("bi_join", "whole_intervals", "bfloat16"): Budget(3.7, 0.07, 1.57),
+    ("bi_join", "whole_intervals", "float32"): Budget(3.7, 0.07, 1.57),
+    ("bi_join", "gated_intervals", "bfloat16"): Budget(3.7, 0.07, 1.57),
+    ("bi_join", "gated_intervals", "float32"): Budget(3.7, 0.07, 1.57),
 }
 
 
@@ -322,13 +344,27 @@ def test_a_kernel_keeps_to_its_budget(load: str, dtype: torch.dtype) -> None:
     problem, limits, chunk_tiles = LOADS[load]
     if problem.lengths is None:
         assert plan_of("backward", dtype, problem, limits)["chunk_tiles"] == chunk_tiles
+    assert_within_budget(_counts(LOADS[load], dtype), load, dtype)
+
+
+def assert_within_budget(counts: dict[str, Budget], load: str, dtype: torch.dtype) -> None:
     name = gpu_host.name_of(dtype)
-    counts = _counts(LOADS[load], dtype)
     for kernel, spent in counts.items():
         print(f"{kernel} {load} {name}", *(f"{value:.3f}" for value in spent))
     for kernel in counts.keys() - {"reduce"}:
         spent, budget = counts[kernel], BUDGETS[kernel, load, name]
         assert all(value <= limit for value, limit in zip(spent, budget, strict=True)), (kernel, spent, budget)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=gpu_host.name_of)
+def test_a_kernel_of_both_directions_keeps_to_its_budget(dtype: torch.dtype) -> None:
+    for load, gated in (("whole_intervals", False), ("gated_intervals", True)):
+        executed: dict[str, Counter[str]] = {}
+        tensors = bi_problems.make(Problem(B=2, T=512, C=64, gated=gated), dtype)
+        with emulated_backend.emulated(gpu_host.PtxRunner(SUITE_ARCHITECTURE, counted=executed)) as backend:
+            bi_problems.solve_by(tensors, backend)
+        counts = {kernel: _spent(times, tensors.k.numel()) for kernel, times in executed.items()}
+        assert_within_budget(counts, load, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=gpu_host.name_of)

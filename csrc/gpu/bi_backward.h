@@ -77,7 +77,7 @@ struct BiBackwardTiles : BiTiles<Element, 3, kOfThread> {
       Sums<Pair> later = Base::state_after_part(block, thread, after, part);
       for_steps_back<kPart>(kPart, [&](int i) {
         thread.reads[first + i] = later;
-        decayed.after = decay * decayed.after + later;
+        decayed.after = Base::advanced(decay, decayed.after, later, first + i == kSteps - 1);
         later = decay * later + thread.present[first + i];
       });
       for_steps<kPart>(kPart, [&](int i) {
@@ -90,15 +90,15 @@ struct BiBackwardTiles : BiTiles<Element, 3, kOfThread> {
         const Sums<Pair> adjoint{h, fused(-h, y, Pair(0))};
         g_log_decay = with_product(with_product(g_log_decay, adjoint, decayed.before), sums, of_after);
         gu = with_product(gu, adjoint, present);
-        of_after = decay * of_after + adjoint;
-        decayed.before = decay * decayed.before + before;
+        of_after = Base::advanced(decay, of_after, adjoint, step == 0);
+        decayed.before = Base::advanced(decay, decayed.before, before, step == 0);
         before = decay * before + present;
         thread.reads[step] = adjoint;
       });
       Sums<Pair> of_part = Base::none();
       for_steps_back<kPart>(kPart, [&](int i) {
         if (i == kHalf - 1) thread.of_second_half = of_part;
-        of_part = decay * of_part + thread.reads[first + i];
+        of_part = Base::advanced(decay, of_part, thread.reads[first + i], i == kPart - 1);
       });
       of_before = part == 0 ? of_part : exp2(block.channels.decay_log2(lane, first)) * of_part + of_before;
     }

@@ -68,7 +68,7 @@ struct BiTiles {
     const Place& place = block.place();
     const int t = static_cast<int>(place.position) * kTileSteps;
     if (kFullTilesOnly) return {t, kTileSteps, false, true};
-    return {t, clamp_count(int64_t{place.steps(block.params)} - t, kTileSteps), false, true};
+    return {t, clamp_count(static_cast<int>(place.steps(block.params)) - t, kTileSteps), false, true};
   }
 
   WKV_HD static uint32_t table_row(const Block& block, const Tile& tile) {
@@ -166,6 +166,10 @@ struct BiTiles {
   // ---- in one scale ----
 
   WKV_HD static Sums<Pair> none() { return {Pair(0), Pair(0)}; }
+  // The sums a step farther on, with what that step adds; `is_first`: there are none yet.
+  WKV_HD static Sums<Pair> advanced(Pair decay, Sums<Pair> sums, Sums<Pair> added, bool is_first) {
+    return is_first ? added : decay * sums + added;
+  }
 
   // NaN does not fit.
   WKV_HD static bool is_moderate(Pair reference, Pair decay_log2) {
@@ -207,7 +211,10 @@ struct BiTiles {
   }
   // The sum of a part of them and of `sums`, of the steps after it, decayed to the beginning of the part.
   WKV_HD static Sums<Pair> sum_after(const Thread& thread, Pair decay, int part, Sums<Pair> sums) {
-    for_steps_back<kPart>(kPart, [&](int i) { sums = decay * sums + thread.present[part * kPart + i]; });
+    for_steps_back<kPart>(kPart, [&](int i) {
+      const int step = part * kPart + i;
+      sums = advanced(decay, sums, thread.present[step], step == kSteps - 1);
+    });
     return sums;
   }
   // Keeps the sums of the steps after each part but the last, and returns those after the first one.
@@ -373,9 +380,10 @@ struct BiSumsPass : BiTiles<Element, 2, bi_sums_steps(kTypeOf<Element>)> {
       Sums<Pair> present[kPart], of_part = Base::none();
       for_steps<kPart>(kPart, [&](int i) {
         present[i] = Base::weighed(thread, v, first + i);
-        own.before = decay * own.before + present[i];
+        own.before = Base::advanced(decay, own.before, present[i], first + i == 0);
       });
-      for_steps_back<kPart>(kPart, [&](int i) { of_part = decay * of_part + present[i]; });
+      for_steps_back<kPart>(kPart,
+                            [&](int i) { of_part = Base::advanced(decay, of_part, present[i], i == kPart - 1); });
       own.after = part == 0 ? of_part : exp2(block.channels.decay_log2(lane, first)) * of_part + own.after;
     }
     return own;
