@@ -260,45 +260,45 @@ LOADS = {
 # 2% above the counts. Traffic: three tensors forward, five backward; checkpoints every 64 steps; messages, written once
 # and read, from the cache, by the chunks up to the next anchor.
 BUDGETS = {
-    ("forward", "few_columns", "bfloat16"): Budget(29.4, 2.13, 6.30),
-    ("forward", "few_columns", "float32"): Budget(28.3, 2.16, 12.49),
-    ("forward", "full", "bfloat16"): Budget(28.8, 2.13, 6.25),
-    ("forward", "full", "float32"): Budget(25.7, 2.13, 12.25),
-    ("backward", "few_columns", "bfloat16"): Budget(70.5, 2.43, 11.49),
-    ("backward", "few_columns", "float32"): Budget(66.8, 2.43, 21.49),
-    ("backward", "full", "bfloat16"): Budget(64.8, 2.34, 10.46),
-    ("backward", "full", "float32"): Budget(61.2, 2.34, 20.46),
+    ("forward", "few_columns", "bfloat16"): Budget(28.6, 2.13, 6.30),
+    ("forward", "few_columns", "float32"): Budget(27.2, 2.16, 12.49),
+    ("forward", "full", "bfloat16"): Budget(27.9, 2.13, 6.25),
+    ("forward", "full", "float32"): Budget(25.1, 2.13, 12.25),
+    ("backward", "few_columns", "bfloat16"): Budget(69.7, 2.43, 11.49),
+    ("backward", "few_columns", "float32"): Budget(66.1, 2.43, 21.49),
+    ("backward", "full", "bfloat16"): Budget(64.0, 2.34, 10.46),
+    ("backward", "full", "float32"): Budget(60.5, 2.34, 20.46),
     # Nothing of the gate.
-    ("mixing_forward", "packed", "bfloat16"): Budget(30.6, 2.13, 6.35),
-    ("mixing_forward", "packed", "float32"): Budget(29.3, 2.16, 12.58),
+    ("mixing_forward", "packed", "bfloat16"): Budget(29.7, 2.13, 6.35),
+    ("mixing_forward", "packed", "float32"): Budget(28.3, 2.16, 12.58),
     # One tensor more forward and two backward.
-    ("mixing_forward", "gated", "bfloat16"): Budget(39.9, 3.15, 8.30),
-    ("mixing_forward", "gated", "float32"): Budget(38.0, 3.18, 16.49),
-    ("mixing_forward", "gated_and_packed", "bfloat16"): Budget(40.3, 3.15, 8.35),
-    ("mixing_forward", "gated_and_packed", "float32"): Budget(38.2, 3.18, 16.58),
-    ("mixing_forward", "short", "bfloat16"): Budget(48.4, 3.30, 9.16),
-    ("mixing_forward", "short", "float32"): Budget(46.3, 3.30, 17.16),
-    ("mixing_backward", "packed", "bfloat16"): Budget(73.2, 2.43, 11.60),
-    ("mixing_backward", "packed", "float32"): Budget(69.5, 2.43, 21.60),
-    ("mixing_backward", "gated", "bfloat16"): Budget(89.5, 3.45, 15.49),
-    ("mixing_backward", "gated", "float32"): Budget(85.1, 3.45, 29.49),
-    ("mixing_backward", "gated_and_packed", "bfloat16"): Budget(89.8, 3.45, 15.60),
-    ("mixing_backward", "gated_and_packed", "float32"): Budget(85.4, 3.45, 29.60),
-    ("mixing_backward", "short", "bfloat16"): Budget(103.4, 3.58, 15.75),
-    ("mixing_backward", "short", "float32"): Budget(98.9, 3.58, 29.75),
+    ("mixing_forward", "gated", "bfloat16"): Budget(39.0, 3.15, 8.30),
+    ("mixing_forward", "gated", "float32"): Budget(37.0, 3.18, 16.49),
+    ("mixing_forward", "gated_and_packed", "bfloat16"): Budget(39.4, 3.15, 8.35),
+    ("mixing_forward", "gated_and_packed", "float32"): Budget(37.3, 3.18, 16.58),
+    ("mixing_forward", "short", "bfloat16"): Budget(47.6, 3.30, 9.16),
+    ("mixing_forward", "short", "float32"): Budget(45.3, 3.30, 17.16),
+    ("mixing_backward", "packed", "bfloat16"): Budget(72.3, 2.43, 11.60),
+    ("mixing_backward", "packed", "float32"): Budget(68.6, 2.43, 21.60),
+    ("mixing_backward", "gated", "bfloat16"): Budget(88.6, 3.45, 15.49),
+    ("mixing_backward", "gated", "float32"): Budget(84.2, 3.45, 29.49),
+    ("mixing_backward", "gated_and_packed", "bfloat16"): Budget(88.9, 3.45, 15.60),
+    ("mixing_backward", "gated_and_packed", "float32"): Budget(84.5, 3.45, 29.60),
+    ("mixing_backward", "short", "bfloat16"): Budget(102.6, 3.58, 15.75),
+    ("mixing_backward", "short", "float32"): Budget(98.0, 3.58, 29.75),
     # Two tensors; three, with a gate four.
-    ("summary", "few_columns", "bfloat16"): Budget(18.0, 1.08, 4.11),
-    ("summary", "few_columns", "float32"): Budget(17.8, 1.10, 8.31),
-    ("summary", "gated", "bfloat16"): Budget(18.0, 1.08, 4.11),
-    ("summary", "gated", "float32"): Budget(17.8, 1.10, 8.31),
-    ("summary", "full", "bfloat16"): Budget(16.9, 1.07, 4.07),
-    ("summary", "full", "float32"): Budget(15.6, 1.08, 8.07),
-    ("adjoint_summary", "few_columns", "bfloat16"): Budget(53.8, 2.36, 7.32),
-    ("adjoint_summary", "few_columns", "float32"): Budget(51.4, 2.36, 13.32),
-    ("adjoint_summary", "full", "bfloat16"): Budget(47.7, 2.27, 6.43),
-    ("adjoint_summary", "full", "float32"): Budget(45.3, 2.27, 12.43),
-    ("adjoint_summary", "gated", "bfloat16"): Budget(65.0, 3.38, 9.32),
-    ("adjoint_summary", "gated", "float32"): Budget(62.0, 3.38, 17.32),
+    ("summary", "few_columns", "bfloat16"): Budget(17.1, 1.08, 4.11),
+    ("summary", "few_columns", "float32"): Budget(16.9, 1.10, 8.31),
+    ("summary", "gated", "bfloat16"): Budget(17.1, 1.08, 4.11),
+    ("summary", "gated", "float32"): Budget(16.9, 1.10, 8.31),
+    ("summary", "full", "bfloat16"): Budget(16.0, 1.07, 4.07),
+    ("summary", "full", "float32"): Budget(14.7, 1.08, 8.07),
+    ("adjoint_summary", "few_columns", "bfloat16"): Budget(52.9, 2.36, 7.32),
+    ("adjoint_summary", "few_columns", "float32"): Budget(50.5, 2.36, 13.32),
+    ("adjoint_summary", "full", "bfloat16"): Budget(46.9, 2.27, 6.43),
+    ("adjoint_summary", "full", "float32"): Budget(44.4, 2.27, 12.43),
+    ("adjoint_summary", "gated", "bfloat16"): Budget(64.1, 3.38, 9.32),
+    ("adjoint_summary", "gated", "float32"): Budget(61.1, 3.38, 17.32),
     # Two, three, three and five tensors, of which a gate adds one, one and two, and the table's row, which every warp
     # reads; `bi_join` of forward and of backward.
     ("bi_sums", "whole_intervals", "bfloat16"): Budget(14.8, 1.09, 4.53),
@@ -368,7 +368,7 @@ def test_a_kernel_of_both_directions_keeps_to_its_budget(dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=gpu_host.name_of)
-@pytest.mark.parametrize(("kernel", "most"), [("forward", 1.62), ("backward", 1.62)])
+@pytest.mark.parametrize(("kernel", "most"), [("forward", 1.63), ("backward", 1.63)])
 def test_keys_that_spread_cost_less_than_twice_as_much(kernel: str, most: float, dtype: torch.dtype) -> None:
     usual, spread = (
         _counts(Load(Problem(T=512, C=64, k_scale=k_scale), gpu_host.H100, 1), dtype)[kernel].instructions

@@ -59,7 +59,7 @@ WKV_HD Scaled sum_of_spread(const Left& left, Column<Element> v, int steps) {
   for_steps<kSteps>(steps, [&](int step) { state.max = larger(left(step), state.max); });
   const Pair max_log2 = state.max * Pair(kLog2E);
   for_steps<kSteps>(steps, [&](int step) {
-    const Pair weight = exp2(left(step) * Pair(kLog2E) - max_log2);
+    const Pair weight = exp2(fused(left(step), Pair(kLog2E), -max_log2));
     state.sums = {weight * v.get(step) + state.sums.num, state.sums.den + weight};
   });
   return scaled(state);
