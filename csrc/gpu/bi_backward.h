@@ -28,7 +28,7 @@ struct BiBackwardTiles : BiTiles<Element, 3, kOfThread> {
     Sums<Pair> reads[kSteps];  // their adjoints
     BothSides own;             // the sums of these: "before" those of the states after, decayed to the end of the steps
     Sums<Pair> of_second_half;  // the sum of the later ones, decayed to the beginning of these steps
-    BothSums decayed;           // states, each weighted by the decay to the end of the thread's steps on its side
+    BothSums decayed;           // states, each weighted by the decay to the last of the thread's steps on its side
     Sums<Pair> partials;        // of the gradients of the log-decay and of u
   };
 

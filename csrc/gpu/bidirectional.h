@@ -49,7 +49,7 @@ struct BiTiles {
     Keys<Element, kSteps> keys;
     Pair reference;                 // of the tile's scale, in which these are
     Sums<Pair> present[kSteps];     // what each step adds: its weight, and that times v
-    Sums<Pair> after_part[kParts];  // of the thread's steps after each of its parts
+    Sums<Pair> after_part[kParts];  // of the thread's steps after each part but the last
   };
 
   // ---- where a block is, and its tile ----
@@ -83,7 +83,9 @@ struct BiTiles {
     const auto sides = [=](const auto& load) -> BothSides {
       return {{{load(0), load(C)}, load(2 * C)}, {{load(3 * C), load(4 * C)}, load(5 * C)}};
     };
-    if (row.is_whole()) return sides([=](int64_t offset) { return row.load_whole(offset); });
+    if (kFullTilesOnly || (row.is_aligned && row.count > 1)) {
+      return sides([=](int64_t offset) { return Pair(*reinterpret_cast<const FloatPair*>(row.first + offset)); });
+    }
     return sides([=](int64_t offset) { return row.load(offset); });
   }
   WKV_HD static void store_sides(const Block& block, ChannelRow row, BothSides sides) {

@@ -125,16 +125,14 @@ struct ChannelRow {
   int count;
   bool is_aligned;  // to pairs
 
-  WKV_HD bool is_whole() const { return kFullTilesOnly || (is_aligned && count > 1); }
-  WKV_HD Pair load_whole(int64_t offset) const { return *reinterpret_cast<const FloatPair*>(first + offset); }
   WKV_HD Pair load(int64_t offset) const {
-    if (is_whole()) return load_whole(offset);
     float* const at = first + offset;
+    if (kFullTilesOnly || (is_aligned && count > 1)) return *reinterpret_cast<const FloatPair*>(at);
     return {count > 0 ? at[0] : 0.0f, count > 1 ? at[1] : 0.0f};
   }
   WKV_HD void store(int64_t offset, Pair value) const {
     float* const at = first + offset;
-    if (is_whole()) {
+    if (kFullTilesOnly || (is_aligned && count > 1)) {
       *reinterpret_cast<FloatPair*>(at) = {value.x, value.y};
       return;
     }
