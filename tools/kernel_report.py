@@ -139,14 +139,14 @@ CODE_LIMITS = {
     ("adjoint_summary", "bfloat16"): (57, 3.5),
     ("adjoint_summary", "float32"): (55, 3.5),
     # Of code with a gate.
-    ("bi_sums", "bfloat16"): (20, 1.3),
-    ("bi_sums", "float32"): (20, 1.3),
-    ("bi_forward", "bfloat16"): (55, 3.3),
-    ("bi_forward", "float32"): (50, 3.3),
-    ("bi_adjoint_sums", "bfloat16"): (65, 3.4),
-    ("bi_adjoint_sums", "float32"): (61, 3.4),
-    ("bi_backward", "bfloat16"): (135, 3.8),
-    ("bi_backward", "float32"): (133, 3.8),
+    ("bi_sums", "bfloat16"): (15, 1.2),
+    ("bi_sums", "float32"): (18, 1.3),
+    ("bi_forward", "bfloat16"): (38, 3.3),
+    ("bi_forward", "float32"): (46, 3.3),
+    ("bi_adjoint_sums", "bfloat16"): (48, 3.3),
+    ("bi_adjoint_sums", "float32"): (57, 3.4),
+    ("bi_backward", "bfloat16"): (91, 3.6),
+    ("bi_backward", "float32"): (90, 3.6),
 }
 
 # Blocks of a kernel that must fit on a multiprocessor: one works while another waits. Shared memory or registers allow
