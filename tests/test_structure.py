@@ -257,7 +257,7 @@ def test_the_sentences_of_the_readme_follow_from_the_record() -> None:
     ]
     call = _where(_recorded("Latency:"), what="cpu: wkv at (1, 1, 768)", way="eager")
     accuracy = [row for row in _recorded("Accuracy") if row["dtype"] == "float32"]
-    errors = [float(row[of].split(" ")[0]) for row in accuracy for of in row if of not in ("T", "dtype")]
+    errors = [float(row[of].split(" ")[0]) for row in accuracy for of in row if of not in ("T", "dtype", "backend")]
     sentences = [
         f"WKV is the fastest of them from T = {shortest} on, the shortest measured.",
         f"After 8192 others, a generated token takes {rwkv[0]} ms and a state of {rwkv[1]} MB; in a transformer of "
